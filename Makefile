@@ -1,0 +1,35 @@
+# `make run` and `make test` need Python 3.11 or newer and nothing else: they make their own environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+ARGS ?=
+
+.PHONY: install run compare test lint bench clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/installed  ## make the environment
+
+run: install  ## the default federation: SISA, 10 clients of two classes each
+	$(BIN)/pisa-fl $(ARGS)
+
+compare: install  ## SISA, FedAvg and FedProx on one federation: a picture and a table
+	$(BIN)/python -m experiments.compare $(ARGS)
+
+test: install lint  ## everything CI checks
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install  ## what a SISA round costs beside one plain pass
+	$(BIN)/python -m experiments.benchmarks.sisa_round $(ARGS)
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

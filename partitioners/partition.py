@@ -1,0 +1,93 @@
+"""Partitions as plain indices: dealing, checking, saving and loading them."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from flwr_datasets.partitioner import Partitioner
+from numpy.typing import NDArray
+
+from partitioners.base import IndexPartitioner, Partition
+
+
+def deal(partitioner: Partitioner, labels: NDArray[np.integer]) -> Partition:
+    """Deal examples to clients with this package's, Flower's or a user's own partitioner.
+
+    The partitioner is assigned an in-memory data set of columns `index` and `label` (a Flower partitioner
+    takes `partition_by="label"`); as Flower has it, a partitioner deals only once.
+
+    Args:
+        partitioner: a partitioner with no data set assigned yet.
+        labels: the examples' classes, integers of shape (n,).
+
+    Returns:
+        Every client's indices into `labels`, int64, in the partitioner's order.
+
+    Raises:
+        ValueError: an example is not dealt exactly once, a client is empty, or the partitioner refuses.
+    """
+    columns = {"index": np.arange(len(labels)), "label": labels.astype(np.int64)}
+    partitioner.dataset = Dataset.from_dict(columns)
+    if isinstance(partitioner, IndexPartitioner):  # Flower's way round takes a millisecond a client
+        partition = partitioner.partition
+    else:
+        parts = map(partitioner.load_partition, range(partitioner.num_partitions))
+        partition = [part.with_format("numpy")["index"][:] for part in parts]
+    check(partition, len(labels), source=type(partitioner).__name__)
+    return partition
+
+
+def check(partition: Partition, num_examples: int, source: str) -> None:
+    """Check that every example 0..num_examples-1 is dealt exactly once and that no client is empty.
+
+    Raises:
+        ValueError: it is not so; the sentence says that `source` is to blame.
+    """
+    for client, indices in enumerate(partition):
+        if len(indices) == 0:
+            raise ValueError(
+                f"{source} deals client {client} no example: lower clients or change the partition"
+            )
+    dealt = np.concatenate(partition)
+    if dealt.min() < 0 or dealt.max() >= num_examples:
+        raise ValueError(
+            f"{source} deals examples {dealt.min()} to {dealt.max()} but the data set has 0 to "
+            f"{num_examples - 1}: use the partition with the data set it was made for"
+        )
+    times = np.bincount(dealt, minlength=num_examples)
+    if (times != 1).any():
+        raise ValueError(
+            f"{source} leaves out {(times == 0).sum()} of {num_examples} examples and repeats "
+            f"{(times > 1).sum()}: every example must be dealt exactly once"
+        )
+
+
+def save(partition: Partition, path: str | Path) -> None:
+    """Write {"0": [indices], "1": [...], ...} as JSON; the file is either complete or not there."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps({str(i): indices.tolist() for i, indices in enumerate(partition)}))
+    os.replace(temporary, path)
+
+
+def load(path: str | Path) -> Partition:
+    """Read what `save` wrote, as int64 arrays in the file's order.
+
+    Raises:
+        ValueError: the file cannot be read, or is not JSON of that shape with the keys 0..n-1.
+    """
+    try:
+        clients = json.loads(Path(path).read_text())
+        lists = [clients[str(client)] for client in range(len(clients))]
+        if not lists or not all(type(index) is int for indices in lists for index in indices):
+            raise TypeError
+        return [np.array(indices, dtype=np.int64) for indices in lists]
+    except OSError as error:
+        raise ValueError(f"cannot read partition.path={path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, OverflowError):
+        raise ValueError(
+            f'{path} is not a partition file, {{"0": [indices], "1": [indices], ...}} with the clients\' '
+            "numbers without a gap: set partition.path to a run's partition.json"
+        ) from None

@@ -1,0 +1,51 @@
+"""pisa-fl: federated learning on skewed data, PISA beside FedAvg, FedProx and others.
+
+from pisa_fl import compose, run
+
+result = run(compose("strategy=sisa", "partition=dirichlet", "partition.alpha=0.1", "rounds=20"))
+print(result.summary["final_accuracy"])
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pisa_fl.config import ConfigurationError, compose
+    from pisa_fl.data import ImageData
+    from pisa_fl.engines.local import LocalGrid
+    from pisa_fl.federation import Federation
+    from pisa_fl.run import Result, prepare, resume, run
+
+__all__ = [
+    "ConfigurationError",
+    "Federation",
+    "ImageData",
+    "LocalGrid",
+    "Result",
+    "compose",
+    "prepare",
+    "resume",
+    "run",
+]
+
+_HOMES = {
+    "ConfigurationError": "config",
+    "Federation": "federation",
+    "ImageData": "data",
+    "LocalGrid": "engines.local",
+    "Result": "run",
+    "compose": "config",
+    "prepare": "run",
+    "resume": "run",
+    "run": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when they are asked for: `pisa-fl --help` needs none of them."""
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pisa_fl' has no attribute '{name}'")
+    return getattr(import_module(f"pisa_fl.{_HOMES[name]}"), name)

@@ -1,0 +1,239 @@
+"""A cohort of clients: their examples, and the gradients of their losses.
+
+Two ways of computing, one result: a cohort of one runs an ordinary forward and backward pass, which is
+the fastest on CPU cores; a larger one advances all its clients together, vectorised over the client axis,
+which is the fastest on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.utils.rnn import pad_sequence
+
+from pisa_fl.data import ImageData
+from pisa_fl.randomness import numpy_generator, torch_generator
+from strategies.client import Batch
+from strategies.layout import Layout
+
+
+class FlatModel:
+    """A model whose parameters and gradients are views of two flat vectors of length d.
+
+    Args:
+        model: Any module; it is moved to `device` and its parameters re-bound.
+        device: Where it computes.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.module = model.to(device)
+        self.layout = Layout.of_parameters(model)
+        self.buffer_layout = Layout.of_buffers(model)
+        self.device = device
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = self.layout.flatten(parameters).to(device)
+        self.gradient = torch.zeros_like(self.weights)
+        values, gradients = self.layout.views(self.weights), self.layout.views(self.gradient)
+        for name, parameter in parameters.items():
+            parameter.data, parameter.grad = values[name], gradients[name]
+
+    @property
+    def buffers(self) -> Tensor:
+        """Running statistics as one vector (b,)."""
+        return self.buffer_layout.flatten(dict(self.module.named_buffers())).to(self.device)
+
+    @torch.no_grad()
+    def load(self, weights: Tensor, buffers: Tensor | None = None) -> None:
+        """Set the parameters (d,) and, if given, the running statistics (b,)."""
+        self.weights.copy_(weights)
+        if buffers is not None and self.buffer_layout.size:
+            own = dict(self.module.named_buffers())
+            for name, value in self.buffer_layout.views(buffers).items():
+                own[name].copy_(value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters and buffers by PyTorch's names, copied to the CPU."""
+        return {k: v.detach().cpu().clone().contiguous() for k, v in self.module.state_dict().items()}
+
+    @torch.no_grad()
+    def evaluate(
+        self, images: Tensor, labels: Tensor, rows: Tensor, data: ImageData, chunk: int
+    ) -> tuple[float, float]:
+        """Accuracy (0..1) and mean cross-entropy (nats) of the present weights on some rows of a set."""
+        self.module.eval()
+        correct, loss = 0, 0.0
+        for part in rows.split(chunk):
+            y = labels[part].to(self.device)
+            logits = self.module(data.normalise(images[part].to(self.device)))
+            correct += int((logits.argmax(dim=1) == y).sum())
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+        return correct / len(rows), loss / len(rows)
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """The examples of one client: its rows of a shared set of images.
+
+    Attributes:
+        images: Raw images of the whole set, (N, channels, height, width).
+        labels: Class numbers of the whole set, int64, (N,).
+        rows: The client's examples, int64, (n,).
+        noise_std: Standard deviation of the Gaussian noise added to its pixels (0..1), drawn afresh each
+            time an image is read, as NIID-Bench's feature skew does; zero for none.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+    noise_std: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class LocalCohort:
+    """C clients on one device; see `strategies.client.Cohort` for what its methods promise.
+
+    Args:
+        model: The model that computes; its weights and running statistics are overwritten.
+        data: Normalisation and augmentation of the data set.
+        examples: Client number -> its examples.
+        buffers: Running statistics to start from, (b,), or None for a model without.
+        round_number: The round, part of every draw's address.
+        seed: Seed of the run.
+        batch_size: Examples of a mini-batch.
+        chunk: Examples differentiated at once where the number does not matter to the result.
+
+    Raises:
+        ValueError: More than one client with a model that keeps running statistics.
+    """
+
+    def __init__(
+        self,
+        model: FlatModel,
+        data: ImageData,
+        examples: Mapping[int, ClientData],
+        buffers: Tensor | None,
+        round_number: int,
+        seed: int,
+        batch_size: int,
+        chunk: int,
+    ) -> None:
+        if len(examples) > 1 and model.buffer_layout.size:
+            raise ValueError(
+                "a model with running statistics needs cohorts of one client: set engine.cohort=1"
+            )
+        self.clients, self.layout = list(examples), model.layout
+        self.differentiated = [0] * len(examples)
+        self._model, self._data, self._examples = model, data, list(examples.values())
+        self._seed, self._round = seed, round_number
+        self._batch_size, self._chunk = batch_size, chunk
+        self._draws = [torch_generator(seed, "augmentation", round_number, c) for c in examples]
+        model.module.train()
+        model.load(model.weights, buffers)
+
+    @property
+    def buffers(self) -> Tensor:
+        """Running statistics after what was computed so far, (C, b)."""
+        return self._model.buffers.expand(len(self.clients), -1)
+
+    def full_gradient(self, weights: Tensor, gradient: str) -> tuple[Tensor, Tensor]:
+        """Gradient (C, d) and mean loss (C,) over all examples, in the order they were dealt."""
+        keeps_statistics = self._model.buffer_layout.size > 0
+        step = self._batch_size if keeps_statistics else max(1, self._chunk // len(self.clients))
+        lengths = [len(e) for e in self._examples]
+        total = torch.zeros(len(self.clients), self.layout.size, device=self._model.device)
+        loss = total.new_zeros(len(self.clients))
+        for start in range(0, max(lengths), step):
+            chosen = [torch.arange(start, max(start, min(start + step, n))) for n in lengths]
+            shares = [self._shares(c, n, gradient) for c, n in zip(chosen, lengths, strict=True)]
+            part, part_loss = self._differentiate(weights, self._batch(chosen, shares))
+            total += part
+            loss += part_loss
+        return total, loss / torch.tensor(lengths, device=loss.device)
+
+    def gradient(self, weights: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Gradient (C, d) and mean loss (C,) of each client's batch."""
+        gradient, loss = self._differentiate(weights, batch)
+        return gradient, loss / torch.tensor(batch.examples, device=loss.device).clamp(min=1)
+
+    def batches(self, epochs: int) -> Iterator[Batch]:
+        """Shuffled mini-batches; each client's order is drawn from (seed, "batches", round, client)."""
+        orders = [
+            _batch_order(
+                numpy_generator(self._seed, "batches", self._round, c), len(e), epochs, self._batch_size
+            )
+            for c, e in zip(self.clients, self._examples, strict=True)
+        ]
+        nothing = torch.empty(0, dtype=torch.int64)
+        for chosen in zip_longest(*orders, fillvalue=nothing):
+            yield self._batch(list(chosen), [torch.full((len(c),), 1 / max(1, len(c))) for c in chosen])
+
+    def _shares(self, chosen: Tensor, examples: int, gradient: str) -> Tensor:
+        """Weight of each chosen example in its client's gradient."""
+        if gradient == "mean":
+            return torch.full((len(chosen),), 1 / examples)
+        start = chosen // self._batch_size * self._batch_size
+        return 1 / (examples - start).clamp(max=self._batch_size).to(torch.float32)
+
+    def _batch(self, chosen: list[Tensor], shares: list[Tensor]) -> Batch:
+        """Gather, normalise, disturb and augment the chosen examples of each client."""
+        device = self._model.device
+        images, labels = [], []
+        for client, (rows, examples) in enumerate(zip(chosen, self._examples, strict=True)):
+            rows = examples.rows[rows].to(examples.images.device)
+            x = self._data.normalise(examples.images[rows].to(device))
+            draw = self._draws[client]
+            if examples.noise_std:
+                scale = torch.tensor(self._data.std).view(-1, 1, 1)
+                x = x + (torch.randn(x.shape, generator=draw) * examples.noise_std / scale).to(device)
+            if self._data.augment is not None and len(rows):
+                x = self._data.augment(x, draw)
+            images.append(x)
+            labels.append(examples.labels[rows].to(device))
+            self.differentiated[client] += len(rows)
+        counts = [len(c) for c in chosen]
+        return Batch(
+            images=pad_sequence(images, batch_first=True),
+            labels=pad_sequence(labels, batch_first=True),
+            weights=pad_sequence(shares, batch_first=True).to(device),
+            active=torch.tensor([float(n > 0) for n in counts], device=device),
+            examples=counts,
+        )
+
+    def _differentiate(self, weights: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Gradients (C, d) of the weighted losses, and the plain sums of the losses (C,)."""
+        if len(self.clients) == 1:
+            return self._backward(weights.reshape(-1), batch)
+        gradients, losses = vmap(
+            grad(self._weighted_loss, has_aux=True),
+            in_dims=(None if weights.dim() == 1 else 0, 0, 0, 0),
+            randomness="different",
+        )(weights, batch.images, batch.labels, batch.weights)
+        return gradients, losses
+
+    def _weighted_loss(
+        self, weights: Tensor, images: Tensor, labels: Tensor, shares: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits = functional_call(self._model.module, self.layout.views(weights), (images,))
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        return (shares * loss).sum(), torch.where(shares > 0, loss, 0.0).sum()
+
+    def _backward(self, weights: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        self._model.load(weights)
+        self._model.gradient.zero_()
+        loss = F.cross_entropy(self._model.module(batch.images[0]), batch.labels[0], reduction="none")
+        (batch.weights[0] * loss).sum().backward()
+        return self._model.gradient.clone().unsqueeze(0), loss.detach().sum().unsqueeze(0)
+
+
+def _batch_order(draw: np.random.Generator, examples: int, epochs: int, size: int) -> Iterator[Tensor]:
+    for _ in range(epochs):
+        yield from torch.from_numpy(draw.permutation(examples)).split(size)

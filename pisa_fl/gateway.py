@@ -1,0 +1,234 @@
+"""The gateway: every message between a server half and its clients passes here.
+
+Five things that every strategy needs, and that therefore none should do itself: the clients of a round are
+drawn by client number from the run's seed; replies are checked before the strategy sees them, and refused if
+they are not what was asked for; replies are put in the order of the clients, so that sums do not depend on who
+answered first; payload, examples and failures are counted; and a model's running statistics (BatchNorm), which
+are no optimisation variables, are sent along and averaged by examples, so that no server half has to know them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import ArrayRecord, Error, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from torch import Tensor
+
+from pisa_fl.randomness import numpy_generator
+from strategies.client import ClientHalf
+from strategies.messages import (
+    ARRAYS,
+    BUFFERS,
+    DIFFERENTIATED,
+    EXAMPLES,
+    LOSS,
+    METRICS,
+    WEIGHTS,
+    Field,
+    config_of,
+    fault,
+    integer,
+    real,
+    record,
+    vectors,
+)
+
+log = logging.getLogger(__name__)
+
+REFUSED = 1002
+"""Code of the error that takes the place of a reply that was refused."""
+
+
+@dataclass
+class Traffic:
+    """What has passed so far, and what passed in the present round.
+
+    Attributes:
+        bytes_up: Array bytes that clients sent, cumulative.
+        bytes_down: Array bytes sent to clients, cumulative.
+        differentiated: Examples differentiated by accepted clients, cumulative.
+        clients_ok: Clients accepted in this round.
+        clients_failed: Clients refused, in error or silent in this round.
+        examples: Examples of the clients accepted in this round.
+        loss_sum: Sum of their training losses, each times its examples.
+        failures: This round's failures, as (client, reason).
+    """
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    differentiated: int = 0
+    clients_ok: int = 0
+    clients_failed: int = 0
+    examples: int = 0
+    loss_sum: float = 0.0
+    failures: list[tuple[int, str]] = field(default_factory=list)
+
+
+class Gateway(Grid):
+    """A grid around another one.
+
+    Args:
+        grid: The engine's grid.
+        half: The client half, which knows what a reply must hold.
+        buffers: The model's running statistics, (b,), empty for a model without.
+        seed: Seed of the run.
+        participation: Share of the clients that takes part in a round, in (0, 1].
+    """
+
+    def __init__(
+        self, grid: Grid, half: ClientHalf, buffers: Tensor, seed: int, participation: float
+    ) -> None:
+        self.traffic = Traffic()
+        self.buffers = buffers
+        self._grid, self._half = grid, half
+        self._seed, self._participation = seed, participation
+        self._round = 0
+
+    def begin(self, round_number: int) -> None:
+        """Start a round: other clients are drawn, the round's counters are cleared."""
+        self._round = round_number
+        self.traffic.clients_ok = self.traffic.clients_failed = 0
+        self.traffic.examples, self.traffic.loss_sum = 0, 0.0
+        self.traffic.failures = []
+
+    def get_node_ids(self) -> list[int]:
+        """The clients drawn for this round, in order; at least one."""
+        nodes = sorted(self._grid.get_node_ids())
+        if self._participation >= 1:
+            return nodes
+        draw = numpy_generator(self._seed, "participation", self._round)
+        count = max(1, round(self._participation * len(nodes)))
+        return sorted(int(n) for n in draw.choice(nodes, count, replace=False))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send, receive, check, count, put in order; a client that stayed silent counts as failed."""
+        sent = {message.metadata.dst_node_id: message for message in messages}
+        self._add_buffers(sent.values())
+        sizes: dict[int, int] = {}
+        for message in sent.values():
+            for arrays in message.content.array_records.values():
+                self.traffic.bytes_down += sizes.setdefault(id(arrays), _payload(arrays))
+        replies = self._grid.send_and_receive(sent.values(), timeout=timeout)
+        answers = {reply.metadata.src_node_id: reply for reply in replies}
+        accepted = []
+        for node in sorted(sent):
+            reason = self._fault(sent[node], answers.get(node))
+            if sent[node].metadata.message_type == MessageType.TRAIN:
+                self._count(node, answers.get(node), reason)
+            if node in answers:
+                accepted.append(
+                    answers[node] if reason is None else _refusal(sent[node], answers[node], reason)
+                )
+        self._take_buffers(accepted)
+        return accepted
+
+    def _add_buffers(self, messages: Iterable[Message]) -> None:
+        """Send the running statistics beside flat weights; arrays that messages share stay shared."""
+        if not len(self.buffers):
+            return
+        extended: dict[int, ArrayRecord] = {}
+        for message in messages:
+            arrays = message.content.array_records[ARRAYS]
+            if WEIGHTS in arrays and BUFFERS not in arrays:
+                with_buffers = ArrayRecord(dict(arrays) | dict(record({BUFFERS: self.buffers})))
+                message.content[ARRAYS] = extended.setdefault(id(arrays), with_buffers)
+
+    def _take_buffers(self, replies: Iterable[Message]) -> None:
+        """Average the running statistics of the accepted replies, and take them out of the replies."""
+        total, examples = torch.zeros_like(self.buffers, dtype=torch.float64), 0
+        for reply in replies:
+            if reply.has_error() or BUFFERS not in reply.content.array_records.get(ARRAYS, {}):
+                continue
+            weight = integer(reply.content.metric_records[METRICS], EXAMPLES)
+            total += weight * vectors(reply.content.array_records[ARRAYS])[BUFFERS].double()
+            examples += weight
+            del reply.content.array_records[ARRAYS][BUFFERS]
+        if examples:
+            self.buffers = (total / examples).float()
+
+    def _fault(self, instruction: Message, reply: Message | None) -> str | None:
+        """Why a reply is not what was asked for, or None."""
+        if reply is None:
+            return "no reply"
+        if reply.has_error():
+            return reply.error.reason
+        if set(reply.content.metric_records) != {METRICS}:
+            return f"metric records {sorted(reply.content.metric_records)}, expected ['{METRICS}']"
+        metrics = reply.content.metric_records[METRICS]
+        if instruction.metadata.message_type != MessageType.TRAIN:
+            return None
+        if set(metrics) != {EXAMPLES, LOSS, DIFFERENTIATED}:
+            return f"metrics {sorted(metrics)} are not those of a training reply"
+        if not all(isinstance(v, int | float) and math.isfinite(v) for v in metrics.values()):
+            return f"metrics hold NaN, infinite values or lists: {dict(metrics)}"
+        if not (isinstance(metrics[EXAMPLES], int) and 0 < integer(metrics, EXAMPLES) < 2**40):
+            return f"impossible number of examples: {metrics[EXAMPLES]}"
+        if set(reply.content.array_records) != {ARRAYS}:
+            return f"array records {sorted(reply.content.array_records)}, expected ['{ARRAYS}']"
+        return fault(reply.content.array_records[ARRAYS], self._expected(instruction.content))
+
+    def _expected(self, instruction: RecordDict) -> dict[str, Field]:
+        """What the arrays of a reply must be: flat vectors, or the tensors by name as they were sent."""
+        arrays = instruction.array_records[ARRAYS]
+        if WEIGHTS not in arrays:
+            return {name: Field(tuple(a.shape)) for name, a in arrays.items()}
+        fields = self._half.reply_fields(config_of(instruction))
+        return fields | ({BUFFERS: Field(len(self.buffers))} if len(self.buffers) else {})
+
+    def _count(self, client: int, reply: Message | None, reason: str | None) -> None:
+        """Add a training reply to the counters."""
+        traffic = self.traffic
+        if reply is None or reason is not None:
+            traffic.clients_failed += 1
+            traffic.failures.append((client, str(reason)))
+            log.warning("round %d: client %d refused: %s", self._round, client, reason)
+            return
+        metrics = reply.content.metric_records[METRICS]
+        traffic.clients_ok += 1
+        traffic.examples += integer(metrics, EXAMPLES)
+        traffic.loss_sum += real(metrics, LOSS) * integer(metrics, EXAMPLES)
+        traffic.differentiated += integer(metrics, DIFFERENTIATED)
+        traffic.bytes_up += _payload(reply.content.array_records[ARRAYS])
+
+    def set_run(self, run: Run) -> None:
+        """Hand a run's description to the engine's grid."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The run's description."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Create a message to a client."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send without waiting; such messages are neither checked nor counted."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Receive what was sent for without waiting."""
+        return self._grid.pull_messages(message_ids)
+
+
+def _payload(arrays: ArrayRecord) -> int:
+    return sum(len(array.data) for array in arrays.values())
+
+
+def _refusal(instruction: Message, reply: Message, reason: str) -> Message:
+    """An error in place of a reply; a client's own error stays as it is."""
+    return reply if reply.has_error() else Message(Error(REFUSED, reason), reply_to=instruction)

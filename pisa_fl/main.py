@@ -1,0 +1,122 @@
+"""The command line: `pisa-fl [overrides]`, a Hydra application.
+
+Exit status: 0 done, 1 the run failed, 2 the configuration is wrong (one sentence, no traceback), 130 interrupted.
+A run of a sweep that fails says which it is; the others go on, and the sweep ends with its status.
+`HYDRA_FULL_ERROR=1` shows the traceback all the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from pisa_fl.config import CONF, ConfigurationError, explain, import_from, resolve
+
+FAILED, WRONG, INTERRUPTED = 1, 2, 130
+
+
+class SweepError(Exception):
+    """A run of a sweep failed, and has said why; its argument is the exit status."""
+
+
+def main() -> None:
+    """Entry point of `pisa-fl`."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    # Hydra prints and exits 1 on its own unless told to let exceptions through
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    _import_from_config_dir(sys.argv[1:])
+    try:
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_task)()
+    except (SystemExit, SweepError) as end:
+        if wants_traceback and end.__cause__ is not None:
+            raise end.__cause__ from None
+        sys.exit(end.args[0] if end.args else 0)
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        if wants_traceback:
+            raise
+        _say(explain(error))
+        sys.exit(WRONG)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(INTERRUPTED)
+
+
+def _task(config: DictConfig) -> None:
+    """One run, of a single command or of a sweep."""
+    # heavy imports only now: --help and --cfg answer at once
+    from rich.logging import RichHandler
+
+    from pisa_fl.federation import NoReplyError
+    from pisa_fl.progress import console
+    from pisa_fl.run import Interrupted, run
+
+    handler = RichHandler(console=console, show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        if config.resume is not None:
+            _refuse_others("resume")
+        run(resolve(config), directory)
+    except (ConfigurationError, OSError) as error:
+        _give_up(WRONG, error)
+    except NoReplyError as error:
+        _give_up(FAILED, error)
+    except (Interrupted, KeyboardInterrupt) as error:
+        _give_up(INTERRUPTED, error)
+    finally:
+        _remove_if_empty(directory)
+
+
+def _import_from_config_dir(arguments: list[str]) -> None:
+    """Let configuration in a user's folder name classes that lie beside it."""
+    for position, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            import_from(value if equals else "".join(arguments[position + 1 : position + 2]))
+
+
+def _refuse_others(key: str) -> None:
+    """Refuse overrides beside one that would ignore them."""
+    others = [text for text in HydraConfig.get().overrides.task if text.lstrip("+").partition("=")[0] != key]
+    if others:
+        raise ConfigurationError(f"{key} uses the run's own configuration: leave out {' '.join(others)}")
+
+
+def _give_up(status: int, error: BaseException) -> NoReturn:
+    """Say why a run ends here; the other runs of a sweep go on unless it was interrupted."""
+    text = explain(error) if str(error) else "interrupted"
+    job = HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN:
+        text = f"run {job.job.num} ({job.job.override_dirname}): {text}"
+    _say(text)
+    if job.mode == RunMode.MULTIRUN and status != INTERRUPTED:
+        raise SweepError(status) from error
+    raise SystemExit(status) from error
+
+
+def _say(text: str) -> None:
+    print(f"pisa-fl: {text}", file=sys.stderr)
+
+
+def _remove_if_empty(directory: Path) -> None:
+    """Take back the folders below the working directory that Hydra made for a run that wrote nothing."""
+    here = Path.cwd()
+    with suppress(OSError):
+        for folder in (directory, *directory.parents):
+            if here in folder.parents:
+                folder.rmdir()
+
+
+if __name__ == "__main__":
+    main()

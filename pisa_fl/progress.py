@@ -1,0 +1,88 @@
+"""The live display of a run, and its final table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+console = Console(highlight=False)
+
+
+class Display:
+    """One bar with round, accuracy, loss and time left; without a terminal, one line a round.
+
+    Args:
+        name: Of the run.
+        rounds: How many rounds it has.
+        done: Rounds done before it began.
+        live: Draw the bar if there is a terminal.
+    """
+
+    def __init__(self, name: str, rounds: int, done: int, live: bool) -> None:
+        self._live = live and console.is_terminal
+        self._rounds = rounds
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task(name, total=rounds, completed=done, status="")
+
+    def __enter__(self) -> Display:
+        """Start drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop drawing."""
+        self._progress.stop()
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """Show a round's metrics."""
+        status = f"accuracy {100 * metrics['test_accuracy']:.2f} %  loss {metrics['test_loss']:.4f}"
+        self._progress.update(self._task, completed=metrics["round"], status=status)
+        if not self._live:
+            failed = f"  failed {metrics['clients_failed']}" if metrics["clients_failed"] else ""
+            console.print(
+                f"round {metrics['round']:>{len(str(self._rounds))}}/{self._rounds}  {status}{failed}"
+            )
+
+
+def show_summary(summary: dict[str, Any], directory: str) -> None:
+    """Print the final table."""
+    table = Table(show_header=False, title="Result", title_justify="left")
+    table.add_row("final test accuracy", f"{100 * summary['final_accuracy']:.2f} %")
+    table.add_row(
+        "best test accuracy", f"{100 * summary['best_accuracy']:.2f} % (round {summary['best_round']})"
+    )
+    for target, cost in summary["targets"].items():
+        reached = "not reached" if cost is None else f"round {cost['round']}, {cost['passes']:.0f} passes"
+        table.add_row(f"{100 * float(target):g} % reached", reached)
+    table.add_row("rounds / passes", f"{summary['rounds']} / {summary['passes']:.0f}")
+    table.add_row(
+        "payload up / down", f"{_megabytes(summary['bytes_up'])} / {_megabytes(summary['bytes_down'])}"
+    )
+    table.add_row("training time", f"{math.ceil(summary['seconds'])} s")
+    table.add_row("run directory", directory)
+    console.print(table)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"

@@ -1,0 +1,22 @@
+"""Federated algorithms: server halves are Flower strategies, client halves solve a cohort's local problems."""
+
+from strategies.client import Batch, ClientHalf, Cohort, Instruction, Update
+from strategies.layout import Layout
+from strategies.ledger import Ledger
+from strategies.local_sgd import LocalSgd
+from strategies.penalty import Penalty
+from strategies.pisa import Pisa, PisaClient
+
+__all__ = [
+    "Batch",
+    "ClientHalf",
+    "Cohort",
+    "Instruction",
+    "Layout",
+    "Ledger",
+    "LocalSgd",
+    "Penalty",
+    "Pisa",
+    "PisaClient",
+    "Update",
+]

@@ -1,0 +1,94 @@
+"""Flat vectors with named views: how a model's tensors lie in one row of length d."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order, names and shapes of the tensors that make up a flat vector.
+
+    Weights, duals, gradients and moments of a cohort of C clients are all tensors of shape (C, d), so
+    that an ADMM step is a few element-wise operations whatever the model.
+
+    Attributes:
+        shapes: Name of each tensor -> its shape, in the model's own order.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of_parameters(cls, model: nn.Module) -> Layout:
+        """The layout of a model's trainable parameters."""
+        return cls({name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad})
+
+    @classmethod
+    def of_buffers(cls, model: nn.Module) -> Layout:
+        """The layout of a model's floating-point buffers (BatchNorm's running statistics).
+
+        Integer buffers (BatchNorm's batch counter) are left out: they only matter to a running mean
+        without momentum, and an average of them means nothing.
+        """
+        return cls({name: tuple(b.shape) for name, b in model.named_buffers() if b.is_floating_point()})
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Elements of each tensor."""
+        return [prod(shape) for shape in self.shapes.values()]
+
+    @cached_property
+    def size(self) -> int:
+        """Length d of the flat vector."""
+        return sum(self.sizes)
+
+    @cached_property
+    def spans(self) -> dict[str, slice]:
+        """Name of each tensor -> its slice of the flat vector."""
+        spans, start = {}, 0
+        for name, size in zip(self.shapes, self.sizes, strict=True):
+            spans[name] = slice(start, start + size)
+            start += size
+        return spans
+
+    @cached_property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Tensors of two or more dimensions -> (rows, columns), convolutions as out x in*kh*kw."""
+        return {name: (shape[0], prod(shape[1:])) for name, shape in self.shapes.items() if len(shape) >= 2}
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Named views of a flat tensor, (..., d) -> {name: (..., *shape)}; nothing is copied."""
+        lead = flat.shape[:-1]
+        return {name: flat[..., self.spans[name]].view(*lead, *shape) for name, shape in self.shapes.items()}
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """One flat vector (d,) from named tensors.
+
+        Raises:
+            ValueError: A tensor is missing or has another shape.
+        """
+        for name, shape in self.shapes.items():
+            if name not in tensors:
+                raise ValueError(f"tensor '{name}' of the model is missing")
+            if tuple(tensors[name].shape) != shape:
+                raise ValueError(
+                    f"tensor '{name}' has shape {tuple(tensors[name].shape)}, the model's has {shape}"
+                )
+        if not self.shapes:
+            return torch.empty(0)
+        return torch.cat([tensors[name].detach().reshape(-1) for name in self.shapes])
+
+    def mean(self, flat: Tensor) -> Tensor:
+        """Mean of each tensor, (C, d) -> (C, T)."""
+        return torch.stack([part.mean(dim=-1) for part in flat.split(self.sizes, dim=-1)], dim=-1)
+
+    def expand(self, per_tensor: Tensor) -> Tensor:
+        """One value a tensor -> one value an element, (..., T) -> (..., d)."""
+        repeats = torch.tensor(self.sizes, device=per_tensor.device)
+        return per_tensor.repeat_interleave(repeats, dim=-1, output_size=self.size)

@@ -1,0 +1,100 @@
+"""Flat vectors in Flower messages: writing, reading, checking.
+
+A train message carries one ArrayRecord `arrays` and one ConfigRecord `config`; a reply one ArrayRecord
+`arrays` and one MetricRecord `metrics`, as Flower's own strategies use them. Arrays are one-dimensional
+float32: `weights` (d,) and, for a model with running statistics, `buffers` (b,), then whatever the
+algorithm adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, RecordDict
+from torch import Tensor
+
+ARRAYS, CONFIG, METRICS, STATE = "arrays", "config", "metrics", "state"
+WEIGHTS, BUFFERS = "weights", "buffers"
+ROUND, ACCEPTED = "server-round", "accepted-round"
+EXAMPLES, LOSS, DIFFERENTIATED = "num-examples", "train-loss", "examples-differentiated"
+
+STATE_LOST = 1001
+"""Code of the error of a client whose state is not the one that the ledger accepted."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """What an array of a reply must be.
+
+    Attributes:
+        shape: Its shape; a number stands for the length of a vector.
+        minimum: The smallest value it may hold.
+    """
+
+    shape: int | tuple[int, ...]
+    minimum: float = -np.inf
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """The shape as a tuple."""
+        return (self.shape,) if isinstance(self.shape, int) else self.shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.dimensions)
+
+
+def record(vectors: Mapping[str, Tensor]) -> ArrayRecord:
+    """An ArrayRecord of float32 arrays from tensors on any device."""
+    return ArrayRecord(
+        {name: Array(v.detach().to("cpu", torch.float32).numpy()) for name, v in vectors.items()}
+    )
+
+
+def vectors(arrays: ArrayRecord, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The float32 tensors of an ArrayRecord; each is a copy of its own."""
+    return {name: torch.from_numpy(a.numpy()).to(device, torch.float32) for name, a in arrays.items()}
+
+
+def config_of(content: RecordDict) -> dict[str, Any]:
+    """The numbers and texts of an instruction; empty if it carries none."""
+    return dict(content.config_records[CONFIG]) if CONFIG in content.config_records else {}
+
+
+def integer(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number of a ConfigRecord or MetricRecord; a KeyError if it is missing without a default."""
+    return int(values[key] if default is None else values.get(key, default))
+
+
+def real(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A number of a ConfigRecord or MetricRecord; a KeyError if it is missing without a default."""
+    return float(values[key] if default is None else values.get(key, default))
+
+
+def fault(arrays: ArrayRecord, expected: Mapping[str, Field]) -> str | None:
+    """Why a reply's arrays must be refused, or None if they are as expected."""
+    if set(arrays) != set(expected):
+        return f"arrays {sorted(arrays)} where {sorted(expected)} were expected"
+    for name, field in expected.items():
+        array = arrays[name]
+        if tuple(array.shape) != field.dimensions:
+            return f"array '{name}' has shape {tuple(array.shape)}, expected {field.dimensions}"
+        if array.dtype != "float32":
+            return f"array '{name}' has type {array.dtype}, expected float32"
+        try:
+            values = array.numpy()
+        except (ValueError, OSError, EOFError) as error:
+            return f"array '{name}' cannot be read: {error}"
+        if values.shape != field.dimensions or values.dtype != np.float32:
+            return f"array '{name}' holds {values.dtype}{values.shape}, not what it says"
+        if not np.isfinite(values).all():
+            return f"array '{name}' holds NaN or infinite values"
+        if values.size and values.min() < field.minimum:
+            return f"array '{name}' holds values below {field.minimum}"
+    return None

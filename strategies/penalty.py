@@ -1,0 +1,81 @@
+"""PISA's penalties: sigma of the augmented Lagrangian and rho of the preconditioner.
+
+By hand, sigma and rho are numbers, as in the paper. Automatic, they follow from a step length and a momentum,
+which need no knowledge of the data. Write q for the typical size of Q. With K = 1 and all clients taking part,
+the averages over clients of dual and step obey (g the average gradient, p = -sum alpha_i pi_i, ' the next round):
+
+    p' = (1-c) p + c g,     c = sigma/(sigma + rho q)
+    w' = w - (p' + c (g - p)) / sigma
+
+that is, -pi is a moving average of the gradient, a momentum, and w moves by p/sigma a round. So
+
+    sigma = q / lr,     rho = momentum / ((1-momentum) lr)     gives     c = 1 - momentum
+
+and a steady gradient of size q moves w by lr a round. If only a share of the clients takes part, the rows of the
+absent ones hold the consensus back by as much, and sigma is multiplied by that share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """How sigma and rho are found; immutable, the same on the server and every client.
+
+    Attributes:
+        lr: Step length of the automatic penalty, in units of a weight a round.
+        momentum: Momentum of the automatic penalty.
+        sigma: Penalty by hand, or None for the automatic one.
+        rho: Weight of the preconditioner by hand, or None for the automatic one.
+        gamma: sigma is divided by it as the rounds go on, in (0, 1]; the paper's gamma_i.
+        grow_every: Rounds between divisions: after rounds 1 + grow_every, 1 + 2 grow_every, ...
+            (the authors count from 0 and divide after rounds 10, 20, ...).
+        participation: Share of the clients that takes part in a round.
+
+    Raises:
+        ValueError: A number is outside its range.
+    """
+
+    lr: float
+    momentum: float
+    sigma: float | None
+    rho: float | None
+    gamma: float
+    grow_every: int
+    participation: float = 1.0
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "sigma", "rho"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ValueError(f"strategy.{key} must be positive, got {value}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"strategy.momentum must be at least 0 and below 1, got {self.momentum}")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"strategy.gamma must be above 0 and at most 1, got {self.gamma}")
+        if self.grow_every < 1:
+            raise ValueError(f"strategy.grow_every must be at least 1 round, got {self.grow_every}")
+
+    def sigma_at(self, round_number: int, scale: Tensor | None) -> Tensor | None:
+        """Penalty of a round (counted from 1), () or (d,); None if it needs a scale and there is none.
+
+        Args:
+            round_number: The round.
+            scale: Typical size of Q, (d,), or None if nothing was observed yet.
+        """
+        growth = self.gamma ** -max(0, (round_number - 2) // self.grow_every)
+        if self.sigma is not None:
+            return torch.tensor(self.sigma * growth)
+        return None if scale is None else scale * (growth * self.participation / self.lr)
+
+    @property
+    def rho_value(self) -> float:
+        """Weight of the preconditioner."""
+        if self.rho is not None:
+            return self.rho
+        return self.participation * self.momentum / ((1 - self.momentum) * self.lr)

@@ -1,0 +1,296 @@
+"""PISA: preconditioned inexact stochastic ADMM, and with it SISA and NSISA.
+
+Zhou, Wang, Luo, Zhu, Li, "Preconditioned inexact stochastic ADMM for deep models", Nature Machine Intelligence
+2026, doi 10.1038/s42256-026-01182-3, arXiv 2502.10784, Algorithm 1. Problem: min over w of
+sum_i alpha_i F_i(w) + (lambda/2)|w|^2. A round, for every client i that takes part:
+
+    g_i      = stochastic gradient of F_i at w
+    w_i      = w - (sigma I + rho Q_i)^-1 (P(g_i) + pi_i)         preconditioned primal step     (client)
+    pi_i    += sigma (w_i - w)                                    dual step            (client and server)
+    w        = sum_i alpha_i (sigma w_i + pi_i) / (sigma + lambda)        consensus              (server)
+
+The server keeps w_i and pi_i of every client in its ledger; absent clients' rows stay in the sum. The client
+keeps a replica of its own dual. `preconditioner` decides the method: `Identity` is PISA, `SecondMoment` SISA,
+`NewtonSchulz` and `Spectral` NSISA. sigma and rho come from `penalty`.
+
+Two departures from the paper, both one override away from its form (docs/algorithm.md derives them):
+
+*Alignment.* Every `align_every` rounds the clients send the statistic that Q is built from, the server averages
+it (weights alpha_i) and sends everyone the same Q, a round later; `align_every: 0` keeps each client's own.
+*Local steps.* `local_steps` K > 1 goes on with the subproblem before the dual step,
+w_i -= (sigma I + rho Q)^-1 (P(g_i(w_i)) + pi_i + sigma (w_i - w)), K times in all from w_i = w.
+
+With an automatic penalty and a Q that was never observed, the first round only measures: w_i = w, pi_i = 0.
+
+Symbols: w `consensus`, w_i `weights`, pi_i `dual`, g_i `gradient`, g_i + pi_i `residual`, lambda `lambda_`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from strategies.client import ClientHalf, Cohort, Instruction, Update
+from strategies.layout import Layout
+from strategies.ledger import Ledger
+from strategies.messages import (
+    ACCEPTED,
+    ARRAYS,
+    CONFIG,
+    EXAMPLES,
+    METRICS,
+    ROUND,
+    STATE,
+    STATE_LOST,
+    WEIGHTS,
+    Field,
+    integer,
+    record,
+    vectors,
+)
+from strategies.penalty import Penalty
+from strategies.preconditioners import Preconditioner
+
+DUAL = "dual"
+
+
+class Pisa(Strategy):
+    """Server half: the ledger's dual step, the consensus, and the clients' common Q.
+
+    Args:
+        layout: Layout of the model's parameters.
+        preconditioner: Q, given its layout.
+        penalty: sigma and rho.
+        lambda_: Weight of (lambda/2)|w|^2; the authors' federated setting: 5e-3.
+        align_every: Rounds between exchanges of the statistic; 0 leaves every client its own.
+        alpha: `examples` (n_i/n, the paper) or `uniform` (1/N).
+
+    Raises:
+        ValueError: A value is outside its range, or the automatic penalty is asked for without alignment.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        preconditioner: partial[Preconditioner],
+        penalty: Penalty,
+        lambda_: float,
+        align_every: int,
+        alpha: Literal["examples", "uniform"],
+    ) -> None:
+        if lambda_ < 0:
+            raise ValueError(f"strategy.lambda must not be negative, got {lambda_}")
+        if alpha not in ("examples", "uniform"):
+            raise ValueError(f"strategy.alpha must be examples or uniform, got {alpha}")
+        self.preconditioner, self.penalty = preconditioner(layout), penalty
+        self.lambda_, self.align_every = lambda_, align_every
+        _check_alignment(align_every, penalty, self.preconditioner)
+        self.ledger = Ledger(layout, uniform=alpha == "uniform")
+        self._layout = layout
+        self._shared = {
+            name: torch.zeros(1, field.size) for name, field in self.preconditioner.state_fields().items()
+        }
+        self._consensus = torch.empty(0)
+        self._resupply: set[int] = set()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send the consensus, the common Q and the round last accepted to every node of the grid."""
+        sent = vectors(arrays)
+        self._consensus = sent[WEIGHTS]
+        if self.align_every:
+            sent |= {name: row[0] for name, row in self._shared.items()}
+        payload = record(sent)
+        for node in grid.get_node_ids():
+            accepted = {ROUND: server_round, ACCEPTED: self.ledger.accepted_round(node)}
+            content = RecordDict({ARRAYS: payload, CONFIG: ConfigRecord(dict(config) | accepted)})
+            if node in self._resupply:
+                content[STATE] = record({DUAL: self.ledger.dual(node)})
+            yield Message(content, message_type=MessageType.TRAIN, dst_node_id=node)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Dual step of every client that answered, then the statistic, then the consensus."""
+        answers, examples = {}, {}
+        for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
+            node = reply.metadata.src_node_id
+            if not reply.has_error():
+                answers[node] = vectors(reply.content.array_records[ARRAYS])
+                examples[node] = integer(reply.content.metric_records[METRICS], EXAMPLES)
+            elif reply.error.code == STATE_LOST and self.ledger.accepted_round(node):
+                self._resupply.add(node)
+        if not answers:
+            return None, None
+        self._resupply -= answers.keys()
+        self.ledger.admit(list(answers))
+        sigma = self._sigma(server_round)
+        for node, arrays in answers.items():
+            self.ledger.accept(node, server_round, arrays[WEIGHTS], self._consensus, sigma, examples[node])
+        average = self._average(answers)
+        if _measures(server_round, self.align_every):
+            statistic = {name: average[name][None] for name in self.preconditioner.statistic_fields()}
+            self._shared = self.preconditioner.accumulate(self._shared, statistic)
+        sigma = self._sigma(server_round + 1)
+        consensus = self._consensus if sigma is None else self.ledger.consensus(sigma, self.lambda_)
+        metrics = MetricRecord(
+            {
+                "primal-residual": self.ledger.primal_residual(consensus),
+                "dual-residual": self.ledger.dual_residual(consensus, self.lambda_),
+            }
+        )
+        return record({WEIGHTS: consensus}), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nothing of the clients: the consensus is evaluated on the server."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing was asked."""
+        return None
+
+    def summary(self) -> None:
+        """Say nothing: the run directory holds the configuration."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The ledger and the common Q, for a checkpoint."""
+        return {f"ledger.{name}": v for name, v in self.ledger.state_dict().items()} | {
+            f"shared.{name}": v for name, v in self._shared.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        parts: dict[str, dict[str, Tensor]] = {"ledger": {}, "shared": {}}
+        for name, value in state.items():
+            part, _, key = name.partition(".")
+            parts[part][key] = value
+        self.ledger.load_state_dict(parts["ledger"])
+        self._shared = parts["shared"]
+
+    def _sigma(self, round_number: int) -> Tensor | None:
+        return self.penalty.sigma_at(round_number, self.preconditioner.scale(self._shared))
+
+    def _average(self, answers: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Averages of what came beside the weights, by the alpha_i of those who answered."""
+        alpha = dict(zip(self.ledger.clients, self.ledger.alpha.tolist(), strict=True))
+        total = sum(alpha[node] for node in answers)
+        names = next(iter(answers.values())).keys() - {WEIGHTS}
+        shares = torch.tensor([alpha[node] / total for node in answers])
+        return {name: shares @ torch.stack([arrays[name] for arrays in answers.values()]) for name in names}
+
+
+class PisaClient(ClientHalf):
+    """Client half: the preconditioned local steps and the replica of the dual.
+
+    Args:
+        layout: Layout of the model's parameters.
+        preconditioner: Q, given its layout; the server's.
+        penalty: sigma and rho; the server's.
+        align_every: As the server's.
+        local_steps: K; the paper: 1.
+        gradient: `mean`: of the loss over all the client's examples; `sum`: the sum of its mini-batches'
+            mean gradients (the authors' federated code); `batch`: of one mini-batch a step.
+
+    Raises:
+        ValueError: A value is outside its range, or the automatic penalty is asked for without alignment.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        preconditioner: partial[Preconditioner],
+        penalty: Penalty,
+        align_every: int,
+        local_steps: int,
+        gradient: Literal["mean", "sum", "batch"],
+    ) -> None:
+        if not isinstance(local_steps, int) or local_steps < 1:
+            raise ValueError(f"strategy.local_steps must be a whole number of 1 or more, got {local_steps}")
+        if gradient not in ("mean", "sum", "batch"):
+            raise ValueError(f"strategy.gradient must be mean, sum or batch, got {gradient}")
+        self.layout, self.preconditioner, self.penalty = layout, preconditioner(layout), penalty
+        self.align_every, self.local_steps, self.gradient = align_every, local_steps, gradient
+        _check_alignment(align_every, penalty, self.preconditioner)
+
+    def state_sizes(self) -> dict[str, int]:
+        """The dual and, unaligned, the client's own Q."""
+        own = {} if self.align_every else self.preconditioner.state_fields()
+        return {DUAL: self.layout.size} | {name: field.size for name, field in own.items()}
+
+    def reply_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
+        """The weights and, in rounds that measure, the statistic."""
+        fields = super().reply_fields(config)
+        if _measures(integer(config, ROUND), self.align_every):
+            fields |= self.preconditioner.statistic_fields()
+        return fields
+
+    def solve(self, cohort: Cohort, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
+        """K local steps and the dual step; see the module's equations."""
+        preconditioner, penalty = self.preconditioner, self.penalty
+        round_number = integer(instruction.config, ROUND)
+        consensus, dual = instruction.arrays[WEIGHTS], state[DUAL]
+        held = {
+            name: instruction.arrays[name][None] if self.align_every else state[name]
+            for name in preconditioner.state_fields()
+        }
+        gradients = self._gradients(cohort)
+        gradient, loss = gradients(consensus)
+        statistic = preconditioner.statistic(gradient, gradient + dual)
+        announced = statistic if _measures(round_number, self.align_every) else {}
+        scale = preconditioner.scale(held) if penalty.sigma is None else None
+        sigma = penalty.sigma_at(round_number, scale)
+        if sigma is None:
+            weights = consensus.repeat(len(cohort.clients), 1)
+            return Update({WEIGHTS: weights} | announced, loss, {DUAL: dual})
+        if not self.align_every or _nothing_observed(held):
+            held = preconditioner.accumulate(held, statistic)
+        sigma, rho = sigma.to(consensus.device), penalty.rho_value
+        weights = consensus
+        for step in range(self.local_steps):
+            if step:
+                gradient, _ = gradients(weights)
+                if not self.align_every:
+                    statistic = preconditioner.statistic(gradient, gradient + dual)
+                    held = preconditioner.accumulate(held, statistic)
+            direction = preconditioner.direction(held, gradient)
+            residual = direction + dual + sigma * (weights - consensus)
+            weights = weights - preconditioner.solve(held, residual, sigma, rho)
+        dual = dual + sigma * (weights - consensus)
+        kept = {} if self.align_every else held
+        return Update({WEIGHTS: weights} | announced, loss, {DUAL: dual} | kept)
+
+    def _gradients(self, cohort: Cohort) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """The stochastic gradient: at weights (d,) or (C, d), gradients (C, d) and losses (C,)."""
+        if self.gradient != "batch":
+            return lambda weights: cohort.full_gradient(weights, self.gradient)
+        batches = cohort.batches(epochs=self.local_steps)
+        return lambda weights: cohort.gradient(weights, next(batches))
+
+
+def _measures(round_number: int, align_every: int) -> bool:
+    """Whether clients send the statistic in this round (counted from 1)."""
+    return align_every > 0 and (round_number - 1) % align_every == 0
+
+
+def _nothing_observed(held: Mapping[str, Tensor]) -> bool:
+    return not any(vector.any() for vector in held.values())
+
+
+def _check_alignment(align_every: int, penalty: Penalty, preconditioner: Preconditioner) -> None:
+    if align_every < 0:
+        raise ValueError(f"strategy.align_every must be 0 (never) or more rounds, got {align_every}")
+    if not align_every and penalty.sigma is None and preconditioner.state_fields():
+        raise ValueError(
+            "strategy.align_every=0 gives every client its own Q, for which there is no common automatic penalty:"
+            " set strategy.sigma and strategy.rho by hand, or strategy.align_every=1"
+        )

@@ -1,0 +1,8 @@
+"""Preconditioners of PISA's local step, one file each, behind the protocol of `base`."""
+
+from strategies.preconditioners.base import Preconditioner
+from strategies.preconditioners.identity import Identity
+from strategies.preconditioners.newton_schulz import NewtonSchulz, Spectral
+from strategies.preconditioners.second_moment import SecondMoment
+
+__all__ = ["Identity", "NewtonSchulz", "Preconditioner", "SecondMoment", "Spectral"]

@@ -1,0 +1,63 @@
+"""What a preconditioner is: the matrix Q of PISA's primal step, and the statistics it is built from.
+
+    w_i = w - (sigma I + rho Q)^-1 (P(g_i) + pi_i)
+
+A *curvature* preconditioner knows a positive semi-definite Q and applies (sigma I + rho Q)^-1 exactly; its
+direction P is the identity. A *direction* preconditioner is a non-linear map P of the gradient.
+
+Q is built from the moving average of a *statistic*. Each client observes the statistic of its own
+residual. Unaligned, it averages its own (the paper's form) and the average is part of the client's state.
+Aligned, the server averages the clients' statistics (weights alpha_i) before they enter the moving average,
+and every client is sent the same Q: statistics of differently distributed clients differ ("preconditioner
+drift", arXiv 2602.19271), and so would their steps.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from strategies.layout import Layout
+from strategies.messages import Field
+
+State = Mapping[str, Tensor]
+"""Named vectors with a leading client axis, (C, size): one row a client, or a single row for all."""
+
+
+class Preconditioner(ABC):
+    """Q, as a function of an explicit state; a state of zeros is one that has observed nothing."""
+
+    layout: Layout
+
+    @abstractmethod
+    def state_fields(self) -> dict[str, Field]:
+        """The vectors of the state."""
+
+    @abstractmethod
+    def statistic_fields(self) -> dict[str, Field]:
+        """The vectors of the statistic."""
+
+    def statistic(self, gradient: Tensor, residual: Tensor) -> dict[str, Tensor]:
+        """What one step observes, from gradient g_i (C, d) and residual g_i + pi_i (C, d)."""
+        return {}
+
+    def accumulate(self, state: State, statistic: State) -> dict[str, Tensor]:
+        """The moving average after one more statistic."""
+        return {}
+
+    def direction(self, state: State, gradient: Tensor) -> Tensor:
+        """P(g), (C, d)."""
+        return gradient
+
+    @abstractmethod
+    def scale(self, state: State) -> Tensor | None:
+        """Typical size of Q for the automatic penalty, (d,); None before anything was observed.
+
+        The state has a single row: an automatic penalty is the same for every client.
+        """
+
+    @abstractmethod
+    def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
+        """(sigma I + rho Q)^-1 residual, (C, d), for a penalty sigma of shape (d,) or ()."""

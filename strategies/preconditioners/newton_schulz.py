@@ -1,0 +1,217 @@
+"""NSISA's preconditioners: steps orthogonalised by Newton-Schulz, and the same idea as a true Q.
+
+`NewtonSchulz` is the authors' form (NSISA, arXiv 2502.10784; code of its authors), for matrices W (m x n;
+convolutions as out x in*kh*kw), a direction followed by a soft sign:
+
+    b   = mu b + g
+    o   = NS5(g + mu b) sqrt(max(1, m/n))
+    u   = o + pi
+    w_i = w - u / (sigma + rho (|u| + eps))
+
+NS5 is five steps X <- a X + (b A + c A^2) X, A = X X^T, of X = G/|G|_F with Muon's coefficients: singular
+values end between 0.7 and 1.2, loosely. Since a sum of orthogonalised gradients may vanish where the sum of
+gradients does not, its fixed points under skew are not those of the problem.
+
+`Spectral` repairs that: Q is positive semi-definite and the residual stays linear in the gradient,
+
+    S = beta S + (1-beta) R R^T / n,     Q = (S / (1-beta^t))^(1/2)
+
+on the smaller side of the matrix, and (sigma I + rho Q)^-1 R is solved exactly by an eigendecomposition. At
+sigma = 0, beta = 0 and rho = 1 the step is sqrt(n) times R's orthogonal polar factor, whose elements have the size
+of one: `lr` means what it means for SISA.
+
+Tensors of fewer than two dimensions follow SISA in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from strategies.layout import Layout
+from strategies.messages import Field
+from strategies.preconditioners.base import Preconditioner, State
+from strategies.preconditioners.second_moment import SecondMoment
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Quintic of Muon (Jordan et al. 2024), steepest at zero, as NSISA's authors use it."""
+
+
+def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
+    """Approximate orthogonal polar factor of each matrix, (..., m, n) -> (..., m, n)."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class _Matrices:
+    """The matrices of a layout inside flat vectors, and which elements belong to none."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.shapes = layout.matrices
+        self.spans = layout.spans
+        self.outside = torch.ones(layout.size, dtype=torch.bool)
+        for name in self.shapes:
+            self.outside[self.spans[name]] = False
+
+    def of(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Each matrix of (C, d) as a view (C, m, n)."""
+        for name, (rows, columns) in self.shapes.items():
+            yield name, flat[:, self.spans[name]].unflatten(-1, (rows, columns))
+
+
+class NewtonSchulz(Preconditioner):
+    """The authors' NSISA; see the module's first equations.
+
+    Args:
+        layout: Layout of the model's parameters.
+        mu: Momentum of the orthogonalised gradient; the authors: 0.95.
+        steps: Newton-Schulz steps; the authors: 5.
+        eps: Added to |u|; the authors: 1e-8.
+        others: Preconditioner of tensors with fewer than two dimensions, given its layout.
+
+    Raises:
+        ValueError: A number is outside its range.
+    """
+
+    def __init__(
+        self, layout: Layout, mu: float, steps: int, eps: float, others: partial[SecondMoment]
+    ) -> None:
+        if not 0 <= mu < 1:
+            raise ValueError(f"strategy.preconditioner.mu must be at least 0 and below 1, got {mu}")
+        if steps < 1:
+            raise ValueError(f"strategy.preconditioner.steps must be at least 1, got {steps}")
+        self.layout = layout
+        self.mu, self.steps, self.eps = mu, steps, eps
+        self._others, self._matrices = others(layout), _Matrices(layout)
+
+    def state_fields(self) -> dict[str, Field]:
+        """SISA's moments, and `momentum` b (d,)."""
+        return self._others.state_fields() | {"momentum": Field(self.layout.size)}
+
+    def statistic_fields(self) -> dict[str, Field]:
+        """SISA's, and `gradient` (d,)."""
+        return self._others.statistic_fields() | {"gradient": Field(self.layout.size)}
+
+    def statistic(self, gradient: Tensor, residual: Tensor) -> dict[str, Tensor]:
+        """SISA's, and the gradient itself."""
+        return self._others.statistic(gradient, residual) | {"gradient": gradient}
+
+    def accumulate(self, state: State, statistic: State) -> dict[str, Tensor]:
+        """One step of the moments and of the momentum."""
+        return self._others.accumulate(state, statistic) | {
+            "momentum": state["momentum"] * self.mu + statistic["gradient"]
+        }
+
+    def direction(self, state: State, gradient: Tensor) -> Tensor:
+        """o for matrices, g for the rest."""
+        direction = gradient.clone()
+        targets = dict(self._matrices.of(direction))
+        for name, matrix in self._matrices.of(gradient + self.mu * state["momentum"]):
+            rows, columns = self._matrices.shapes[name]
+            targets[name].copy_(newton_schulz(matrix, self.steps) * max(1.0, rows / columns) ** 0.5)
+        return direction
+
+    def scale(self, state: State) -> Tensor | None:
+        """1/sqrt(n) for an m x n matrix, the size of an element of its orthogonal factor; SISA's for the rest."""
+        scale = self._others.scale(state)
+        if scale is None:
+            return None
+        for name, matrix in self._matrices.of(scale.unsqueeze(0)):
+            matrix.fill_(self._matrices.shapes[name][1] ** -0.5)
+        return scale
+
+    def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
+        """Soft sign of u for matrices, SISA's step for the rest."""
+        root = torch.where(
+            self._matrices.outside.to(residual.device), self._others.root(state), residual.abs() + self.eps
+        )
+        return residual / (sigma + rho * root)
+
+
+class Spectral(Preconditioner):
+    """NSISA as a curvature preconditioner; see the module's second equations.
+
+    Args:
+        layout: Layout of the model's parameters.
+        beta: Decay of the moving average of the Gram matrices.
+        others: Preconditioner of tensors with fewer than two dimensions, given its layout.
+
+    Raises:
+        ValueError: A number is outside its range.
+    """
+
+    def __init__(self, layout: Layout, beta: float, others: partial[SecondMoment]) -> None:
+        if not 0 <= beta < 1:
+            raise ValueError(f"strategy.preconditioner.beta must be at least 0 and below 1, got {beta}")
+        self.layout, self.beta = layout, beta
+        self._others, self._matrices = others(layout), _Matrices(layout)
+        self._sides = {name: min(shape) for name, shape in layout.matrices.items()}
+
+    def state_fields(self) -> dict[str, Field]:
+        """SISA's moments; `gram` and `gram-mass`: the Gram matrices of all tensors, one after the other."""
+        size = sum(side**2 for side in self._sides.values())
+        return self._others.state_fields() | {"gram": Field(size), "gram-mass": Field(1, minimum=0.0)}
+
+    def statistic_fields(self) -> dict[str, Field]:
+        """SISA's, and `residual` (d,)."""
+        return self._others.statistic_fields() | {"residual": Field(self.layout.size)}
+
+    def statistic(self, gradient: Tensor, residual: Tensor) -> dict[str, Tensor]:
+        """SISA's, and the residual itself."""
+        return self._others.statistic(gradient, residual) | {"residual": residual}
+
+    def accumulate(self, state: State, statistic: State) -> dict[str, Tensor]:
+        """One step of the moving averages."""
+        grams = []
+        for _, matrix in self._matrices.of(statistic["residual"]):
+            wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+            grams.append((wide @ wide.mT / wide.shape[-1]).flatten(start_dim=1))
+        gram = torch.cat(grams, dim=1) if grams else state["gram"]
+        return self._others.accumulate(state, statistic) | {
+            "gram": state["gram"] * self.beta + gram * (1 - self.beta),
+            "gram-mass": state["gram-mass"] * self.beta + (1 - self.beta),
+        }
+
+    def scale(self, state: State) -> Tensor | None:
+        """Mean eigenvalue of Q for each matrix, SISA's for the rest."""
+        scale = self._others.scale(state)
+        if scale is None:
+            return None
+        spectra = dict(self._spectra(state))
+        for name, part in self._matrices.of(scale.unsqueeze(0)):
+            part.fill_(float(spectra[name][0].mean()))
+        return scale
+
+    def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
+        """V diag(1/(sigma + rho s)) V^T R for matrices, on their smaller side; SISA's step for the rest."""
+        step = self._others.solve(state, residual, sigma, rho)
+        targets = dict(self._matrices.of(step))
+        matrices = dict(self._matrices.of(residual))
+        sigmas = dict(self._matrices.of(sigma.expand(1, self.layout.size)))
+        for name, (roots, vectors) in self._spectra(state):
+            matrix = matrices[name]
+            tall = matrix.shape[-2] > matrix.shape[-1]
+            wide = matrix.mT if tall else matrix
+            # sigma is one number a tensor, so any of its elements will do
+            shifted = sigmas[name][:, 0, 0, None] + rho * roots
+            solved = vectors @ ((vectors.mT @ wide) / shifted.unsqueeze(-1))
+            targets[name].copy_(solved.mT if tall else solved)
+        return step
+
+    def _spectra(self, state: State) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """Eigenvalues (C, side) and eigenvectors (C, side, side) of each Q."""
+        start = 0
+        for name, side in self._sides.items():
+            gram = state["gram"][:, start : start + side**2].unflatten(-1, (side, side))
+            start += side**2
+            values, vectors = torch.linalg.eigh(gram / state["gram-mass"].unsqueeze(-1))
+            yield name, (values.clamp(min=0).sqrt(), vectors)

@@ -1,0 +1,107 @@
+"""SISA's preconditioner: Q = diag of the root second moment of the residual (arXiv 2502.10784, Algorithm 2).
+
+    v  = beta v + (1-beta) (g + pi)^2
+    v^ = v / (1-beta^t)
+    Q  = diag(sqrt(v^) + eps)
+
+The factor 1-beta^t is kept as the moving average of the constant one (`mass`), which stays right when
+averages of several clients are mixed. The authors' federated code never advances t beyond one:
+`bias_correction: first_step` divides by 1-beta for ever.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from strategies.layout import Layout
+from strategies.messages import Field
+from strategies.preconditioners.base import Preconditioner, State
+
+
+class SecondMoment(Preconditioner):
+    """Element-wise adaptive steps.
+
+    Args:
+        layout: Layout of the model's parameters.
+        beta: Decay of the moving average; the authors: 0.999.
+        eps: Added to the root; the authors: 1e-8.
+        moment_of: `residual` (g + pi, the paper) or `gradient` (g).
+        average: What the server averages when clients are aligned. `residual`: their residuals, whose
+            average is then squared, so that Q is that of the whole federation's residual, whatever the
+            skew. `square`: their squared residuals.
+        bias_correction: `exact`, or the authors' `first_step`.
+
+    Raises:
+        ValueError: A value is outside its range.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        beta: float,
+        eps: float,
+        moment_of: Literal["residual", "gradient"],
+        average: Literal["residual", "square"],
+        bias_correction: Literal["exact", "first_step"],
+    ) -> None:
+        one_of("moment_of", moment_of, ("residual", "gradient"))
+        one_of("average", average, ("residual", "square"))
+        one_of("bias_correction", bias_correction, ("exact", "first_step"))
+        if not 0 <= beta < 1:
+            raise ValueError(f"strategy.preconditioner.beta must be at least 0 and below 1, got {beta}")
+        if eps < 0:
+            raise ValueError(f"strategy.preconditioner.eps must not be negative, got {eps}")
+        self.layout = layout
+        self.beta, self.eps = beta, eps
+        self._of_gradient = moment_of == "gradient"
+        self._squared = average == "square"
+        self._exact = bias_correction == "exact"
+
+    def state_fields(self) -> dict[str, Field]:
+        """`moment` v (d,) and `mass` 1-beta^t (1,)."""
+        return {"moment": Field(self.layout.size, minimum=0.0), "mass": Field(1, minimum=0.0)}
+
+    def statistic_fields(self) -> dict[str, Field]:
+        """`observed`: the residual or its square, (d,)."""
+        return {"observed": Field(self.layout.size, minimum=0.0 if self._squared else -float("inf"))}
+
+    def statistic(self, gradient: Tensor, residual: Tensor) -> dict[str, Tensor]:
+        """The residual (or gradient), squared if squares are to be averaged."""
+        observed = gradient if self._of_gradient else residual
+        return {"observed": observed.square() if self._squared else observed}
+
+    def accumulate(self, state: State, statistic: State) -> dict[str, Tensor]:
+        """One step of the moving averages."""
+        observed = statistic["observed"]
+        square = observed if self._squared else observed.square()
+        return {
+            "moment": state["moment"] * self.beta + square * (1 - self.beta),
+            "mass": state["mass"] * self.beta + (1 - self.beta),
+        }
+
+    def root(self, state: State) -> Tensor:
+        """Diagonal of Q: sqrt(v^) + eps, (C, d)."""
+        mass = state["mass"] if self._exact else 1 - self.beta
+        return (state["moment"] / mass).sqrt() + self.eps
+
+    def scale(self, state: State) -> Tensor | None:
+        """Mean of Q's diagonal over each tensor, (d,)."""
+        if not state["mass"].any():
+            return None
+        return self.layout.expand(self.layout.mean(self.root(state)))[0]
+
+    def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
+        """Residual / (sigma + rho (sqrt(v^) + eps)), element by element."""
+        return residual / (sigma + rho * self.root(state))
+
+
+def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Check an option of a preconditioner.
+
+    Raises:
+        ValueError: It is none of the allowed ones.
+    """
+    if value not in allowed:
+        raise ValueError(f"strategy.preconditioner.{key} must be one of {', '.join(allowed)}, got {value}")
