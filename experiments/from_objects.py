@@ -16,11 +16,13 @@ from strategies.preconditioners import SecondMoment
 def main(rounds: int = 10) -> list[float]:
     """SISA on MNIST digits dealt by Dirichlet(0.1); returns the test accuracy of every round."""
     data = mnist_mini(mean=0.1307, std=0.3081)
-    partitioner = DirichletPartitioner(10, seed=0, alpha=0.1, min_examples=10, self_balancing=True, max_redraws=1000)
+    partitioner = DirichletPartitioner(
+        10, seed=0, alpha=0.1, min_examples=10, self_balancing=True, max_redraws=1000
+    )
     model = seeded(0, lambda: mlp(data.shape, classes=10, hidden=[100]))
     layout = Layout.of_parameters(model)
     second_moment = partial(
-        SecondMoment, beta=0.9, eps=1e-8, moment_of="residual", average="residual", bias_correction="exact"
+        SecondMoment, beta=0.99, eps=1e-8, moment_of="gradient", average="vector", bias_correction="exact"
     )
     penalty = Penalty(lr=0.004, momentum=0.95, sigma=None, rho=None, gamma=1.0, grow_every=10)
     federation = Federation(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pisa_fl.data import ImageData
     from pisa_fl.engines.local import LocalGrid
     from pisa_fl.federation import Federation
-    from pisa_fl.run import Result, prepare, resume, run
+    from pisa_fl.simulation import Result, prepare, resume, run
 
 __all__ = [
     "ConfigurationError",
@@ -34,11 +34,11 @@ _HOMES = {
     "Federation": "federation",
     "ImageData": "data",
     "LocalGrid": "engines.local",
-    "Result": "run",
+    "Result": "simulation",
     "compose": "config",
-    "prepare": "run",
-    "resume": "run",
-    "run": "run",
+    "prepare": "simulation",
+    "resume": "simulation",
+    "run": "simulation",
 }
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from pisa_fl.config import ConfigurationError
 from pisa_fl.federation import Federation
 from pisa_fl.gateway import Traffic
 from pisa_fl.host import ClientState
@@ -71,7 +72,7 @@ def load_checkpoint(federation: Federation, folder: Path) -> None:
     """Bring the federation to the last checkpoint that is whole.
 
     Raises:
-        ValueError: There is none.
+        ConfigurationError: There is none.
     """
     for path in sorted(folder.glob("round-*"), reverse=True):
         try:
@@ -82,12 +83,12 @@ def load_checkpoint(federation: Federation, folder: Path) -> None:
                 for name, content in files.items()
             ):
                 raise ValueError("its files are not what was written")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("checkpoint %s is damaged (%s), trying the one before", path.name, error)
             continue
         _restore(federation, state, files)
         return
-    raise ValueError(f"resume: {folder} holds no checkpoint that is whole")
+    raise ConfigurationError(f"resume: {folder} holds no checkpoint that is whole")
 
 
 def _restore(federation: Federation, state: Mapping[str, Any], files: Mapping[str, bytes]) -> None:

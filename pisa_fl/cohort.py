@@ -37,6 +37,8 @@ class FlatModel:
         self.layout = Layout.of_parameters(model)
         self.buffer_layout = Layout.of_buffers(model)
         self.device = device
+        # BatchNorm's batch counter and its like: they are restored for every client in turn
+        self._integers = {n: b.clone() for n, b in model.named_buffers() if not b.is_floating_point()}
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights = self.layout.flatten(parameters).to(device)
         self.gradient = torch.zeros_like(self.weights)
@@ -55,7 +57,7 @@ class FlatModel:
         self.weights.copy_(weights)
         if buffers is not None and self.buffer_layout.size:
             own = dict(self.module.named_buffers())
-            for name, value in self.buffer_layout.views(buffers).items():
+            for name, value in {**self.buffer_layout.views(buffers), **self._integers}.items():
                 own[name].copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -146,8 +148,10 @@ class LocalCohort:
 
     def full_gradient(self, weights: Tensor, gradient: str) -> tuple[Tensor, Tensor]:
         """Gradient (C, d) and mean loss (C,) over all examples, in the order they were dealt."""
-        keeps_statistics = self._model.buffer_layout.size > 0
-        step = self._batch_size if keeps_statistics else max(1, self._chunk // len(self.clients))
+        # running statistics and random draws depend on which examples are read together
+        disturbed = self._data.augment is not None or any(e.noise_std for e in self._examples)
+        fixed = disturbed or self._model.buffer_layout.size > 0
+        step = self._batch_size if fixed else max(1, self._chunk // len(self.clients))
         lengths = [len(e) for e in self._examples]
         total = torch.zeros(len(self.clients), self.layout.size, device=self._model.device)
         loss = total.new_zeros(len(self.clients))

@@ -26,7 +26,7 @@ from pisa_fl.gateway import Gateway
 from pisa_fl.host import ClientHost
 from pisa_fl.randomness import numpy_generator
 from strategies import ClientHalf
-from strategies.messages import WEIGHTS, record, vectors
+from strategies.messages import DIFFERENTIATED, LOSS, WEIGHTS, record, vectors
 
 # Flower's strategies report every round on their own; the run directory and the display do that here
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -123,7 +123,9 @@ class Federation:
                 f"no client gave an acceptable reply in round {number}; client {client}: {reason}"
             )
         arrays, metrics = self.strategy.aggregate_train(number, replies)
-        self.arrays = arrays if arrays is not None else self.arrays
+        if arrays is not None:
+            # Flower's adaptive servers answer in float64
+            self.arrays = record(vectors(arrays))
         self._evaluate_on_clients(number)
         self.round = number
         self.seconds += time.perf_counter() - start
@@ -153,7 +155,9 @@ class Federation:
             "clients_ok": traffic.clients_ok,
             "clients_failed": traffic.clients_failed,
         }
-        named = {key.replace("-", "_"): value for key, value in reported.items()}
+        # what Flower's strategies average of the clients' replies is here already
+        added = {key: value for key, value in reported.items() if key not in (LOSS, DIFFERENTIATED)}
+        named = {key.replace("-", "_"): value for key, value in added.items()}
         return {key: float(value) for key, value in named.items() if isinstance(value, int | float)} | metrics
 
     def load_weights(self) -> None:

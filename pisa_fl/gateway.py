@@ -167,8 +167,11 @@ class Gateway(Grid):
             return f"metrics {sorted(metrics)} are not those of a training reply"
         if not all(isinstance(v, int | float) and math.isfinite(v) for v in metrics.values()):
             return f"metrics hold NaN, infinite values or lists: {dict(metrics)}"
-        if not (isinstance(metrics[EXAMPLES], int) and 0 < integer(metrics, EXAMPLES) < 2**40):
-            return f"impossible number of examples: {metrics[EXAMPLES]}"
+        for name, least in ((EXAMPLES, 1), (DIFFERENTIATED, 0)):
+            if not (isinstance(metrics[name], int) and least <= integer(metrics, name) < 2**40):
+                return f"impossible number of examples: {name} {metrics[name]}"
+        if reply.content.config_records:
+            return f"config records {sorted(reply.content.config_records)}, expected none"
         if set(reply.content.array_records) != {ARRAYS}:
             return f"array records {sorted(reply.content.array_records)}, expected ['{ARRAYS}']"
         return fault(reply.content.array_records[ARRAYS], self._expected(instruction.content))

@@ -66,6 +66,8 @@ class ClientState:
         if self.pending_round == accepted_round:
             self.round, self.accepted = accepted_round, self.pending
         self.pending_round, self.pending = None, {}
+        if accepted_round == 0:  # the server knows nothing of this client: both are at the start
+            self.round, self.accepted = 0, {}
         return self.round == accepted_round
 
 
@@ -98,6 +100,7 @@ class ClientHost:
         self.states = {client: ClientState() for client in clients}
         self._model, self._half, self._data = model, half, data
         self._seed, self._batch_size, self._chunk, self._cohort = seed, batch_size, chunk, cohort
+        self._shown: set[str] = set()
 
     def handle(self, messages: Sequence[tuple[int, Message]]) -> Iterator[Message]:
         """Answer messages, given with the number of the client each is for; errors are answers too."""
@@ -109,10 +112,19 @@ class ClientHost:
                     yield from self._train(group)
             except Exception as error:
                 clients = ", ".join(str(client) for client, _ in group)
-                log.error("client %s failed in training:\n%s", clients, traceback.format_exc())
+                self._show(clients, error)
                 reason = f"client {clients}: {type(error).__name__}: {error}"
                 for _, message in group:
                     yield Message(Error(CLIENT_FAILED, reason), reply_to=message)
+
+    def _show(self, clients: str, error: Exception) -> None:
+        """Log the traceback of a client's error, once for every place that raises."""
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{last.filename}:{last.lineno}"
+        if place not in self._shown:
+            self._shown.add(place)
+            trace = "".join(traceback.format_exception(error))
+            log.error("client %s failed:\n%s", clients, trace)
 
     def _train(self, group: Sequence[tuple[int, Message]]) -> Iterator[Message]:
         ready = []

@@ -59,7 +59,7 @@ def _task(config: DictConfig) -> None:
 
     from pisa_fl.federation import NoReplyError
     from pisa_fl.progress import console
-    from pisa_fl.run import Interrupted, run
+    from pisa_fl.simulation import Interrupted, run
 
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
@@ -110,12 +110,12 @@ def _say(text: str) -> None:
 
 
 def _remove_if_empty(directory: Path) -> None:
-    """Take back the folders below the working directory that Hydra made for a run that wrote nothing."""
-    here = Path.cwd()
-    with suppress(OSError):
+    """Take back the folders that Hydra made for a run that wrote nothing."""
+    with suppress(OSError):  # the first that is not empty ends it
         for folder in (directory, *directory.parents):
-            if here in folder.parents:
-                folder.rmdir()
+            if Path.cwd().is_relative_to(folder):
+                break
+            folder.rmdir()
 
 
 if __name__ == "__main__":

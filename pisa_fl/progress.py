@@ -80,8 +80,8 @@ def show_summary(summary: dict[str, Any], directory: str) -> None:
         "payload up / down", f"{_megabytes(summary['bytes_up'])} / {_megabytes(summary['bytes_down'])}"
     )
     table.add_row("training time", f"{math.ceil(summary['seconds'])} s")
-    table.add_row("run directory", directory)
     console.print(table)
+    console.print(f"run directory: {directory}", soft_wrap=True)
 
 
 def _megabytes(count: int) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -85,10 +85,12 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         for summary in sorted(folder.rglob("summary.json"), key=lambda path: _natural(path)):
             directory = summary.parent
             config = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
-            assert isinstance(config, dict)
-            runs.append(Run(directory, _flat(config), read_metrics(directory), json.loads(summary.read_text())))
+            flat = _flat(cast(dict[str, Any], config))
+            runs.append(Run(directory, flat, read_metrics(directory), json.loads(summary.read_text())))
     if not runs:
-        raise ValueError(f"no finished run below {', '.join(map(str, folders))}: give a run directory or a sweep's")
+        raise ValueError(
+            f"no finished run below {', '.join(map(str, folders))}: give a run directory or a sweep's"
+        )
     return runs
 
 
@@ -120,8 +122,19 @@ def report(folders: Sequence[Path], output: Path, title: str) -> str:
     """
     table = rows(find_runs(folders))
     parameters = list(dict.fromkeys(key for row in table for key in row.parameters))
-    targets = list(dict.fromkeys(target for row in table for run in row.runs for target in run.summary["targets"]))
-    header = ["strategy", *parameters, "seeds", "final accuracy, %", "best accuracy, %", "rounds", "passes", "MB"]
+    targets = list(
+        dict.fromkeys(target for row in table for run in row.runs for target in run.summary["targets"])
+    )
+    header = [
+        "strategy",
+        *parameters,
+        "seeds",
+        "final accuracy, %",
+        "best accuracy, %",
+        "rounds",
+        "passes",
+        "MB",
+    ]
     header += [f"rounds to {100 * float(target):g} %" for target in targets]
     lines = [_cells(row, parameters, targets) for row in table]
     text = _markdown(header, lines)
@@ -139,7 +152,11 @@ def _cells(row: Row, parameters: Sequence[str], targets: Sequence[str]) -> list[
     last = row.runs[0].summary
     cells = [row.method, *(str(row.parameters.get(key, "")) for key in parameters), str(len(row.runs))]
     cells += [_percent(row.accuracies("final_accuracy")), _percent(row.accuracies("best_accuracy"))]
-    cells += [str(last["rounds"]), f"{last['passes']:.0f}", f"{(last['bytes_up'] + last['bytes_down']) / 1e6:.1f}"]
+    cells += [
+        str(last["rounds"]),
+        f"{last['passes']:.0f}",
+        f"{(last['bytes_up'] + last['bytes_down']) / 1e6:.1f}",
+    ]
     for target in targets:
         reached = [run.summary["targets"].get(target) for run in row.runs]
         rounds = [r["round"] for r in reached if r is not None]
@@ -161,7 +178,9 @@ def _draw_sweep(table: Sequence[Row], parameter: str, path: Path) -> None:
     points: dict[str, list[tuple[Any, list[float]]]] = {}
     for row in table:
         if parameter in row.parameters:
-            points.setdefault(row.method, []).append((row.parameters[parameter], row.accuracies("final_accuracy")))
+            points.setdefault(row.method, []).append(
+                (row.parameters[parameter], row.accuracies("final_accuracy"))
+            )
     ordered = {
         method: sorted(own, key=lambda p: (isinstance(p[0], str), p[0])) for method, own in points.items()
     }

@@ -56,15 +56,25 @@ def write_config(path: Path, config: DictConfig) -> None:
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
     """Append one line of JSON; values that are not finite become null, which JSON can hold."""
-    cleaned = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     with path.open("a") as file:
-        file.write(json.dumps(cleaned) + "\n")
+        file.write(json.dumps(_finite(values)) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file; an incomplete last line, left by a kill, is dropped."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def read_metrics(directory: Path) -> list[Metrics]:
-    """The lines of metrics.jsonl; an incomplete last line, left by a kill, is dropped."""
-    lines = (directory / "metrics.jsonl").read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The lines of metrics.jsonl."""
+    return read_lines(directory / "metrics.jsonl")
+
+
+def rewind(directory: Path, last: int) -> None:
+    """Take the lines of the rounds after `last` out of metrics.jsonl and failures.jsonl."""
+    for path in directory.glob("*.jsonl"):
+        kept = [line for line in read_lines(path) if line["round"] <= last]
+        write(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def summarise(metrics: Sequence[Metrics], targets: Iterable[float], seed: int) -> dict[str, Any]:
@@ -91,18 +101,25 @@ def summarise(metrics: Sequence[Metrics], targets: Iterable[float], seed: int) -
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json."""
-    write(path, json.dumps(summary, indent=2) + "\n")
+    write(path, json.dumps(_finite(summary), indent=2) + "\n")
 
 
 def write_events(directory: Path, metrics: Sequence[Metrics]) -> None:
-    """Write every metric as a TensorBoard curve over the rounds."""
+    """Write every metric as a TensorBoard curve over the rounds, in place of what was there."""
     from torch.utils.tensorboard import SummaryWriter
 
+    for old in directory.glob("events.out.tfevents.*"):
+        old.unlink()
     with SummaryWriter(str(directory)) as writer:
         for line in metrics:
             for key, value in line.items():
                 if key != "round" and value is not None:
                     writer.add_scalar(key, value, int(line["round"]))
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With null for numbers that JSON cannot hold."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def _reached(metrics: Sequence[Metrics], target: float) -> dict[str, float] | None:
@@ -129,4 +146,4 @@ def git_commit() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() or None
+    return answer.stdout.strip() if answer.returncode == 0 else None  # a checkout may have no commit yet

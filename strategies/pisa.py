@@ -28,7 +28,6 @@ Symbols: w `consensus`, w_i `weights`, pi_i `dual`, g_i `gradient`, g_i + pi_i `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -79,7 +78,7 @@ class Pisa(Strategy):
     def __init__(
         self,
         layout: Layout,
-        preconditioner: partial[Preconditioner],
+        preconditioner: Callable[[Layout], Preconditioner],
         penalty: Penalty,
         lambda_: float,
         align_every: int,
@@ -208,7 +207,7 @@ class PisaClient(ClientHalf):
     def __init__(
         self,
         layout: Layout,
-        preconditioner: partial[Preconditioner],
+        preconditioner: Callable[[Layout], Preconditioner],
         penalty: Penalty,
         align_every: int,
         local_steps: int,

@@ -44,7 +44,9 @@ def round_times(federation: Federation, rounds: int) -> Iterator[float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7, help="pairs that count, after one that does not")
     parser.add_argument("overrides", nargs="*", help="as for pisa-fl")
     arguments = parser.parse_args()

@@ -16,17 +16,16 @@ gradients does not, its fixed points under skew are not those of the problem.
 
     S = beta S + (1-beta) R R^T / n,     Q = (S / (1-beta^t))^(1/2)
 
-on the smaller side of the matrix, and (sigma I + rho Q)^-1 R is solved exactly by an eigendecomposition. At
-sigma = 0, beta = 0 and rho = 1 the step is sqrt(n) times R's orthogonal polar factor, whose elements have the size
-of one: `lr` means what it means for SISA.
+on the smaller side of the matrix, R the gradient or residual, and (sigma I + rho Q)^-1 is applied exactly by an
+eigendecomposition. At sigma = 0, beta = 0 and rho = 1 the step along R is sqrt(n) times R's orthogonal polar
+factor, whose elements have the size of one: `lr` means what it means for SISA.
 
 Tensors of fewer than two dimensions follow SISA in both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ from torch import Tensor
 from strategies.layout import Layout
 from strategies.messages import Field
 from strategies.preconditioners.base import Preconditioner, State
-from strategies.preconditioners.second_moment import SecondMoment
+from strategies.preconditioners.second_moment import SecondMoment, one_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Quintic of Muon (Jordan et al. 2024), steepest at zero, as NSISA's authors use it."""
@@ -83,7 +82,7 @@ class NewtonSchulz(Preconditioner):
     """
 
     def __init__(
-        self, layout: Layout, mu: float, steps: int, eps: float, others: partial[SecondMoment]
+        self, layout: Layout, mu: float, steps: int, eps: float, others: Callable[[Layout], SecondMoment]
     ) -> None:
         if not 0 <= mu < 1:
             raise ValueError(f"strategy.preconditioner.mu must be at least 0 and below 1, got {mu}")
@@ -143,16 +142,21 @@ class Spectral(Preconditioner):
     Args:
         layout: Layout of the model's parameters.
         beta: Decay of the moving average of the Gram matrices.
+        moment_of: `residual` (g + pi) or `gradient` (g): whose Gram matrices.
         others: Preconditioner of tensors with fewer than two dimensions, given its layout.
 
     Raises:
         ValueError: A number is outside its range.
     """
 
-    def __init__(self, layout: Layout, beta: float, others: partial[SecondMoment]) -> None:
+    def __init__(
+        self, layout: Layout, beta: float, moment_of: str, others: Callable[[Layout], SecondMoment]
+    ) -> None:
         if not 0 <= beta < 1:
             raise ValueError(f"strategy.preconditioner.beta must be at least 0 and below 1, got {beta}")
+        one_of("moment_of", moment_of, ("residual", "gradient"))
         self.layout, self.beta = layout, beta
+        self._of_gradient = moment_of == "gradient"
         self._others, self._matrices = others(layout), _Matrices(layout)
         self._sides = {name: min(shape) for name, shape in layout.matrices.items()}
 
@@ -162,17 +166,18 @@ class Spectral(Preconditioner):
         return self._others.state_fields() | {"gram": Field(size), "gram-mass": Field(1, minimum=0.0)}
 
     def statistic_fields(self) -> dict[str, Field]:
-        """SISA's, and `residual` (d,)."""
-        return self._others.statistic_fields() | {"residual": Field(self.layout.size)}
+        """SISA's, and `factor` R (d,)."""
+        return self._others.statistic_fields() | {"factor": Field(self.layout.size)}
 
     def statistic(self, gradient: Tensor, residual: Tensor) -> dict[str, Tensor]:
-        """SISA's, and the residual itself."""
-        return self._others.statistic(gradient, residual) | {"residual": residual}
+        """SISA's, and the gradient or residual itself."""
+        factor = gradient if self._of_gradient else residual
+        return self._others.statistic(gradient, residual) | {"factor": factor}
 
     def accumulate(self, state: State, statistic: State) -> dict[str, Tensor]:
         """One step of the moving averages."""
         grams = []
-        for _, matrix in self._matrices.of(statistic["residual"]):
+        for _, matrix in self._matrices.of(statistic["factor"]):
             wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
             grams.append((wide @ wide.mT / wide.shape[-1]).flatten(start_dim=1))
         gram = torch.cat(grams, dim=1) if grams else state["gram"]

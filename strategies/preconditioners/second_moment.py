@@ -28,9 +28,9 @@ class SecondMoment(Preconditioner):
         beta: Decay of the moving average; the authors: 0.999.
         eps: Added to the root; the authors: 1e-8.
         moment_of: `residual` (g + pi, the paper) or `gradient` (g).
-        average: What the server averages when clients are aligned. `residual`: their residuals, whose
-            average is then squared, so that Q is that of the whole federation's residual, whatever the
-            skew. `square`: their squared residuals.
+        average: What the server averages when clients are aligned. `vector`: their residuals or gradients,
+            whose average is then squared, so that Q is that of the whole federation, whatever the skew.
+            `square`: their squares.
         bias_correction: `exact`, or the authors' `first_step`.
 
     Raises:
@@ -43,11 +43,11 @@ class SecondMoment(Preconditioner):
         beta: float,
         eps: float,
         moment_of: Literal["residual", "gradient"],
-        average: Literal["residual", "square"],
+        average: Literal["vector", "square"],
         bias_correction: Literal["exact", "first_step"],
     ) -> None:
         one_of("moment_of", moment_of, ("residual", "gradient"))
-        one_of("average", average, ("residual", "square"))
+        one_of("average", average, ("vector", "square"))
         one_of("bias_correction", bias_correction, ("exact", "first_step"))
         if not 0 <= beta < 1:
             raise ValueError(f"strategy.preconditioner.beta must be at least 0 and below 1, got {beta}")
@@ -64,7 +64,7 @@ class SecondMoment(Preconditioner):
         return {"moment": Field(self.layout.size, minimum=0.0), "mass": Field(1, minimum=0.0)}
 
     def statistic_fields(self) -> dict[str, Field]:
-        """`observed`: the residual or its square, (d,)."""
+        """`observed`: the residual or gradient, or its square, (d,)."""
         return {"observed": Field(self.layout.size, minimum=0.0 if self._squared else -float("inf"))}
 
     def statistic(self, gradient: Tensor, residual: Tensor) -> dict[str, Tensor]:

@@ -20,8 +20,8 @@ from torch import nn
 import partitioners
 from pisa_fl import rundir
 from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
-from pisa_fl.config import ConfigurationError, build, check
-from pisa_fl.federation import Federation, Metrics, seeded
+from pisa_fl.config import ConfigurationError, build, check, explain
+from pisa_fl.federation import Federation, Metrics, NoReplyError, seeded
 from pisa_fl.plots import draw_curves
 from pisa_fl.progress import Display, show_summary
 from strategies import Layout
@@ -55,12 +55,18 @@ def prepare(config: DictConfig) -> Federation:
 
     Raises:
         ConfigurationError: Something in it is impossible or missing.
-        ValueError, OSError: Likewise, said by the part that found it.
     """
-    check(config)
+    try:
+        check(config)
+        return _prepare(config)
+    except (ValueError, OSError) as error:
+        raise ConfigurationError(explain(error)) from error
+
+
+def _prepare(config: DictConfig) -> Federation:
     device = _device(str(config.device))
     threads = config.engine.threads
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if threads == "auto" else threads)
+    torch.set_num_threads(_cores() if threads == "auto" else threads)
     data = build(config.data)
     partitioner = build(config.partition)
     partition = partitioners.deal(partitioner, data.train_labels)
@@ -92,12 +98,13 @@ def run(config: DictConfig, directory: Path | str | None = None) -> Result:
         directory: Run directory, made if it is not there; None writes nothing.
 
     Raises:
-        ConfigurationError, ValueError, OSError: Before anything is written, if the configuration is impossible.
+        ConfigurationError: Before anything is written, if the configuration is impossible.
+        OSError: A file cannot be written.
         NoReplyError: No client of a round gave an acceptable reply.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written if there is a directory.
     """
     if config.resume is not None:
-        return resume(Path(config.resume))
+        return resume(Path(str(config.resume)))
     federation = prepare(config)
     path = None if directory is None else Path(directory)
     if path is not None:
@@ -110,18 +117,20 @@ def resume(directory: Path) -> Result:
     """Go on with an interrupted run, in its directory and with its configuration.
 
     Raises:
-        ConfigurationError, ValueError, OSError: It is no run directory, or holds no whole checkpoint.
+        ConfigurationError: It is no run directory, or holds no whole checkpoint.
     """
     if not (directory / "config.yaml").is_file():
         raise ConfigurationError(f"resume: {directory} is not a run directory, it has no config.yaml")
-    config = OmegaConf.load(directory / "config.yaml")
-    assert isinstance(config, DictConfig)
+    try:
+        config = OmegaConf.load(directory / "config.yaml")
+    except Exception as error:  # whatever the file makes the YAML parser raise
+        raise ConfigurationError(f"resume: {directory}/config.yaml cannot be read") from error
+    if not isinstance(config, DictConfig):
+        raise ConfigurationError(f"resume: {directory}/config.yaml cannot be read as a configuration")
     federation = prepare(config)
     load_checkpoint(federation, directory / "checkpoint")
-    metrics = [m for m in rundir.read_metrics(directory) if m["round"] <= federation.round]
-    rundir.write(directory / "metrics.jsonl", "")
-    for line in metrics:
-        rundir.append_line(directory / "metrics.jsonl", line)
+    rundir.rewind(directory, federation.round or -1)  # the untrained model is measured again
+    metrics = rundir.read_metrics(directory)
     return _run(federation, config, directory, metrics)
 
 
@@ -129,6 +138,7 @@ def _run(federation: Federation, config: DictConfig, path: Path | None, metrics:
     with (
         Display(config.name, config.rounds, federation.round, config.progress) as display,
         _stop_signals() as stop,
+        _last_failures(federation, path),
     ):
         for line in federation.rounds(config.rounds):
             metrics.append(line)
@@ -159,9 +169,24 @@ def _write_start(federation: Federation, config: DictConfig, path: Path) -> None
 
 def _write_round(federation: Federation, line: Metrics, path: Path) -> None:
     rundir.append_line(path / "metrics.jsonl", line)
+    _write_failures(federation, federation.round, path)
+
+
+def _write_failures(federation: Federation, round_number: int, path: Path) -> None:
     for client, reason in federation.gateway.traffic.failures:
-        failure = {"round": federation.round, "client": client, "reason": reason}
+        failure = {"round": round_number, "client": client, "reason": reason}
         rundir.append_line(path / "failures.jsonl", failure)
+
+
+@contextmanager
+def _last_failures(federation: Federation, path: Path | None) -> Iterator[None]:
+    """A round that ends the run for want of replies has no metrics, but its failures are written."""
+    try:
+        yield
+    except NoReplyError:
+        if path is not None:
+            _write_failures(federation, federation.round + 1, path)
+        raise
 
 
 def _write_end(
@@ -171,6 +196,11 @@ def _write_end(
     rundir.write_summary(path / "summary.json", summary)
     rundir.write_events(path, metrics)
     draw_curves(metrics, config.name, path / "curves.png")
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device(name: str) -> torch.device:
@@ -183,12 +213,16 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ConfigurationError(f"device={name} is no device of PyTorch: use auto, cpu or cuda") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigurationError(
+                f"device={name} asks for a GPU and there are {torch.cuda.device_count()}:"
+                " use device=auto or device=cpu"
+            )
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
         raise ConfigurationError(
-            f"device={name} asks for a GPU and there are {torch.cuda.device_count()}: use device=auto or device=cpu"
-        )
+            f"device={name} is no device that PyTorch can use here: use auto, cpu or cuda"
+        ) from None
     return device
 
 

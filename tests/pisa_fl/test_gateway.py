@@ -1,0 +1,289 @@
+"""The gateway between a strategy and clients that misbehave."""
+
+import io
+import math
+import re
+from zlib import crc32
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from pisa_fl.engines.local import LocalGrid
+from pisa_fl.gateway import REFUSED, Gateway
+from strategies import ClientHalf, Update
+from strategies.messages import Field, record
+
+D = 6
+NODES = (0, 1, 2, 3)
+
+
+class Half(ClientHalf):
+    """Answers with weights and a moment that must not be negative."""
+
+    def reply_fields(self, config):
+        return {"weights": Field(D), "moment": Field(2, minimum=0.0)}
+
+    def solve(self, cohort, instruction, state):
+        return Update({}, torch.empty(0))
+
+
+def arrays(node=0):
+    return {"weights": np.full(D, node, np.float32), "moment": np.ones(2, np.float32)}
+
+
+def metrics(node=0):
+    return {"num-examples": 10 + node, "train-loss": 0.5 + node, "examples-differentiated": 20 + node}
+
+
+def content(node=0, *, of=None, **changes):
+    """What client `node` answers; `changes` replace arrays or, through `of`, the metrics."""
+    named = {key: value for key, value in (arrays(node) | changes).items() if value is not None}
+    measured = {key: value for key, value in (metrics(node) | (of or {})).items() if value is not None}
+    return RecordDict(
+        {
+            "arrays": ArrayRecord({key: Array(np.asarray(value)) for key, value in named.items()}),
+            "metrics": MetricRecord(measured),
+        }
+    )
+
+
+class Scripted(LocalGrid):
+    """A grid whose clients answer from a script, {node: content, Error or None}, last client first."""
+
+    def __init__(self, script, nodes=NODES):
+        super().__init__(host=None)
+        self.script, self.nodes, self.sent = script, nodes, []
+
+    def get_node_ids(self):
+        return list(reversed(self.nodes))
+
+    def send_and_receive(self, messages, *, timeout=None):
+        self.sent = list(messages)
+        replies = []
+        for message in reversed(self.sent):
+            node = message.metadata.dst_node_id
+            answer = self.script.get(node, content(node))
+            if answer is not None:
+                replies.append(Message(answer, reply_to=message))
+        return replies
+
+
+def ask(script, half=None, buffers=None, message_type="train", instruction=None):
+    grid = Scripted(script)
+    gateway = Gateway(grid, half or Half(), torch.empty(0) if buffers is None else buffers, 0, 1.0)
+    gateway.begin(1)
+    payload = instruction or record({"weights": torch.zeros(D)})
+    messages = [
+        Message(RecordDict({"arrays": payload, "config": ConfigRecord({"server-round": 1})}), n, message_type)
+        for n in (2, 0, 3, 1)
+    ]
+    return gateway, grid, gateway.send_and_receive(messages)
+
+
+def forged():
+    """An array that says of itself what its bytes do not hold."""
+    answer = content(2)
+    other = Array(np.zeros(D + 1, np.float32))
+    answer["arrays"]["weights"] = Array("float32", (D,), other.stype, other.data)
+    return answer
+
+
+def unreadable():
+    answer = content(2)
+    answer["arrays"]["weights"] = Array("float32", (D,), "numpy.ndarray", b"no array")
+    return answer
+
+
+def pickled():
+    """An object array, whose reading would run code."""
+    answer = content(2)
+    other = Array(np.zeros(D, np.float32))
+    file = io.BytesIO()
+    np.save(file, np.array([{}] * D, dtype=object), allow_pickle=True)
+    answer["arrays"]["weights"] = Array("float32", (D,), other.stype, file.getvalue())
+    return answer
+
+
+def extra(name, value):
+    answer = content(2)
+    answer[name] = value
+    return answer
+
+
+def without(name):
+    answer = content(2)
+    del answer[name]
+    return answer
+
+
+BAD = {
+    "missing array": (content(2, moment=None), r"arrays \['weights'\] where \['moment', 'weights'\]"),
+    "foreign array": (content(2, more=np.zeros(1, np.float32)), "arrays .*'more'.* expected"),
+    "shape": (
+        content(2, weights=np.zeros(D + 1, np.float32)),
+        r"'weights' has shape \(7,\), expected \(6,\)",
+    ),
+    "matrix": (content(2, weights=np.zeros((1, D), np.float32)), r"'weights' has shape \(1, 6\)"),
+    "double": (content(2, weights=np.zeros(D)), "'weights' has type float64, expected float32"),
+    "NaN": (content(2, weights=np.float32([0, 0, math.nan, 0, 0, 0])), "'weights' holds NaN or infinite"),
+    "infinite": (
+        content(2, weights=np.float32([0, 0, -math.inf, 0, 0, 0])),
+        "'weights' holds NaN or infinite",
+    ),
+    "negative moment": (content(2, moment=np.float32([1, -1e-3])), "'moment' holds values below 0"),
+    "forged": (forged(), "'weights' holds float32.*not what it says"),
+    "unreadable": (unreadable(), "'weights' cannot be read"),
+    "pickled": (pickled(), "'weights' cannot be read"),
+    "no examples": (content(2, of={"num-examples": 0}), "impossible number of examples: num-examples 0"),
+    "negative examples": (
+        content(2, of={"num-examples": -5}),
+        "impossible number of examples: num-examples -5",
+    ),
+    "half an example": (
+        content(2, of={"num-examples": 2.5}),
+        "impossible number of examples: num-examples 2.5",
+    ),
+    "too many examples": (content(2, of={"num-examples": 2**50}), "impossible number of examples"),
+    "differentiated": (
+        content(2, of={"examples-differentiated": -1}),
+        "impossible number of examples: examples-differentiated -1",
+    ),
+    "half differentiated": (content(2, of={"examples-differentiated": 0.5}), "impossible number of examples"),
+    "NaN loss": (content(2, of={"train-loss": math.nan}), "metrics hold NaN"),
+    "list of losses": (content(2, of={"train-loss": [0.1, 0.2]}), "metrics hold .* lists"),
+    "missing metric": (content(2, of={"train-loss": None}), "not those of a training reply"),
+    "foreign metric": (content(2, of={"more": 1}), "not those of a training reply"),
+    "no metrics": (without("metrics"), r"metric records \[\]"),
+    "no arrays": (without("arrays"), r"array records \[\]"),
+    "more metrics": (extra("more", MetricRecord({"x": 1})), "metric records .*more"),
+    "more arrays": (extra("more", ArrayRecord({})), "array records .*more"),
+    "more configuration": (extra("more", ConfigRecord({"x": 1})), "config.* records .*more"),
+    "own error": (Error(1000, "client 2: RuntimeError: broken"), "client 2: RuntimeError: broken"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_reply_is_refused_and_the_others_go_on(fault, caplog):
+    answer, reason = BAD[fault]
+    gateway, _, replies = ask({2: answer})
+    assert [r.metadata.src_node_id for r in replies] == list(NODES)
+    assert [r.has_error() for r in replies] == [False, False, True, False]
+    assert replies[2].error.code == (1000 if fault == "own error" else REFUSED)
+    [(client, said)] = gateway.traffic.failures
+    assert client == 2
+    assert re.search(reason, said), said
+    assert f"client 2 refused: {said}" in caplog.text
+    assert (gateway.traffic.clients_ok, gateway.traffic.clients_failed) == (3, 1)
+    others = [n for n in NODES if n != 2]
+    assert gateway.traffic.examples == sum(10 + n for n in others)
+    assert gateway.traffic.differentiated == sum(20 + n for n in others)
+
+
+def test_good_replies_pass_in_the_order_of_the_clients():
+    gateway, _, replies = ask({})
+    assert not any(r.has_error() for r in replies)
+    for node, reply in zip(NODES, replies, strict=True):
+        assert reply.metadata.src_node_id == node
+        assert (reply.content["arrays"]["weights"].numpy() == node).all()
+    assert gateway.traffic.failures == []
+
+
+def test_silence_is_a_failure():
+    gateway, _, replies = ask({1: None})
+    assert [r.metadata.src_node_id for r in replies] == [0, 2, 3]
+    assert gateway.traffic.failures == [(1, "no reply")]
+
+
+def test_what_nobody_asked_for_is_dropped():
+    grid = Scripted({})
+    gateway = Gateway(grid, Half(), torch.empty(0), 0, 1.0)
+    gateway.begin(1)
+    payload = record({"weights": torch.zeros(D)})
+    asked, other = (Message(RecordDict({"arrays": payload}), node, "train") for node in (1, 3))
+    original = grid.send_and_receive
+    stray = original([other])
+    grid.send_and_receive = lambda messages, timeout=None: [*stray, *original(messages)]
+    replies = gateway.send_and_receive([asked])
+    assert [r.metadata.src_node_id for r in replies] == [1]
+    assert (gateway.traffic.clients_ok, gateway.traffic.clients_failed) == (1, 0)
+
+
+def test_counting():
+    gateway, grid, _ = ask({1: None})
+    down = sum(len(m.content["arrays"]["weights"].data) for m in grid.sent)
+    up = sum(len(a.data) for a in content()["arrays"].values())
+    assert down >= len(NODES) * 4 * D
+    assert (gateway.traffic.bytes_down, gateway.traffic.bytes_up) == (down, 3 * up)
+    assert gateway.traffic.examples == 10 + 12 + 13
+    assert gateway.traffic.loss_sum == 10 * 0.5 + 12 * 2.5 + 13 * 3.5
+    messages = [Message(m.content, m.metadata.dst_node_id, "train") for m in grid.sent]
+    gateway.begin(2)
+    assert (gateway.traffic.clients_failed, gateway.traffic.failures) == (0, [])
+    gateway.send_and_receive(messages)
+    # bytes and examples differentiated add up over the rounds, the rest starts anew
+    assert (gateway.traffic.bytes_down, gateway.traffic.bytes_up) == (2 * down, 6 * up)
+    assert gateway.traffic.differentiated == 2 * (20 + 22 + 23)
+    assert gateway.traffic.examples == 10 + 12 + 13
+
+
+def test_tensors_by_name_must_come_back_as_they_were_sent():
+    sent = record({"conv.weight": torch.zeros(2, 1, 3), "conv.bias": torch.zeros(2)})
+    good = {"conv.weight": np.ones((2, 1, 3), np.float32), "conv.bias": np.ones(2, np.float32)}
+
+    def answer(**changes):
+        named = {k: Array(v) for k, v in (good | changes).items()}
+        return RecordDict({"arrays": ArrayRecord(named), "metrics": MetricRecord(metrics())})
+
+    script = dict.fromkeys(NODES, answer()) | {1: answer(**{"conv.bias": np.ones((2, 1), np.float32)})}
+    gateway, _, replies = ask(script, instruction=sent)
+    assert [r.has_error() for r in replies] == [False, True, False, False]
+    assert gateway.traffic.failures[0][1].startswith("array 'conv.bias' has shape (2, 1), expected (2,)")
+
+
+def test_running_statistics_are_sent_averaged_and_hidden():
+    buffers = torch.tensor([1.0, 2.0])
+    script = {n: content(n, buffers=np.float32([n, 10 * n])) for n in NODES}
+    script[3] = content(3, buffers=np.float32([math.nan, 0]))
+    gateway, grid, replies = ask(script, buffers=buffers)
+    for message in grid.sent:
+        assert message.content["arrays"]["buffers"].numpy().tolist() == [1.0, 2.0]
+    examples = [10, 11, 12]
+    mean = sum(n * e for n, e in zip(NODES, examples, strict=False)) / sum(examples)
+    torch.testing.assert_close(gateway.buffers, torch.tensor([mean, 10 * mean]))
+    assert [r.has_error() for r in replies] == [False, False, False, True]
+    for reply in replies[:3]:
+        assert set(reply.content["arrays"]) == {"weights", "moment"}
+
+
+def test_running_statistics_that_are_missing_are_a_fault():
+    gateway, _, _ = ask({n: content(n) for n in NODES}, buffers=torch.ones(2))
+    assert gateway.traffic.clients_failed == len(NODES)
+    assert torch.equal(gateway.buffers, torch.ones(2))
+
+
+def test_evaluation_is_not_counted_as_training():
+    answer = {n: RecordDict({"metrics": MetricRecord({"num-examples": 3, "loss": 0.1})}) for n in NODES}
+    gateway, _, replies = ask(answer, message_type="evaluate")
+    assert not any(r.has_error() for r in replies)
+    assert (gateway.traffic.clients_ok, gateway.traffic.clients_failed) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("participation", "count"), [(1.0, 10), (0.5, 5), (0.26, 3), (0.24, 2), (0.01, 1), (0.999, 10)]
+)
+def test_participation_draws_by_the_documented_rule(participation, count):
+    nodes = list(range(10))
+    gateway = Gateway(Scripted({}, nodes), Half(), torch.empty(0), 7, participation)
+    drawn = {}
+    for number in (1, 2, 3):
+        gateway.begin(number)
+        drawn[number] = gateway.get_node_ids()
+        assert drawn[number] == gateway.get_node_ids()
+        rule = np.random.default_rng([7, crc32(b"participation"), number])
+        expected = nodes if participation == 1 else sorted(rule.choice(nodes, count, replace=False).tolist())
+        assert drawn[number] == expected
+        assert len(drawn[number]) == count
+    if 1 < count < 10:
+        assert len({tuple(d) for d in drawn.values()}) > 1

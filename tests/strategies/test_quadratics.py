@@ -1,0 +1,90 @@
+"""Convergence on strongly convex quadratics, whose optimum is known in closed form."""
+
+import pytest
+import torch
+from flwr.serverapp.strategy import FedAvg
+from quadratics import ALPHA, EXAMPLES, LAYOUT, Bench, Quadratics, pisa_bench, solving
+
+from strategies import LocalSgd
+
+EQUAL = torch.full((len(EXAMPLES),), 1 / len(EXAMPLES), dtype=torch.float64)
+CURVATURE = [("identity", 1), *((q, k) for q in ("second moment", "squares", "spectral") for k in (0, 1))]
+
+
+def run(bench, problem, rounds, **options):
+    with solving(problem, **options):
+        for _ in range(rounds):
+            bench.round()
+    return bench.consensus.double()
+
+
+@pytest.mark.parametrize("participation", [1.0, 0.5])
+@pytest.mark.parametrize(("preconditioner", "align_every"), CURVATURE)
+def test_pisa_finds_the_optimum_of_different_clients(preconditioner, align_every, participation):
+    problem = Quadratics.draw()
+    bench = pisa_bench(preconditioner, align_every, participation=participation)
+    reached, optimum = run(bench, problem, 150), problem.optimum()
+    assert (reached - optimum).norm() <= 1e-5 * optimum.norm()
+    slopes = problem.gradients(optimum)
+    assert slopes.norm(dim=1).min() > 1  # clients pull apart, and their duals hold them
+    assert (bench.strategy.ledger.duals.double() + slopes).norm() <= 1e-5 * slopes.norm()
+
+
+@pytest.mark.parametrize("preconditioner", ["identity", "second moment", "spectral"])
+@pytest.mark.parametrize(
+    ("options", "lambda_", "alpha"),
+    [
+        ({"lambda_": 0.7}, 0.7, ALPHA),
+        ({"alpha": "uniform"}, 0.0, EQUAL),
+        ({"local_steps": 3}, 0.0, ALPHA),
+        ({"align_every": 4}, 0.0, ALPHA),
+    ],
+)
+def test_pisa_finds_the_optimum_of_every_problem_it_can_be_given(preconditioner, options, lambda_, alpha):
+    problem = Quadratics.draw(seed=1)
+    optimum = problem.optimum(lambda_, alpha)
+    reached = run(pisa_bench(preconditioner, **options), problem, 150)
+    assert (reached - optimum).norm() <= 1e-5 * optimum.norm()
+
+
+@pytest.mark.parametrize("preconditioner", ["second moment", "squares", "spectral"])
+def test_automatic_penalty_with_growth_finds_the_optimum(preconditioner):
+    # Q shrinks with the residual and sigma with Q: it is the growth that shortens the steps
+    problem = Quadratics.draw()
+    bench = pisa_bench(preconditioner, sigma=None, rho=None, gamma=0.8, grow_every=5)
+    reached, optimum = run(bench, problem, 200), problem.optimum()
+    assert (reached - optimum).norm() <= 1e-4 * optimum.norm()
+
+
+def test_newton_schulz_finds_the_optimum_of_equal_clients_only():
+    # it stops where sum alpha_i O(g_i) = 0, O being scale-free: that is sum alpha_i g_i = 0 if all g_i are equal
+    options = {"align_every": 0, "sigma": 6.0, "rho": 3.0, "gamma": 0.9, "grow_every": 5}
+    distance = {}
+    for alike in (True, False):
+        problem = Quadratics.draw(alike=alike)
+        optimum = problem.optimum()
+        reached = run(pisa_bench("newton_schulz", **options), problem, 200)
+        distance[alike] = float((reached - optimum).norm() / optimum.norm())
+    assert distance[True] < 5e-3
+    assert distance[False] > 0.2
+
+
+def test_fedavg_with_local_steps_stops_elsewhere():
+    problem, lr, steps = Quadratics.draw(), 0.1, 5
+    server = FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
+    reached = run(Bench(server, LocalSgd(LAYOUT, lr, 0.0, 0.0, steps)), problem, 150)
+    # K steps bring client i to m_i + M_i (w - m_i), m_i its own optimum and M_i = (I - lr A_i)^K
+    one = torch.eye(LAYOUT.size, dtype=torch.float64)
+    m = torch.linalg.solve(problem.a, problem.b)
+    kept = torch.linalg.matrix_power(one - lr * problem.a, steps)
+    pull = torch.einsum("i,ijk,ik->j", ALPHA, one - kept, m)
+    stop = torch.linalg.solve(one - torch.einsum("i,ijk->jk", ALPHA, kept), pull)
+    assert (reached - stop).norm() <= 1e-5 * stop.norm()
+    optimum = problem.optimum()
+    assert (reached - optimum).norm() > 0.1 * optimum.norm()
+
+
+def test_clients_may_advance_together_or_one_by_one():
+    problem = Quadratics.draw()
+    together, alone = (run(pisa_bench("spectral", cohort=n), problem, 10) for n in (len(EXAMPLES), 1))
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
