@@ -8,6 +8,7 @@ print(result.summary["final_accuracy"])
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ __all__ = [
     "resume",
     "run",
 ]
+
+# PyTorch's threads wait for each other busily unless told otherwise, before it is loaded: with another process on
+# the same cores a round then takes many times as long
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {
     "ConfigurationError": "config",

@@ -28,7 +28,7 @@ def draw_curves(metrics: Sequence[Metrics], title: str, path: Path) -> None:
     axes[1].legend(frameon=False)
     _label(axes[1], "rounds", "loss, nats")
     if has_residuals:
-        later = [m for m in metrics if m.get("primal_residual")]
+        later = [m for m in metrics if m.get("dual_residual")]  # not before the duals have moved
         for key, color in (("primal_residual", "C2"), ("dual_residual", "C3")):
             axes[2].plot(
                 [m["round"] for m in later], [m[key] for m in later], color=color, label=key.split("_")[0]
