@@ -61,7 +61,9 @@ def draw_comparison(runs: Mapping[str, Sequence[Sequence[Metrics]]], title: str,
         _label(ax, label, "test accuracy, %")
         if cost != "round":
             ax.set_xscale("symlog", linthresh=1)
-    axes[0].legend(frameon=False, loc="lower right")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper", fontsize="small"
+    )
     _save(figure, path)
 
 

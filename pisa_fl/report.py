@@ -23,8 +23,8 @@ from omegaconf import OmegaConf
 from pisa_fl.plots import draw_comparison, draw_sweep
 from pisa_fl.rundir import Metrics, read_metrics, write
 
-IGNORED = ("seed", "name", "resume", "progress", "checkpoint", "targets")
-"""Root keys that do not tell what a run studies."""
+IGNORED = {"seed", "name", "resume", "progress", "checkpoint", "targets"}
+"""Keys, of whatever group, that do not tell what a run studies."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 def rows(runs: Sequence[Run]) -> list[Row]:
     """Group runs by everything that differs between them but the seed."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    shared = [k for k in keys if k.partition(".")[0] not in IGNORED and not k.startswith("strategy.")]
+    keys = {key: None for key in keys if not IGNORED.intersection(key.split("."))}
+    shared = [key for key in keys if not key.startswith("strategy.")]
     differing = [key for key in shared if len({repr(run.config.get(key)) for run in runs}) > 1]
     # a strategy's own numbers tell rows apart only where runs of the same strategy differ in them
     for method in dict.fromkeys(run.method for run in runs):
@@ -105,11 +106,12 @@ def rows(runs: Sequence[Run]) -> list[Row]:
         for key in (k for k in keys if k.startswith("strategy.") and k.count(".") == 1):
             if len({repr(run.config.get(key)) for run in own}) > 1 and key not in differing:
                 differing.append(key)
+    told = [key for key in differing if key != "rounds"]  # which has a column of its own
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.method, *(repr(run.config.get(key)) for key in differing)), []).append(run)
     return [
-        Row(group[0].method, {k: group[0].config[k] for k in differing if k in group[0].config}, group)
+        Row(group[0].method, {k: group[0].config[k] for k in told if k in group[0].config}, group)
         for group in groups.values()
     ]
 
