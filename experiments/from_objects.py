@@ -22,7 +22,13 @@ def main(rounds: int = 10) -> list[float]:
     model = seeded(0, lambda: mlp(data.shape, classes=10, hidden=[100]))
     layout = Layout.of_parameters(model)
     second_moment = partial(
-        SecondMoment, beta=0.99, eps=1e-8, moment_of="gradient", average="vector", bias_correction="exact"
+        SecondMoment,
+        beta=0.99,
+        eps=1e-8,
+        floor=0.5,
+        moment_of="gradient",
+        average="vector",
+        bias_correction="exact",
     )
     penalty = Penalty(lr=0.004, momentum=0.95, sigma=None, rho=None, gamma=1.0, grow_every=10)
     federation = Federation(

@@ -92,7 +92,6 @@ class Pisa(Strategy):
         self.lambda_, self.align_every = lambda_, align_every
         _check_alignment(align_every, penalty, self.preconditioner)
         self.ledger = Ledger(layout, uniform=alpha == "uniform")
-        self._layout = layout
         self._shared = {
             name: torch.zeros(1, field.size) for name, field in self.preconditioner.state_fields().items()
         }

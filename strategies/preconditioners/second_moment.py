@@ -2,10 +2,11 @@
 
     v  = beta v + (1-beta) (g + pi)^2
     v^ = v / (1-beta^t)
-    Q  = diag(sqrt(v^) + eps)
+    Q  = diag(sqrt(v^) + eps + floor mean(sqrt(v^)))        mean over each tensor
 
 The factor 1-beta^t is kept as the moving average of the constant one (`mass`), which stays right when
-averages of several clients are mixed. The authors' federated code never advances t beyond one:
+averages of several clients are mixed. The floor is not in the paper: it keeps elements of small gradients from
+following every gradient at once, which is what lets late rounds oscillate (docs/algorithm.md). The authors' federated code never advances t beyond one:
 `bias_correction: first_step` divides by 1-beta for ever.
 """
 
@@ -27,6 +28,7 @@ class SecondMoment(Preconditioner):
         layout: Layout of the model's parameters.
         beta: Decay of the moving average; the authors: 0.999.
         eps: Added to the root; the authors: 1e-8.
+        floor: Added to the root, as a share of its mean over the tensor; the authors: 0.
         moment_of: `residual` (g + pi, the paper) or `gradient` (g).
         average: What the server averages when clients are aligned. `vector`: their residuals or gradients,
             whose average is then squared, so that Q is that of the whole federation, whatever the skew.
@@ -42,6 +44,7 @@ class SecondMoment(Preconditioner):
         layout: Layout,
         beta: float,
         eps: float,
+        floor: float,
         moment_of: Literal["residual", "gradient"],
         average: Literal["vector", "square"],
         bias_correction: Literal["exact", "first_step"],
@@ -51,10 +54,11 @@ class SecondMoment(Preconditioner):
         one_of("bias_correction", bias_correction, ("exact", "first_step"))
         if not 0 <= beta < 1:
             raise ValueError(f"strategy.preconditioner.beta must be at least 0 and below 1, got {beta}")
-        if eps < 0:
-            raise ValueError(f"strategy.preconditioner.eps must not be negative, got {eps}")
+        for key, value in (("eps", eps), ("floor", floor)):
+            if value < 0:
+                raise ValueError(f"strategy.preconditioner.{key} must not be negative, got {value}")
         self.layout = layout
-        self.beta, self.eps = beta, eps
+        self.beta, self.eps, self.floor = beta, eps, floor
         self._of_gradient = moment_of == "gradient"
         self._squared = average == "square"
         self._exact = bias_correction == "exact"
@@ -82,19 +86,26 @@ class SecondMoment(Preconditioner):
         }
 
     def root(self, state: State) -> Tensor:
-        """Diagonal of Q: sqrt(v^) + eps, (C, d)."""
-        mass = state["mass"] if self._exact else 1 - self.beta
-        return (state["moment"] / mass).sqrt() + self.eps
+        """Diagonal of Q, (C, d)."""
+        root = self._moment_root(state)
+        if self.floor:
+            root = root + self.floor * self.layout.expand(self.layout.mean(root))
+        return root
 
     def scale(self, state: State) -> Tensor | None:
-        """Mean of Q's diagonal over each tensor, (d,)."""
+        """Mean of sqrt(v^) + eps over each tensor, (d,)."""
         if not state["mass"].any():
             return None
-        return self.layout.expand(self.layout.mean(self.root(state)))[0]
+        return self.layout.expand(self.layout.mean(self._moment_root(state)))[0]
 
     def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
-        """Residual / (sigma + rho (sqrt(v^) + eps)), element by element."""
+        """Residual / (sigma + rho Q), element by element."""
         return residual / (sigma + rho * self.root(state))
+
+    def _moment_root(self, state: State) -> Tensor:
+        """sqrt(v^) + eps, (C, d)."""
+        mass = state["mass"] if self._exact else 1 - self.beta
+        return (state["moment"] / mass).sqrt() + self.eps
 
 
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:

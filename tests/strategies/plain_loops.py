@@ -257,12 +257,22 @@ class MomentRule(Rule):
     """SISA: Q = diag(sqrt(v^) + eps)."""
 
     def __init__(
-        self, names, *, beta, shared, of="residual", squares=False, first_step=False, eps=1e-8, **penalty
+        self,
+        names,
+        *,
+        beta,
+        shared,
+        of="residual",
+        squares=False,
+        first_step=False,
+        eps=1e-8,
+        floor=0.0,
+        **penalty,
     ):
         super().__init__(names, **penalty)
         self.uses_gradient, self.eps, self.first_step, self.beta = of == "gradient", eps, first_step, beta
         square = {"before": torch.square} if squares else {"transform": torch.square}
-        self.moments = Averages(beta, shared, **square)
+        self.moments, self.floor = Averages(beta, shared, **square), floor
 
     def observe(self, client, g, residual, first):
         self.moments.observe(client, g if self.uses_gradient else residual, first)
@@ -275,8 +285,11 @@ class MomentRule(Rule):
     def scale(self, name):
         return float(self.root("all", name).mean()) if self.moments.value else None
 
+    def with_floor(self, root):
+        return root + self.floor * root.mean()
+
     def step(self, client, name, g, rest, sigma):
-        return (g + rest) / (sigma + self.rho * self.root(client, name))
+        return (g + rest) / (sigma + self.rho * self.with_floor(self.root(client, name)))
 
     def finish(self, shares):
         self.moments.finish(shares)

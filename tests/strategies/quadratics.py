@@ -154,7 +154,7 @@ def solving(problem, failing=frozenset(), steps_per_epoch=1):
 def second_moment(average="vector", beta=0.9):
     return partial(
         *(SecondMoment,),
-        **{"beta": beta, "eps": 1e-8, "moment_of": "residual"},
+        **{"beta": beta, "eps": 1e-8, "floor": 0.0, "moment_of": "residual"},
         **{"average": average, "bias_correction": "exact"},
     )
 

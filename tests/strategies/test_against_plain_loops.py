@@ -27,7 +27,7 @@ LR = {"lr": 0.004, "momentum": 0.9}
 UNALIGNED = [*BY_HAND, "strategy.align_every=0"]
 
 
-def sisa(*more, beta=0.9, of="gradient", average="vector", by=BY_LR, strategy="sisa"):
+def sisa(*more, beta=0.9, of="gradient", average="vector", floor=0.0, by=BY_LR, strategy="sisa"):
     """Overrides of a strategy with second moments."""
     at = "strategy.preconditioner"
     moments = [at] if strategy == "sisa" else [f"{at}.others"]
@@ -36,6 +36,7 @@ def sisa(*more, beta=0.9, of="gradient", average="vector", by=BY_LR, strategy="s
     keys += [
         f"{moments[0]}.average={average}",
         f"{moments[0]}.eps=1e-8",
+        f"{moments[0]}.floor={floor}",
         f"{moments[0]}.bias_correction=exact",
     ]
     group = [] if strategy == "sisa" else [f"strategy/preconditioner={strategy}"]
@@ -154,6 +155,7 @@ def test_presets_follow_the_plain_loop_with_their_own_numbers(problem, preset, r
         "shared": True,
         "beta": q.beta,
         "of": q.moment_of,
+        "floor": q.floor if preset == "sisa" else q.others.floor,
     }
     expected, _ = admm(problem, 8, rule(list(problem.start), **settings))
     federation, _ = problem.run(8, f"strategy={preset}")

@@ -104,13 +104,24 @@ def test_second_moment_is_adams():
 
 def test_moment_of_the_gradient():
     gradient, residual = draws(2)
-    ours = SecondMoment(SMALL, 0.9, 0.0, "gradient", "vector", "exact")
+    ours = SecondMoment(SMALL, 0.9, 0.0, 0.0, "gradient", "vector", "exact")
     state = ours.accumulate(start(ours), ours.statistic(gradient, residual))
     torch.testing.assert_close(ours.root(state), gradient.abs())
 
 
+def test_the_floor_is_a_share_of_each_tensors_mean():
+    [gradient] = draws(1)
+    ours = SecondMoment(SMALL, 0.9, 0.0, 0.5, "gradient", "vector", "exact")
+    state = ours.accumulate(start(ours), ours.statistic(gradient, gradient))
+    for span in SMALL.spans.values():
+        root = gradient[:, span].abs()
+        torch.testing.assert_close(ours.root(state)[:, span], root + 0.5 * root.mean(dim=1, keepdim=True))
+        mean = root[0].mean().expand_as(root[0])
+        torch.testing.assert_close(ours.scale({k: v[:1] for k, v in state.items()})[span], mean)
+
+
 def test_first_step_correction_never_advances():
-    ours = SecondMoment(SMALL, 0.999, 0.0, "residual", "vector", "first_step")
+    ours = SecondMoment(SMALL, 0.999, 0.0, 0.0, "residual", "vector", "first_step")
     residuals = draws(3)
     moment = sum(0.001 * 0.999 ** (2 - k) * r.square() for k, r in enumerate(residuals))
     torch.testing.assert_close(ours.root(observe(ours, residuals)), (moment / 0.001).sqrt())
@@ -223,7 +234,7 @@ def test_clients_of_a_cohort_do_not_mix(name):
     ("make", "sentence"),
     [
         (second_moment(beta=1.0), "preconditioner.beta must be at least 0 and below 1, got 1.0"),
-        (partial(SecondMoment, beta=0.9, eps=-1.0, moment_of="residual", average="square",
+        (partial(SecondMoment, beta=0.9, eps=-1.0, floor=0.0, moment_of="residual", average="square",
                  bias_correction="exact"), "preconditioner.eps must not be negative"),
         (second_moment("median"), "preconditioner.average must be one of vector, square, got median"),
         (partial(Spectral, beta=-0.1, moment_of="gradient", others=second_moment()),
