@@ -5,9 +5,9 @@
     Q  = diag(sqrt(v^) + eps + floor mean(sqrt(v^)))        mean over each tensor
 
 The factor 1-beta^t is kept as the moving average of the constant one (`mass`), which stays right when
-averages of several clients are mixed. The floor is not in the paper: it keeps elements of small gradients from
-following every gradient at once, which is what lets late rounds oscillate (docs/algorithm.md). The authors' federated code never advances t beyond one:
-`bias_correction: first_step` divides by 1-beta for ever.
+averages of several clients are mixed. The authors' federated code never advances t beyond one:
+`bias_correction: first_step` divides by 1-beta for ever. The floor is not in the paper: without it, elements
+of small gradients follow every gradient at once, and late rounds may oscillate (docs/algorithm.md).
 """
 
 from __future__ import annotations
