@@ -30,7 +30,7 @@ def main(rounds: int = 10) -> list[float]:
         average="vector",
         bias_correction="exact",
     )
-    penalty = Penalty(lr=0.004, momentum=0.95, sigma=None, rho=None, gamma=1.0, grow_every=10)
+    penalty = Penalty(lr=0.005, momentum=0.95, sigma=None, rho=None, gamma=1.0, grow_every=10)
     federation = Federation(
         data,
         deal(partitioner, data.train_labels),
