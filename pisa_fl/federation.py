@@ -25,14 +25,12 @@ from pisa_fl.engines.local import LocalGrid
 from pisa_fl.gateway import Gateway
 from pisa_fl.host import ClientHost
 from pisa_fl.randomness import numpy_generator
+from pisa_fl.rundir import Metrics
 from strategies import ClientHalf
 from strategies.messages import DIFFERENTIATED, LOSS, WEIGHTS, record, vectors
 
 # Flower's strategies report every round on their own; the run directory and the display do that here
 logging.getLogger("flwr").setLevel(logging.ERROR)
-
-Metrics = dict[str, float | int]
-"""One line of metrics.jsonl."""
 
 
 class NoReplyError(RuntimeError):

@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 Metrics = dict[str, float | int]
+"""One line of metrics.jsonl."""
 
 PACKAGES = ("pisa-fl", "flwr", "flwr-datasets", "hydra-core", "torch", "torchvision", "numpy")
 

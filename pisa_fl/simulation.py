@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -21,12 +20,11 @@ import partitioners
 from pisa_fl import rundir
 from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
 from pisa_fl.config import ConfigurationError, build, check, explain
-from pisa_fl.federation import Federation, Metrics, NoReplyError, seeded
+from pisa_fl.federation import Federation, NoReplyError, seeded
 from pisa_fl.plots import draw_curves
 from pisa_fl.progress import Display, show_summary
+from pisa_fl.rundir import Metrics
 from strategies import Layout
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
