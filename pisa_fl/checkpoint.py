@@ -42,7 +42,7 @@ def save_checkpoint(federation: Federation, folder: Path, keep: int) -> None:
     server["buffers"] = federation.gateway.buffers
     clients: dict[str, Tensor] = {}
     rounds: dict[int, tuple[int, int | None]] = {}
-    for client, held in federation.host.states.items():
+    for client, held in federation.grid.states().items():
         rounds[client] = (held.round, held.pending_round)
         clients |= {f"{client}.accepted.{name}": value for name, value in held.accepted.items()}
         clients |= {f"{client}.pending.{name}": value for name, value in held.pending.items()}
@@ -98,13 +98,11 @@ def _restore(federation: Federation, state: Mapping[str, Any], files: Mapping[st
     federation.gateway.traffic = Traffic(**state["traffic"])
     federation.round, federation.seconds = state["round"], state["seconds"]
     load_strategy_state(federation.strategy, _part(server, "strategy"), state["strategy"])
-    device = federation.model.device
-    for client in federation.host.states:
-        held = {name: value.to(device) for name, value in _part(clients, str(client)).items()}
-        accepted, pending = state["clients"][str(client)]
-        federation.host.states[client] = ClientState(
-            accepted, _part(held, "accepted"), pending, _part(held, "pending")
-        )
+    states = {}
+    for client, (accepted, pending) in state["clients"].items():
+        held = _part(clients, client)
+        states[int(client)] = ClientState(accepted, _part(held, "accepted"), pending, _part(held, "pending"))
+    federation.grid.restore(states)
 
 
 def strategy_state(strategy: Strategy) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -83,6 +83,7 @@ def check(config: DictConfig) -> None:
         "clients": 1,
         "rounds": 0,
         "batch_size": 1,
+        "min_clients": 1,
         "checkpoint.every": 1,
         "checkpoint.keep": 1,
     }
@@ -93,12 +94,22 @@ def check(config: DictConfig) -> None:
     share = config.participation
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
         raise ConfigurationError(f"participation must be above 0 and at most 1, got {share}")
-    if not isinstance(config.progress, bool):
-        raise ConfigurationError(f"progress must be true or false, got {config.progress}")
+    for key in ("progress", "accept_failures"):
+        if not isinstance(config[key], bool):
+            raise ConfigurationError(f"{key} must be true or false, got {config[key]}")
+    for key in ("round_timeout", "patience"):
+        value = config[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise ConfigurationError(f"{key} must be a number of seconds, got {value}")
+    drawn = max(1, round(share * config.clients))
+    if config.min_clients > drawn:
+        raise ConfigurationError(
+            f"min_clients={config.min_clients} is more than the {drawn} drawn for a round"
+        )
     if not all(isinstance(t, int | float) and 0 <= t <= 1 for t in config.targets):
         raise ConfigurationError(f"targets must be accuracies between 0 and 1, got {list(config.targets)}")
     for key in ("engine.cohort", "engine.chunk", "engine.threads"):
-        value = OmegaConf.select(config, key)
+        value = OmegaConf.select(config, key, default=1)
         automatic = value == "auto" and key != "engine.chunk"
         if not automatic and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigurationError(

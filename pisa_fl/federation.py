@@ -8,33 +8,36 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp.strategy import Strategy
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from partitioners import Partition
-from pisa_fl.cohort import ClientData, FlatModel
+from pisa_fl.cohort import FlatModel
 from pisa_fl.data import ImageData
-from pisa_fl.engines.local import LocalGrid
+from pisa_fl.engines.base import ClientGrid
+from pisa_fl.engines.local import local_engine
 from pisa_fl.gateway import Gateway
-from pisa_fl.host import ClientHost
+from pisa_fl.host import Clients, tensor
 from pisa_fl.randomness import numpy_generator
 from pisa_fl.rundir import Metrics
 from strategies import ClientHalf
-from strategies.messages import DIFFERENTIATED, LOSS, WEIGHTS, record, vectors
+from strategies.messages import DIFFERENTIATED, LOSS, ROUND, WEIGHTS, record, vectors
 
 # Flower's strategies report every round on their own; the run directory and the display do that here
 logging.getLogger("flwr").setLevel(logging.ERROR)
 
 
-class NoReplyError(RuntimeError):
-    """No client of a round gave a reply that could be accepted."""
+WAIT = 1.0
+"""Seconds between looks for clients while there are too few."""
+
+
+class TooFewClientsError(RuntimeError):
+    """Fewer clients than `min_clients` gave a reply that could be accepted, or one failed that must not."""
 
 
 def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
@@ -45,7 +48,7 @@ def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
 
 
 class Federation:
-    """A simulated federation on the `local` engine.
+    """A federation of clients on an engine.
 
     Args:
         data: Training and test images.
@@ -53,14 +56,17 @@ class Federation:
         model: The model; its present parameters are the initial weights.
         strategy: Server half, any Flower strategy.
         half: Client half.
+        engine: Makes the grid that reaches the clients from what they are made of.
         seed: Every random draw of the rounds follows from it.
         batch_size: Examples of a mini-batch.
         participation: Share of the clients drawn for each round, in (0, 1].
         device: Where clients compute and the model is evaluated.
-        cohort: Clients that advance together; None: 1 on a CPU or for a model with running statistics, else 32.
-        chunk: Examples differentiated at once where the number does not matter to the result.
         noise_std: Standard deviation of the noise on a client's pixels by client number, as
             `partitioners.FeatureNoisePartitioner` gives it; None for none.
+        min_clients: Accepted replies that a round needs.
+        round_timeout: Seconds that a round waits for replies; None: without end.
+        patience: Seconds that a round with too few clients waits for others.
+        accept_failures: Go on with those who answered if some clients failed.
     """
 
     def __init__(
@@ -70,38 +76,39 @@ class Federation:
         model: nn.Module,
         strategy: Strategy,
         half: ClientHalf,
+        engine: Callable[[Clients], ClientGrid] = local_engine,
         *,
         seed: int = 0,
         batch_size: int = 64,
         participation: float = 1.0,
         device: str | torch.device = "cpu",
-        cohort: int | None = None,
-        chunk: int = 250,
         noise_std: Callable[[int], float] | None = None,
+        min_clients: int = 1,
+        round_timeout: float | None = None,
+        patience: float = 0.0,
+        accept_failures: bool = True,
     ) -> None:
         device = torch.device(device)
         self.strategy, self.data, self.partition = strategy, data, partition
+        noise = tuple(noise_std(client) for client in range(len(partition))) if noise_std else ()
+        clients = Clients(data, partition, model, half, seed, batch_size, device, noise)
+        self.grid = engine(clients)
         self.model = FlatModel(model, device)
-        images, labels = _tensor(data.train_images, device), _tensor(data.train_labels, device)
-        clients = {
-            client: ClientData(images, labels, torch.as_tensor(rows), noise_std(client) if noise_std else 0.0)
-            for client, rows in enumerate(partition)
-        }
-        if cohort is None:
-            cohort = 1 if device.type == "cpu" or self.model.buffer_layout.size else 32
-        self.host = ClientHost(self.model, half, data, clients, seed, batch_size, chunk, cohort)
-        self.gateway = Gateway(LocalGrid(self.host), half, self.model.buffers.cpu(), seed, participation)
+        supply = getattr(strategy, "supply", None)
+        buffers = self.model.buffers.cpu()
+        self.gateway = Gateway(self.grid, half, buffers, seed, participation, supply)
         self.arrays = record({WEIGHTS: self.model.weights})
         self.round = 0
         self.seconds = 0.0
-        self._examples = sum(len(rows) for rows in partition)
-        self._test = (_tensor(data.test_images, device), _tensor(data.test_labels, device))
+        self._min_clients, self._round_timeout = min_clients, round_timeout
+        self._patience, self._accept_failures = patience, accept_failures
+        self._test = (tensor(data.test_images, device), tensor(data.test_labels, device))
 
     def rounds(self, count: int) -> Iterator[Metrics]:
         """Train up to round `count`, yielding the metrics of every round, of round 0 first.
 
         Raises:
-            NoReplyError: No client of a round gave an acceptable reply.
+            TooFewClientsError: Too few clients of a round gave an acceptable reply.
         """
         if self.round == 0:
             yield self._metrics({})
@@ -112,15 +119,7 @@ class Federation:
         """One round of training; the metrics that the strategy made of it."""
         start = time.perf_counter()
         number = self.round + 1
-        self.gateway.begin(number)
-        messages = self.strategy.configure_train(number, self.arrays, ConfigRecord(), self.gateway)
-        replies = self.gateway.send_and_receive(messages)
-        if not self.gateway.traffic.clients_ok:
-            client, reason = (*self.gateway.traffic.failures, (None, "the strategy asked none"))[0]
-            raise NoReplyError(
-                f"no client gave an acceptable reply in round {number}; client {client}: {reason}"
-            )
-        arrays, metrics = self.strategy.aggregate_train(number, replies)
+        arrays, metrics = self.strategy.aggregate_train(number, self._replies(number))
         if arrays is not None:
             # Flower's adaptive servers answer in float64
             self.arrays = record(vectors(arrays))
@@ -128,6 +127,33 @@ class Federation:
         self.round = number
         self.seconds += time.perf_counter() - start
         return metrics or {}
+
+    def _replies(self, number: int) -> list[Message]:
+        """Replies of enough clients; the round is begun again while clients are away, not for those that err."""
+        gateway, deadline = self.gateway, time.monotonic() + self._patience
+        gateway.begin(number)
+        while True:
+            replies: list[Message] = []
+            if len(gateway.get_node_ids()) >= self._min_clients:
+                messages = self.strategy.configure_train(number, self.arrays, ConfigRecord(), gateway)
+                replies = gateway.send_and_receive(messages, timeout=self._round_timeout)
+            traffic = gateway.traffic
+            if traffic.clients_failed and not self._accept_failures:
+                reason = f"a client failed in round {number} and accept_failures=false"
+            elif traffic.clients_ok < self._min_clients:
+                count = f"{traffic.clients_ok} clients" if traffic.clients_ok else "no client"
+                reason = f"{count} gave an acceptable reply in round {number}"
+                if self._min_clients > 1:
+                    reason += f", min_clients={self._min_clients} are needed"
+            else:
+                return replies
+            away = traffic.silent or len(gateway.get_node_ids()) < self._min_clients
+            if not away or time.monotonic() >= deadline:
+                gateway.undo()
+                example = "".join(f"; client {f.client}: {f.reason}" for f in gateway.failures[:1])
+                raise TooFewClientsError(f"{reason}{example}")
+            time.sleep(WAIT)
+            gateway.begin_again()
 
     def _evaluate_on_clients(self, number: int) -> None:
         """Flower's own evaluation, for a strategy that asks for it."""
@@ -146,7 +172,7 @@ class Federation:
             "test_accuracy": accuracy,
             "test_loss": loss,
             "train_loss": traffic.loss_sum / traffic.examples if traffic.examples else loss,
-            "passes": traffic.differentiated / self._examples,
+            "passes": traffic.differentiated / sum(self.grid.sizes.values()),
             "bytes_up": traffic.bytes_up,
             "bytes_down": traffic.bytes_down,
             "seconds": self.seconds,
@@ -154,7 +180,7 @@ class Federation:
             "clients_failed": traffic.clients_failed,
         }
         # what Flower's strategies average of the clients' replies is here already
-        added = {key: value for key, value in reported.items() if key not in (LOSS, DIFFERENTIATED)}
+        added = {key: value for key, value in reported.items() if key not in (ROUND, LOSS, DIFFERENTIATED)}
         named = {key.replace("-", "_"): value for key, value in added.items()}
         return {key: float(value) for key, value in named.items() if isinstance(value, int | float)} | metrics
 
@@ -162,10 +188,3 @@ class Federation:
         """Put the server's present weights and running statistics into the model."""
         weights = vectors(self.arrays, self.model.device)[WEIGHTS]
         self.model.load(weights, self.gateway.buffers.to(self.model.device))
-
-
-def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
-    """An array as a tensor on the device; on the CPU it shares the (perhaps memory-mapped) array's pages."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
-        return torch.from_numpy(array).to(device)

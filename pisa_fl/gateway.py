@@ -1,18 +1,20 @@
 """The gateway: every message between a server half and its clients passes here.
 
-Five things that every strategy needs, and that therefore none should do itself: the clients of a round are
+Six things that every strategy needs, and that therefore none should do itself: the clients of a round are
 drawn by client number from the run's seed; replies are checked before the strategy sees them, and refused if
-they are not what was asked for; replies are put in the order of the clients, so that sums do not depend on who
-answered first; payload, examples and failures are counted; and a model's running statistics (BatchNorm), which
-are no optimisation variables, are sent along and averaged by examples, so that no server half has to know them.
+they are not what was asked for, and asked for now; replies are put in the order of the clients, so that sums do
+not depend on who answered first; a client that lost its state is supplied from the strategy's ledger, if it has
+one, and asked again; payload, examples and failures are counted; and a model's running statistics (BatchNorm),
+which are no optimisation variables, are sent along and averaged by examples, so that no server half has to know
+them.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from flwr.app import ArrayRecord, Error, Message, MessageType, RecordDict
@@ -20,6 +22,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from torch import Tensor
 
+from pisa_fl.engines.base import ClientGrid
+from pisa_fl.host import CLIENT_FAILED
 from pisa_fl.randomness import numpy_generator
 from strategies.client import ClientHalf
 from strategies.messages import (
@@ -29,6 +33,9 @@ from strategies.messages import (
     EXAMPLES,
     LOSS,
     METRICS,
+    ROUND,
+    STATE,
+    STATE_LOST,
     WEIGHTS,
     Field,
     config_of,
@@ -44,6 +51,27 @@ log = logging.getLogger(__name__)
 REFUSED = 1002
 """Code of the error that takes the place of a reply that was refused."""
 
+_ANSWERS = (CLIENT_FAILED, STATE_LOST)
+
+
+LONGEST_REASON = 8000
+"""Characters of an error that are kept; what strangers write has no end."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a reply was not accepted.
+
+    Attributes:
+        client: Client number.
+        reason: One line.
+        traceback: Of the client's own code; empty if there is none, or if it was reported before.
+    """
+
+    client: int
+    reason: str
+    traceback: str = ""
+
 
 @dataclass
 class Traffic:
@@ -57,7 +85,7 @@ class Traffic:
         clients_failed: Clients refused, in error or silent in this round.
         examples: Examples of the clients accepted in this round.
         loss_sum: Sum of their training losses, each times its examples.
-        failures: This round's failures, as (client, reason).
+        silent: Clients that did not answer; they might another time, while one that answered would do so again.
     """
 
     bytes_up: int = 0
@@ -67,11 +95,11 @@ class Traffic:
     clients_failed: int = 0
     examples: int = 0
     loss_sum: float = 0.0
-    failures: list[tuple[int, str]] = field(default_factory=list)
+    silent: int = 0
 
 
 class Gateway(Grid):
-    """A grid around another one.
+    """A grid around an engine's.
 
     Args:
         grid: The engine's grid.
@@ -79,46 +107,73 @@ class Gateway(Grid):
         buffers: The model's running statistics, (b,), empty for a model without.
         seed: Seed of the run.
         participation: Share of the clients that takes part in a round, in (0, 1].
+        supply: The state of a client that lost it, or None if the server has none; as `Pisa.supply`.
     """
 
     def __init__(
-        self, grid: Grid, half: ClientHalf, buffers: Tensor, seed: int, participation: float
+        self,
+        grid: ClientGrid,
+        half: ClientHalf,
+        buffers: Tensor,
+        seed: int,
+        participation: float,
+        supply: Callable[[int], ArrayRecord | None] | None = None,
     ) -> None:
         self.traffic = Traffic()
+        self.failures: list[Failure] = []
         self.buffers = buffers
-        self._grid, self._half = grid, half
+        self._grid, self._half, self._supply = grid, half, supply
         self._seed, self._participation = seed, participation
         self._round = 0
+        self._before = (buffers, self.traffic)
+        self._nodes: list[int] = []
+        self._tracebacks: set[str] = set()
 
     def begin(self, round_number: int) -> None:
         """Start a round: other clients are drawn, the round's counters are cleared."""
         self._round = round_number
-        self.traffic.clients_ok = self.traffic.clients_failed = 0
-        self.traffic.examples, self.traffic.loss_sum = 0, 0.0
-        self.traffic.failures = []
+        self._before = (self.buffers, replace(self.traffic))
+        self.failures = []
+        self._clear()
 
-    def get_node_ids(self) -> list[int]:
-        """The clients drawn for this round, in order; at least one."""
+    def begin_again(self) -> None:
+        """Start the round once more; of what it gave, only the bytes that passed and the failures are kept."""
+        self.buffers = self._before[0]
+        self.traffic.differentiated = self._before[1].differentiated
+        self._clear()
+
+    def undo(self) -> None:
+        """Go back to where the round began; its failures are kept."""
+        self.buffers, self.traffic = self._before
+
+    def _clear(self) -> None:
+        self.traffic.clients_ok = self.traffic.clients_failed = self.traffic.silent = 0
+        self.traffic.examples, self.traffic.loss_sum = 0, 0.0
+        self._nodes = self._draw()
+
+    def _draw(self) -> list[int]:
         nodes = sorted(self._grid.get_node_ids())
-        if self._participation >= 1:
+        if self._participation >= 1 or not nodes:
             return nodes
         draw = numpy_generator(self._seed, "participation", self._round)
         count = max(1, round(self._participation * len(nodes)))
         return sorted(int(n) for n in draw.choice(nodes, count, replace=False))
 
+    def get_node_ids(self) -> list[int]:
+        """The clients drawn for this round, in order; at least one if there are any."""
+        return self._nodes
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send, receive, check, count, put in order; a client that stayed silent counts as failed."""
         sent = {message.metadata.dst_node_id: message for message in messages}
         self._add_buffers(sent.values())
-        sizes: dict[int, int] = {}
-        for message in sent.values():
-            for arrays in message.content.array_records.values():
-                self.traffic.bytes_down += sizes.setdefault(id(arrays), _payload(arrays))
-        replies = self._grid.send_and_receive(sent.values(), timeout=timeout)
-        answers = {reply.metadata.src_node_id: reply for reply in replies}
+        answers = self._exchange(sent, timeout)
+        if again := self._with_state(sent, answers):
+            sent |= again
+            answers |= self._exchange(again, timeout)
         accepted = []
         for node in sorted(sent):
-            reason = self._fault(sent[node], answers.get(node))
+            reason = self._fault(node, sent[node], answers.get(node))
             if sent[node].metadata.message_type == MessageType.TRAIN:
                 self._count(node, answers.get(node), reason)
             if node in answers:
@@ -127,6 +182,36 @@ class Gateway(Grid):
                 )
         self._take_buffers(accepted)
         return accepted
+
+    def _exchange(self, sent: Mapping[int, Message], timeout: float | None) -> dict[int, Message]:
+        """The first reply to each message; whatever else comes is refused."""
+        sizes: dict[int, int] = {}
+        for message in sent.values():
+            for arrays in message.content.array_records.values():
+                self.traffic.bytes_down += sizes.setdefault(id(arrays), _payload(arrays))
+        replies = self._grid.send_and_receive(sent.values(), timeout=timeout)
+        asked = {message.metadata.message_id: node for node, message in sent.items()}
+        answers: dict[int, Message] = {}
+        for reply in replies:
+            node = asked.get(reply.metadata.reply_to_message_id)
+            if node is None:
+                self._refuse(reply.metadata.src_node_id, "a reply to something that was not asked now")
+            elif node in answers:
+                self._refuse(node, "a second reply to one message")
+            else:
+                answers[node] = reply
+        return answers
+
+    def _with_state(self, sent: Mapping[int, Message], answers: Mapping[int, Message]) -> dict[int, Message]:
+        """Messages for those who lost their state, with the state that the ledger has for them."""
+        again = {}
+        for node, reply in answers.items():
+            if self._supply and reply.has_error() and reply.error.code == STATE_LOST:
+                state = self._supply(node)
+                if state is not None:
+                    content = RecordDict({**sent[node].content, STATE: state})
+                    again[node] = Message(content, node, sent[node].metadata.message_type)
+        return again
 
     def _add_buffers(self, messages: Iterable[Message]) -> None:
         """Send the running statistics beside flat weights; arrays that messages share stay shared."""
@@ -152,10 +237,16 @@ class Gateway(Grid):
         if examples:
             self.buffers = (total / examples).float()
 
-    def _fault(self, instruction: Message, reply: Message | None) -> str | None:
+    def _fault(self, client: int, instruction: Message, reply: Message | None) -> str | None:
         """Why a reply is not what was asked for, or None."""
         if reply is None:
             return "no reply"
+        try:
+            return self._fault_of(client, instruction, reply)
+        except Exception as error:  # whatever a stranger's message makes the checks raise
+            return f"cannot be read: {type(error).__name__}: {error}"
+
+    def _fault_of(self, client: int, instruction: Message, reply: Message) -> str | None:
         if reply.has_error():
             return reply.error.reason
         if set(reply.content.metric_records) != {METRICS}:
@@ -163,10 +254,14 @@ class Gateway(Grid):
         metrics = reply.content.metric_records[METRICS]
         if instruction.metadata.message_type != MessageType.TRAIN:
             return None
-        if set(metrics) != {EXAMPLES, LOSS, DIFFERENTIATED}:
+        if set(metrics) != {ROUND, EXAMPLES, LOSS, DIFFERENTIATED}:
             return f"metrics {sorted(metrics)} are not those of a training reply"
         if not all(isinstance(v, int | float) and math.isfinite(v) for v in metrics.values()):
             return f"metrics hold NaN, infinite values or lists: {dict(metrics)}"
+        if metrics[ROUND] != self._round:
+            return f"of round {metrics[ROUND]}, expected {self._round}"
+        if metrics[EXAMPLES] != self._grid.sizes.get(client, metrics[EXAMPLES]):
+            return f"{metrics[EXAMPLES]} examples where {self._grid.sizes[client]} were expected"
         for name, least in ((EXAMPLES, 1), (DIFFERENTIATED, 0)):
             if not (isinstance(metrics[name], int) and least <= integer(metrics, name) < 2**40):
                 return f"impossible number of examples: {name} {metrics[name]}"
@@ -189,8 +284,8 @@ class Gateway(Grid):
         traffic = self.traffic
         if reply is None or reason is not None:
             traffic.clients_failed += 1
-            traffic.failures.append((client, str(reason)))
-            log.warning("round %d: client %d refused: %s", self._round, client, reason)
+            traffic.silent += reply is None or (reply.has_error() and reply.error.code not in _ANSWERS)
+            self._refuse(client, str(reason))
             return
         metrics = reply.content.metric_records[METRICS]
         traffic.clients_ok += 1
@@ -198,6 +293,19 @@ class Gateway(Grid):
         traffic.loss_sum += real(metrics, LOSS) * integer(metrics, EXAMPLES)
         traffic.differentiated += integer(metrics, DIFFERENTIATED)
         traffic.bytes_up += _payload(reply.content.array_records[ARRAYS])
+
+    def _refuse(self, client: int, reason: str) -> None:
+        """Note a failure, with the traceback of the client's code if it is a new one."""
+        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in reason[:LONGEST_REASON])
+        line, _, traceback = text.partition("\n")
+        if traceback in self._tracebacks:
+            traceback = ""
+        elif traceback:
+            self._tracebacks.add(traceback)
+        self.failures.append(Failure(client, line, traceback))
+        log.warning(
+            "round %d: client %d failed: %s%s", self._round, client, line, traceback and f"\n{traceback}"
+        )
 
     def set_run(self, run: Run) -> None:
         """Hand a run's description to the engine's grid."""

@@ -1,22 +1,27 @@
 """Hosting clients: their data, their state, and the client half that answers the server's messages.
 
-A host serves any number of clients: all of them in the `local` engine, a shard of them in a worker, a
+A host serves any number of clients: all of them in the `local` engine, a shard of them in a Ray actor, a
 single one in a Flower ClientApp. It moves a client's state forward only when the server acknowledges it:
-every train message says which round the server last accepted from that client (`accepted-round`).
+every train message says which round the server last accepted from that client (`accepted-round`). An instruction
+that is not what the client half expects is refused, and changes nothing.
 """
 
 from __future__ import annotations
 
-import logging
+import copy
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
+from typing import Any, Literal
 
 import torch
 from flwr.app import ArrayRecord, Error, Message, MessageType, MetricRecord, RecordDict
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from partitioners import Partition
 from pisa_fl.cohort import ClientData, FlatModel, LocalCohort
 from pisa_fl.data import ImageData
 from pisa_fl.randomness import numpy_generator
@@ -33,16 +38,81 @@ from strategies.messages import (
     STATE,
     STATE_LOST,
     WEIGHTS,
+    Field,
     config_of,
+    fault,
     integer,
     record,
     vectors,
 )
 
-log = logging.getLogger(__name__)
-
 CLIENT_FAILED = 1000
-"""Code of the error of a client whose own code raised."""
+"""Code of the error of a client whose own code raised; its reason holds the traceback after the first line."""
+
+
+class InstructionError(ValueError):
+    """A message from the server that a client must not act upon."""
+
+
+@dataclass(frozen=True)
+class Clients:
+    """What the clients of a federation are made of; it can be sent to another process.
+
+    Attributes:
+        data: The data set; clients read its training images.
+        partition: Positions of each client's training examples, one array a client.
+        model: The model; every host works on a copy.
+        half: Client half.
+        seed: Every random draw of the rounds follows from it.
+        batch_size: Examples of a mini-batch.
+        device: Where clients compute.
+        noise_std: Standard deviation of the noise on each client's pixels (0..1); empty for none.
+    """
+
+    data: ImageData
+    partition: Partition
+    model: nn.Module
+    half: ClientHalf
+    seed: int
+    batch_size: int
+    device: torch.device
+    noise_std: Sequence[float] = ()
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """Training examples of every client, by client number."""
+        return {number: len(rows) for number, rows in enumerate(self.partition)}
+
+    def host(self, numbers: Iterable[int], cohort: int | Literal["auto"], chunk: int) -> ClientHost:
+        """A host of the clients with the given numbers.
+
+        Args:
+            numbers: Client numbers.
+            cohort: Clients that advance together; `auto`: 1 on a CPU or for a model with running statistics, else 32.
+            chunk: Examples differentiated at once where the number does not matter to the result.
+        """
+        images = tensor(self.data.train_images, self.device)
+        labels = tensor(self.data.train_labels, self.device)
+        clients = {
+            number: ClientData(
+                images,
+                labels,
+                torch.as_tensor(self.partition[number]),
+                self.noise_std[number] if self.noise_std else 0.0,
+            )
+            for number in numbers
+        }
+        model = FlatModel(copy.deepcopy(self.model), self.device)
+        if cohort == "auto":
+            cohort = 1 if self.device.type == "cpu" or model.buffer_layout.size else 32
+        return ClientHost(model, self.half, self.data, clients, self.seed, self.batch_size, chunk, cohort)
+
+
+def tensor(array: NDArray[Any], device: torch.device) -> Tensor:
+    """An array as a tensor on the device; on the CPU it shares the (perhaps memory-mapped) array's pages."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
+        return torch.from_numpy(array).to(device)
 
 
 @dataclass
@@ -70,6 +140,12 @@ class ClientState:
             self.round, self.accepted = 0, {}
         return self.round == accepted_round
 
+    def to(self, device: torch.device | str) -> ClientState:
+        """The same with its vectors on a device."""
+        accepted = {name: vector.to(device) for name, vector in self.accepted.items()}
+        pending = {name: vector.to(device) for name, vector in self.pending.items()}
+        return ClientState(self.round, accepted, self.pending_round, pending)
+
 
 class ClientHost:
     """Runs the client half for the clients it hosts.
@@ -96,50 +172,46 @@ class ClientHost:
         chunk: int,
         cohort: int,
     ) -> None:
-        self.clients = clients
+        self.clients, self.device = clients, model.device
         self.states = {client: ClientState() for client in clients}
         self._model, self._half, self._data = model, half, data
         self._seed, self._batch_size, self._chunk, self._cohort = seed, batch_size, chunk, cohort
-        self._shown: set[str] = set()
 
     def handle(self, messages: Sequence[tuple[int, Message]]) -> Iterator[Message]:
         """Answer messages, given with the number of the client each is for; errors are answers too."""
         for group in _same_instruction(messages, self._cohort):
-            try:
-                if group[0][1].metadata.message_type == MessageType.EVALUATE:
-                    yield self._evaluate(*group[0])
-                else:
-                    yield from self._train(group)
-            except Exception as error:
-                clients = ", ".join(str(client) for client, _ in group)
-                self._show(clients, error)
-                reason = f"client {clients}: {type(error).__name__}: {error}"
-                for _, message in group:
-                    yield Message(Error(CLIENT_FAILED, reason), reply_to=message)
+            yield from self._answer(group)
 
-    def _show(self, clients: str, error: Exception) -> None:
-        """Log the traceback of a client's error, once for every place that raises."""
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{last.filename}:{last.lineno}"
-        if place not in self._shown:
-            self._shown.add(place)
-            trace = "".join(traceback.format_exception(error))
-            log.error("client %s failed:\n%s", clients, trace)
+    def _answer(self, group: Sequence[tuple[int, Message]]) -> Iterator[Message]:
+        """Answer messages with the same arrays together; if one of them fails, each alone."""
+        try:
+            if group[0][1].metadata.message_type == MessageType.EVALUATE:
+                yield from [self._evaluate(*one) for one in group]
+            else:
+                yield from self._train(group)
+        except Exception as error:
+            if len(group) > 1:
+                for one in group:
+                    yield from self._answer([one])
+            else:
+                yield Message(Error(CLIENT_FAILED, _reason(error)), reply_to=group[0][1])
 
-    def _train(self, group: Sequence[tuple[int, Message]]) -> Iterator[Message]:
-        ready = []
+    def _train(self, group: Sequence[tuple[int, Message]]) -> list[Message]:
+        self._check_arrays(group[0][1].content)
+        ready, replies = [], []
         for client, message in group:
+            self._check_rounds(message.content)
             if self._settle(client, message):
                 ready.append((client, message))
             else:
                 reason = f"client {client} does not hold the state that the server accepted"
-                yield Message(Error(STATE_LOST, reason), reply_to=message)
+                replies.append(Message(Error(STATE_LOST, reason), reply_to=message))
         if not ready:
-            return
+            return replies
         content = ready[0][1].content
         config = config_of(content)
         arrays, names = self._read(content)
-        round_number = integer(config, ROUND, 0)
+        round_number = integer(config, ROUND)
         clients = [client for client, _ in ready]
         cohort = LocalCohort(
             self._model,
@@ -170,22 +242,63 @@ class ClientHost:
                 self.states[client].pending = {name: v[row].clone() for name, v in update.state.items()}
             metrics = MetricRecord(
                 {
+                    ROUND: round_number,
                     EXAMPLES: len(self.clients[client]),
                     LOSS: float(update.loss[row]),
                     DIFFERENTIATED: cohort.differentiated[row],
                 }
             )
             reply = self._write({name: v[row] for name, v in reply_arrays.items()}, names)
-            yield Message(RecordDict({ARRAYS: reply, METRICS: metrics}), reply_to=message)
+            replies.append(Message(RecordDict({ARRAYS: reply, METRICS: metrics}), reply_to=message))
+        return replies
 
     def _evaluate(self, client: int, message: Message) -> Message:
         """Loss and accuracy of the sent weights on the client's own examples."""
+        self._check_arrays(message.content)
         arrays, _ = self._read(message.content)
         self._model.load(arrays[WEIGHTS], arrays.get(BUFFERS))
         own = self.clients[client]
         accuracy, loss = self._model.evaluate(own.images, own.labels, own.rows, self._data, self._chunk)
         metrics = MetricRecord({EXAMPLES: len(own), "accuracy": accuracy, "loss": loss})
         return Message(RecordDict({METRICS: metrics}), reply_to=message)
+
+    def _check_arrays(self, content: RecordDict) -> None:
+        """Refuse arrays that are not what the client half expects.
+
+        Raises:
+            InstructionError: They are not.
+        """
+        if ARRAYS not in content.array_records or set(content.array_records) - {ARRAYS, STATE}:
+            raise InstructionError(f"array records {sorted(content.array_records)}")
+        arrays = content.array_records[ARRAYS]
+        if WEIGHTS in arrays:
+            expected = self._half.instruction_fields()
+            if self._model.buffer_layout.size:
+                expected |= {BUFFERS: Field(self._model.buffer_layout.size)}
+        else:  # the model's tensors by name, as Flower's servers make them
+            types = ("float32", "float64", "int64")
+            own = self._model.module.state_dict()
+            expected = {name: Field(tuple(t.shape), types=types) for name, t in own.items()}
+        if reason := fault(arrays, expected):
+            raise InstructionError(reason)
+
+    def _check_rounds(self, content: RecordDict) -> None:
+        """Refuse impossible rounds and a state that is no state of a client.
+
+        Raises:
+            InstructionError: They are.
+        """
+        config = config_of(content)
+        round_number, accepted = config.get(ROUND), config.get(ACCEPTED, 0)
+        if not isinstance(round_number, int) or not 1 <= round_number < 2**31:
+            raise InstructionError(f"{ROUND} is {round_number}")
+        if not isinstance(accepted, int) or not 0 <= accepted < round_number:
+            raise InstructionError(f"{ACCEPTED} is {accepted} in round {round_number}")
+        if STATE in content.array_records:
+            supplied, sizes = content.array_records[STATE], self._half.state_sizes()
+            expected = {name: Field(sizes[name]) for name in supplied if name in sizes}
+            if reason := fault(supplied, expected) if expected else "a state without vectors":
+                raise InstructionError(reason)
 
     def _settle(self, client: int, message: Message) -> bool:
         """Bring the client to the state that the server accepted; False if it does not hold it."""
@@ -194,11 +307,12 @@ class ClientHost:
         accepted = config_of(content).get(ACCEPTED)
         if accepted is None:  # a server half that acknowledges nothing takes every reply for accepted
             accepted = state.round if state.pending_round is None else state.pending_round
+        if state.settle(accepted):
+            return True
         supplied = content.array_records.get(STATE)
         if supplied is not None:
-            self.states[client] = ClientState(int(accepted), vectors(supplied, self._model.device))
-            return True
-        return state.settle(int(accepted))
+            self.states[client] = ClientState(accepted, vectors(supplied, self._model.device))
+        return supplied is not None
 
     def _state_of(self, client: int, name: str, size: int) -> Tensor:
         held = self.states[client].accepted.get(name)
@@ -226,6 +340,14 @@ class ClientHost:
         if BUFFERS in flat:
             tensors |= self._model.buffer_layout.views(flat[BUFFERS])
         return record({name: tensors[name] for name in names})
+
+
+def _reason(error: Exception) -> str:
+    """One line, then the traceback; an instruction that was refused needs none."""
+    if isinstance(error, InstructionError):
+        return f"instruction refused: {error}"
+    trace = "".join(traceback.format_exception(error))
+    return f"{type(error).__name__}: {' '.join(str(error).split())}\n{trace}"
 
 
 def _same_instruction(

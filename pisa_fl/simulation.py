@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import partitioners
 from pisa_fl import rundir
 from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
 from pisa_fl.config import ConfigurationError, build, check, explain
-from pisa_fl.federation import Federation, NoReplyError, seeded
+from pisa_fl.federation import Federation, TooFewClientsError, seeded
 from pisa_fl.plots import draw_curves
 from pisa_fl.progress import Display, show_summary
 from pisa_fl.rundir import Metrics
@@ -63,8 +62,6 @@ def prepare(config: DictConfig) -> Federation:
 
 def _prepare(config: DictConfig) -> Federation:
     device = _device(str(config.device))
-    threads = config.engine.threads
-    torch.set_num_threads(_cores() if threads == "auto" else threads)
     data = build(config.data)
     partitioner = build(config.partition)
     partition = partitioners.deal(partitioner, data.train_labels)
@@ -78,13 +75,16 @@ def _prepare(config: DictConfig) -> Federation:
         model,
         build(config.strategy.server, layout=layout, seed=config.seed),
         build(config.strategy.client, layout=layout, seed=config.seed),
+        lambda clients: build(config.engine, clients=clients),
         seed=config.seed,
         batch_size=config.batch_size,
         participation=config.participation,
         device=device,
-        cohort=None if config.engine.cohort == "auto" else config.engine.cohort,
-        chunk=config.engine.chunk,
         noise_std=getattr(partitioner, "noise_std", None),
+        min_clients=config.min_clients,
+        round_timeout=config.round_timeout,
+        patience=config.patience,
+        accept_failures=config.accept_failures,
     )
 
 
@@ -98,7 +98,7 @@ def run(config: DictConfig, directory: Path | str | None = None) -> Result:
     Raises:
         ConfigurationError: Before anything is written, if the configuration is impossible.
         OSError: A file cannot be written.
-        NoReplyError: No client of a round gave an acceptable reply.
+        TooFewClientsError: Too few clients of a round gave an acceptable reply; a checkpoint was written.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written if there is a directory.
     """
     if config.resume is not None:
@@ -134,9 +134,10 @@ def resume(directory: Path) -> Result:
 
 def _run(federation: Federation, config: DictConfig, path: Path | None, metrics: list[Metrics]) -> Result:
     with (
+        closing(federation.grid),
         Display(config.name, config.rounds, federation.round, config.progress) as display,
         _stop_signals() as stop,
-        _last_failures(federation, path),
+        _last_failures(federation, config, path),
     ):
         for line in federation.rounds(config.rounds):
             metrics.append(line)
@@ -171,19 +172,20 @@ def _write_round(federation: Federation, line: Metrics, path: Path) -> None:
 
 
 def _write_failures(federation: Federation, round_number: int, path: Path) -> None:
-    for client, reason in federation.gateway.traffic.failures:
-        failure = {"round": round_number, "client": client, "reason": reason}
-        rundir.append_line(path / "failures.jsonl", failure)
+    for failure in federation.gateway.failures:
+        line = {"round": round_number} | {key: value for key, value in asdict(failure).items() if value != ""}
+        rundir.append_line(path / "failures.jsonl", line)
 
 
 @contextmanager
-def _last_failures(federation: Federation, path: Path | None) -> Iterator[None]:
-    """A round that ends the run for want of replies has no metrics, but its failures are written."""
+def _last_failures(federation: Federation, config: DictConfig, path: Path | None) -> Iterator[None]:
+    """A round that ends the run for want of replies has no metrics, but leaves its failures and a checkpoint."""
     try:
         yield
-    except NoReplyError:
+    except TooFewClientsError:
         if path is not None:
             _write_failures(federation, federation.round + 1, path)
+            save_checkpoint(federation, path / "checkpoint", config.checkpoint.keep)
         raise
 
 
@@ -194,11 +196,6 @@ def _write_end(
     rundir.write_summary(path / "summary.json", summary)
     rundir.write_events(path, metrics)
     draw_curves(metrics, config.name, path / "curves.png")
-
-
-def _cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device(name: str) -> torch.device:

@@ -46,8 +46,6 @@ from strategies.messages import (
     EXAMPLES,
     METRICS,
     ROUND,
-    STATE,
-    STATE_LOST,
     WEIGHTS,
     Field,
     integer,
@@ -96,7 +94,6 @@ class Pisa(Strategy):
             name: torch.zeros(1, field.size) for name, field in self.preconditioner.state_fields().items()
         }
         self._consensus = torch.empty(0)
-        self._resupply: set[int] = set()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -110,8 +107,6 @@ class Pisa(Strategy):
         for node in grid.get_node_ids():
             accepted = {ROUND: server_round, ACCEPTED: self.ledger.accepted_round(node)}
             content = RecordDict({ARRAYS: payload, CONFIG: ConfigRecord(dict(config) | accepted)})
-            if node in self._resupply:
-                content[STATE] = record({DUAL: self.ledger.dual(node)})
             yield Message(content, message_type=MessageType.TRAIN, dst_node_id=node)
 
     def aggregate_train(
@@ -124,11 +119,8 @@ class Pisa(Strategy):
             if not reply.has_error():
                 answers[node] = vectors(reply.content.array_records[ARRAYS])
                 examples[node] = integer(reply.content.metric_records[METRICS], EXAMPLES)
-            elif reply.error.code == STATE_LOST and self.ledger.accepted_round(node):
-                self._resupply.add(node)
         if not answers:
             return None, None
-        self._resupply -= answers.keys()
         self.ledger.admit(list(answers))
         sigma = self._sigma(server_round)
         for node, arrays in answers.items():
@@ -146,6 +138,10 @@ class Pisa(Strategy):
             }
         )
         return record({WEIGHTS: consensus}), metrics
+
+    def supply(self, client: int) -> ArrayRecord | None:
+        """The dual of a client that lost it, from the ledger; None for a client that has none."""
+        return record({DUAL: self.ledger.dual(client)}) if self.ledger.accepted_round(client) else None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -224,6 +220,10 @@ class PisaClient(ClientHalf):
         """The dual and, unaligned, the client's own Q."""
         own = {} if self.align_every else self.preconditioner.state_fields()
         return {DUAL: self.layout.size} | {name: field.size for name, field in own.items()}
+
+    def instruction_fields(self) -> dict[str, Field]:
+        """The weights and, aligned, the common Q."""
+        return super().instruction_fields() | (self.preconditioner.state_fields() if self.align_every else {})
 
     def reply_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
         """The weights and, in rounds that measure, the statistic."""

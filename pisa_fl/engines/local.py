@@ -1,77 +1,62 @@
-"""The `local` engine: a Flower `Grid` in this process, without a server, that starts at once."""
+"""The `local` engine: all clients in this process, without a server, that starts at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
-from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Message
 
-from pisa_fl.host import ClientHost
-
-SERVER_NODE = 1
-"""Flower's node id of the server side; a client's node id is its client number."""
+from pisa_fl.engines.base import ClientGrid, set_threads
+from pisa_fl.host import ClientHost, Clients, ClientState
 
 
-class LocalGrid(Grid):
-    """Delivers messages to the clients of one host, which answers before `send_and_receive` returns.
+def local_engine(
+    clients: Clients,
+    cohort: int | Literal["auto"] = "auto",
+    chunk: int = 250,
+    threads: int | Literal["auto"] | None = None,
+) -> LocalGrid:
+    """All clients in this process.
 
-    Any Flower strategy runs on it, by `strategy.start(grid=LocalGrid(host), ...)`.
+    Args:
+        clients: What the clients are made of.
+        cohort: Clients that advance together; `auto`: 1 on a CPU or for a model with running statistics, else 32.
+        chunk: Examples differentiated at once where the number does not matter to the result.
+        threads: PyTorch's threads; `auto`: one per core, None leaves them.
+    """
+    set_threads(threads)
+    return LocalGrid(clients.host(range(len(clients.partition)), cohort, chunk))
+
+
+class LocalGrid(ClientGrid):
+    """Clients that answer before `send_and_receive` returns.
 
     Args:
         host: The clients.
     """
 
     def __init__(self, host: ClientHost) -> None:
-        self._host = host
-        self._sent = 0
-        self._replies: dict[str, Message] = {}
-        # Flower's Message takes its sender from the process
-        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 0, 0, SERVER_NODE
-        self._run = Run.create_empty(run_id=0)
-
-    def set_run(self, run: Run) -> None:
-        """Take over a run's description."""
-        self._run = run
+        super().__init__()
+        self.host = host
 
     @property
-    def run(self) -> Run:
-        """The run's description."""
-        return self._run
+    def sizes(self) -> Mapping[int, int]:
+        """Training examples of every client."""
+        return {client: len(data) for client, data in self.host.clients.items()}
 
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Create a message to a client."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
+    def get_node_ids(self) -> list[int]:
         """The client numbers, in order."""
-        return sorted(self._host.clients)
+        return sorted(self.host.clients)
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Have the clients answer; the replies wait to be pulled."""
-        addressed = []
-        for message in messages:
-            self._sent += 1
-            message.metadata.__dict__["_message_id"] = str(self._sent)  # what a SuperLink would do
-            addressed.append((message.metadata.dst_node_id, message))
-        self._replies |= {r.metadata.reply_to_message_id: r for r in self._host.handle(addressed)}
-        return [message.metadata.message_id for _, message in addressed]
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies to the given messages, each once."""
-        return [self._replies.pop(i) for i in message_ids if i in self._replies]
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
+    def deliver(self, messages: Sequence[Message], timeout: float | None) -> Iterable[Message]:
         """Replies in the order of the messages; clients in this process need no timeout."""
-        return self.pull_messages(self.push_messages(messages))
+        return list(self.host.handle([(message.metadata.dst_node_id, message) for message in messages]))
+
+    def states(self) -> Mapping[int, ClientState]:
+        """What the clients remember."""
+        return self.host.states
+
+    def restore(self, states: Mapping[int, ClientState]) -> None:
+        """Give the clients back what `states` gave."""
+        self.host.states = {client: state.to(self.host.device) for client, state in states.items()}

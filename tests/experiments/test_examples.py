@@ -31,7 +31,7 @@ def test_a_model_data_and_strategy_of_ones_own_learn(federation):
 
 def test_the_clipped_step_is_bounded(federation):
     list(federation.rounds(1))
-    half = federation.host._half
+    half = federation.grid.host._half
     before = federation.model.weights.clone()
     half.bound = 1e-3
     list(federation.rounds(2))

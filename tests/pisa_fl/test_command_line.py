@@ -222,8 +222,7 @@ def test_clients_that_all_raise(command, tmp_path):
     assert ended.status == 1
     (line,) = lines_of(ended.err)
     assert line == (
-        "pisa-fl: no client gave an acceptable reply in round 1; "
-        "client 0: client 0: ZeroDivisionError: my own mistake"
+        "pisa-fl: no client gave an acceptable reply in round 1; client 0: ZeroDivisionError: my own mistake"
     )
     assert ended.out.count("Traceback (most recent call last)") == 1
     assert 'raise ZeroDivisionError("my own mistake")' in ended.out

@@ -65,14 +65,14 @@ def test_the_promised_defaults():
     assert config.partition.classes_per_client == 2
     chosen = {"strategy": "sisa", "partition": "label_skew", "data": "mnist_mini", "model": "simple_cnn"}
     assert config == pisa_fl.compose(*(f"{group}={name}" for group, name in chosen.items()))
-    assert config.engine.name == "local"
+    assert config.engine._target_.endswith(".local_engine")
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_builds(name):
     federation = pisa_fl.prepare(pisa_fl.compose(f"strategy={name}", "model=logistic"))
     assert isinstance(federation.strategy, Strategy)
-    assert isinstance(federation.host._half, ClientHalf)
+    assert isinstance(federation.grid.host._half, ClientHalf)
     assert federation.model.layout.size == 7850
     assert [len(federation.partition), federation.round] == [10, 0]
 

@@ -11,7 +11,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from pisa_fl.engines.local import LocalGrid
-from pisa_fl.gateway import REFUSED, Gateway
+from pisa_fl.gateway import REFUSED, Failure, Gateway
 from strategies import ClientHalf, Update
 from strategies.messages import Field, record
 
@@ -34,7 +34,12 @@ def arrays(node=0):
 
 
 def metrics(node=0):
-    return {"num-examples": 10 + node, "train-loss": 0.5 + node, "examples-differentiated": 20 + node}
+    return {
+        "server-round": 1,
+        "num-examples": 10 + node,
+        "train-loss": 0.5 + node,
+        "examples-differentiated": 20 + node,
+    }
 
 
 def content(node=0, *, of=None, **changes):
@@ -56,13 +61,18 @@ class Scripted(LocalGrid):
         super().__init__(host=None)
         self.script, self.nodes, self.sent = script, nodes, []
 
+    @property
+    def sizes(self):
+        """Client 2's is not known."""
+        return {0: 10, 1: 11, 3: 13}
+
     def get_node_ids(self):
         return list(reversed(self.nodes))
 
-    def send_and_receive(self, messages, *, timeout=None):
-        self.sent = list(messages)
+    def deliver(self, messages, timeout):
+        self.sent = messages
         replies = []
-        for message in reversed(self.sent):
+        for message in reversed(messages):
             node = message.metadata.dst_node_id
             answer = self.script.get(node, content(node))
             if answer is not None:
@@ -171,10 +181,11 @@ def test_a_bad_reply_is_refused_and_the_others_go_on(fault, caplog):
     assert [r.metadata.src_node_id for r in replies] == list(NODES)
     assert [r.has_error() for r in replies] == [False, False, True, False]
     assert replies[2].error.code == (1000 if fault == "own error" else REFUSED)
-    [(client, said)] = gateway.traffic.failures
-    assert client == 2
+    [failure] = gateway.failures
+    said = failure.reason
+    assert failure.client == 2
     assert re.search(reason, said), said
-    assert f"client 2 refused: {said}" in caplog.text
+    assert f"client 2 failed: {said}" in caplog.text
     assert (gateway.traffic.clients_ok, gateway.traffic.clients_failed) == (3, 1)
     others = [n for n in NODES if n != 2]
     assert gateway.traffic.examples == sum(10 + n for n in others)
@@ -187,13 +198,13 @@ def test_good_replies_pass_in_the_order_of_the_clients():
     for node, reply in zip(NODES, replies, strict=True):
         assert reply.metadata.src_node_id == node
         assert (reply.content["arrays"]["weights"].numpy() == node).all()
-    assert gateway.traffic.failures == []
+    assert gateway.failures == []
 
 
 def test_silence_is_a_failure():
     gateway, _, replies = ask({1: None})
     assert [r.metadata.src_node_id for r in replies] == [0, 2, 3]
-    assert gateway.traffic.failures == [(1, "no reply")]
+    assert gateway.failures == [Failure(1, "no reply")]
 
 
 def test_what_nobody_asked_for_is_dropped():
@@ -219,8 +230,9 @@ def test_counting():
     assert gateway.traffic.examples == 10 + 12 + 13
     assert gateway.traffic.loss_sum == 10 * 0.5 + 12 * 2.5 + 13 * 3.5
     messages = [Message(m.content, m.metadata.dst_node_id, "train") for m in grid.sent]
+    grid.script |= {n: content(n, of={"server-round": 2}) for n in NODES if n != 1}
     gateway.begin(2)
-    assert (gateway.traffic.clients_failed, gateway.traffic.failures) == (0, [])
+    assert (gateway.traffic.clients_failed, gateway.failures) == (0, [])
     gateway.send_and_receive(messages)
     # bytes and examples differentiated add up over the rounds, the rest starts anew
     assert (gateway.traffic.bytes_down, gateway.traffic.bytes_up) == (2 * down, 6 * up)
@@ -232,14 +244,15 @@ def test_tensors_by_name_must_come_back_as_they_were_sent():
     sent = record({"conv.weight": torch.zeros(2, 1, 3), "conv.bias": torch.zeros(2)})
     good = {"conv.weight": np.ones((2, 1, 3), np.float32), "conv.bias": np.ones(2, np.float32)}
 
-    def answer(**changes):
+    def answer(node, **changes):
         named = {k: Array(v) for k, v in (good | changes).items()}
-        return RecordDict({"arrays": ArrayRecord(named), "metrics": MetricRecord(metrics())})
+        return RecordDict({"arrays": ArrayRecord(named), "metrics": MetricRecord(metrics(node))})
 
-    script = dict.fromkeys(NODES, answer()) | {1: answer(**{"conv.bias": np.ones((2, 1), np.float32)})}
+    script = {node: answer(node) for node in NODES}
+    script[1] = answer(1, **{"conv.bias": np.ones((2, 1), np.float32)})
     gateway, _, replies = ask(script, instruction=sent)
     assert [r.has_error() for r in replies] == [False, True, False, False]
-    assert gateway.traffic.failures[0][1].startswith("array 'conv.bias' has shape (2, 1), expected (2,)")
+    assert gateway.failures[0].reason.startswith("array 'conv.bias' has shape (2, 1), expected (2,)")
 
 
 def test_running_statistics_are_sent_averaged_and_hidden():

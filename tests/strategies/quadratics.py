@@ -116,7 +116,8 @@ class Bench:
                 replies = super().send_and_receive(messages, timeout=timeout)
                 return [r for r in replies if r.metadata.src_node_id not in bench.losing]
 
-        self.gateway = Gateway(Line(self.host), self.half, torch.empty(0), 0, self.participation)
+        supply = getattr(self.strategy, "supply", None)
+        self.gateway = Gateway(Line(self.host), self.half, torch.empty(0), 0, self.participation, supply)
         self.arrays = record({WEIGHTS: torch.zeros(LAYOUT.size)})
 
     @property

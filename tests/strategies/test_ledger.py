@@ -1,6 +1,7 @@
 """The ledger against one kept by hand, whoever answers, fails, forgets, and whosever reply is lost."""
 
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quadratics import EXAMPLES, LAYOUT, Quadratics, pisa_bench, solving
 
+from pisa_fl.host import ClientState
 from strategies import Layout
 from strategies.ledger import Ledger
 from strategies.messages import STATE_LOST
@@ -102,34 +104,35 @@ def test_nothing_is_lost(preconditioner, align_every, penalty, history):
                 assert torch.equal(bench.consensus.double(), sent)
             else:
                 book.assert_balances(bench.consensus.double(), after)
-        # what was lost is supplied again: after one round to find it out and one to do it, all are together
+        # what was lost is supplied again within the round
         broken.clear()
-        for _ in range(2):
-            replies = bench.round()
+        replies = bench.round()
         assert {r.metadata.src_node_id for r in replies if not r.has_error()} == set(CLIENTS)
 
 
-def test_a_client_that_lost_its_state_says_so_and_is_supplied_again():
-    bench = pisa_bench("identity", cohort=1)
+def test_a_client_that_lost_its_state_is_supplied_within_the_round():
+    whole, bench = pisa_bench("identity", cohort=1), pisa_bench("identity", cohort=1)
+    down = [0]
     with solving(PROBLEM):
-        bench.round()
-        bench.round()
-        replies = {r.metadata.src_node_id: r for r in bench.round(forgetful={2})}
-        assert replies[2].has_error()
-        assert replies[2].error.code == STATE_LOST
-        assert (bench.gateway.traffic.clients_ok, bench.gateway.traffic.clients_failed) == (3, 1)
-        held = bench.strategy.ledger.dual(2).clone()
-        assert held.any()
-        down = [bench.gateway.traffic.bytes_down]
-        for _ in range(3):
-            bench.round()
-            assert bench.gateway.traffic.clients_failed == 0
+        for number in range(1, 6):
+            whole.round()
+            replies = bench.round(forgetful={2} if number == 3 else ())
+            assert not any(reply.has_error() for reply in replies)
+            assert torch.equal(bench.consensus, whole.consensus)
             down.append(bench.gateway.traffic.bytes_down)
-            if len(down) == 2:
-                assert torch.equal(bench.host.states[2].accepted["dual"], held)
-        # once only
-        supplied, *usual = (after - before for before, after in pairwise(down))
-        assert supplied > usual[0] == usual[1]
+    assert bench.strategy.ledger.dual(2).any()
+    first, second, supplied, *usual = (after - before for before, after in pairwise(down))
+    # the consensus once more, and the dual
+    assert supplied > usual[0] == usual[1] == first == second
+    one = usual[0] / len(EXAMPLES)
+    assert supplied == usual[0] + 2 * one
+
+
+def test_a_client_that_claims_to_have_lost_what_it_never_had_is_refused():
+    bench = pisa_bench("identity", cohort=1)
+    with solving(PROBLEM), patch.object(ClientState, "settle", lambda state, accepted: False):
+        assert all(reply.error.code == STATE_LOST for reply in bench.round())
+    assert bench.strategy.ledger.clients == []
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -143,8 +146,7 @@ def test_clients_follow_a_server_that_was_set_back(known):
             bench.round()
         bench.strategy.load_state_dict(saved)
         bench.arrays = arrays
-        for _ in range(2):
-            replies = bench.round()
+        replies = bench.round()
         assert not any(r.has_error() for r in replies)
         for i in CLIENTS:
             assert torch.equal(bench.host.states[i].pending["dual"], bench.strategy.ledger.dual(i))

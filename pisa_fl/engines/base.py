@@ -1,0 +1,112 @@
+"""What an engine is: a Flower `Grid` whose node ids are client numbers."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from pisa_fl.host import ClientState
+
+SERVER_NODE = 1
+"""Flower's node id of the server side; a client's node id is its client number."""
+
+
+class ClientGrid(Grid):
+    """Carries messages between the server half and the clients.
+
+    Any Flower strategy runs on it, by `strategy.start(grid=..., ...)`. An engine says who the clients are and how
+    messages reach them, and hands out what they remember if it can, for a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._sent = 0
+        self._replies: dict[str, Message] = {}
+        self._run = Run.create_empty(run_id=0)
+        identify()
+
+    @abstractmethod
+    def get_node_ids(self) -> list[int]:
+        """Numbers of the clients that can be reached, in order."""
+
+    @abstractmethod
+    def deliver(self, messages: Sequence[Message], timeout: float | None) -> Iterable[Message]:
+        """Replies of the clients, in any order; those that are not there after `timeout` seconds are left out."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> Mapping[int, int]:
+        """Training examples of every client, as far as they are known, by client number."""
+
+    def states(self) -> Mapping[int, ClientState]:
+        """What the clients remember, by client number; empty where they keep it themselves."""
+        return {}
+
+    def restore(self, states: Mapping[int, ClientState]) -> None:
+        """Give the clients back what `states` gave."""
+
+    def close(self) -> None:
+        """Let go of processes and connections."""
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send, and wait for the replies, at most `timeout` seconds."""
+        numbered = list(messages)
+        for message in numbered:
+            self._sent += 1
+            message.metadata.__dict__["_message_id"] = str(self._sent)  # what a SuperLink would do
+        return self.deliver(numbered, timeout)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Have the clients answer; the replies wait to be pulled."""
+        sent = list(messages)
+        self._replies |= {r.metadata.reply_to_message_id: r for r in self.send_and_receive(sent)}
+        return [message.metadata.message_id for message in sent]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies to the given messages, each once."""
+        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Create a message to a client."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def set_run(self, run: Run) -> None:
+        """Take over a run's description."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run's description."""
+        return self._run
+
+
+def set_threads(threads: int | Literal["auto"] | None) -> None:
+    """Set PyTorch's threads in this process; `auto`: one per core, None leaves them."""
+    if threads is not None:
+        torch.set_num_threads(cores() if threads == "auto" else threads)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def identify() -> None:
+    """Say who sends: Flower's Message takes that from the process."""
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 0, 0, SERVER_NODE
