@@ -204,7 +204,7 @@ def test_a_round_without_any_reply_says_why():
     broken.layout = Layout.of_parameters(network())
     federation = federate(fedavg(), half=broken)
     with pytest.raises(
-        TooFewClientsError, match=r"round 1: .* 0, .*; client 4: ArithmeticError: no such thing"
+        TooFewClientsError, match=r"in round 1; client 0: ArithmeticError: no such thing"
     ):
         list(federation.rounds(1))
 
