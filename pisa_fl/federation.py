@@ -90,8 +90,9 @@ class Federation:
     ) -> None:
         device = torch.device(device)
         self.strategy, self.data, self.partition = strategy, data, partition
-        noise = tuple(noise_std(client) for client in range(len(partition))) if noise_std else ()
-        clients = Clients(data, partition, model, half, seed, batch_size, device, noise)
+        rows = dict(enumerate(partition))
+        noise = {client: noise_std(client) for client in rows} if noise_std else {}
+        clients = Clients(data, rows, model, half, seed, batch_size, device, noise)
         self.grid = engine(clients)
         self.model = FlatModel(model, device)
         supply = getattr(strategy, "supply", None)

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from partitioners import Partition
 from pisa_fl.cohort import ClientData, FlatModel, LocalCohort
 from pisa_fl.data import ImageData
 from pisa_fl.randomness import numpy_generator
@@ -60,28 +60,28 @@ class Clients:
 
     Attributes:
         data: The data set; clients read its training images.
-        partition: Positions of each client's training examples, one array a client.
+        rows: Client number -> positions of its training examples.
         model: The model; every host works on a copy.
         half: Client half.
         seed: Every random draw of the rounds follows from it.
         batch_size: Examples of a mini-batch.
         device: Where clients compute.
-        noise_std: Standard deviation of the noise on each client's pixels (0..1); empty for none.
+        noise_std: Client number -> standard deviation of the noise on its pixels (0..1); empty for none.
     """
 
     data: ImageData
-    partition: Partition
+    rows: Mapping[int, NDArray[np.integer]]
     model: nn.Module
     half: ClientHalf
     seed: int
     batch_size: int
     device: torch.device
-    noise_std: Sequence[float] = ()
+    noise_std: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[int, int]:
         """Training examples of every client, by client number."""
-        return {number: len(rows) for number, rows in enumerate(self.partition)}
+        return {number: len(rows) for number, rows in self.rows.items()}
 
     def host(self, numbers: Iterable[int], cohort: int | Literal["auto"], chunk: int) -> ClientHost:
         """A host of the clients with the given numbers.
@@ -97,8 +97,8 @@ class Clients:
             number: ClientData(
                 images,
                 labels,
-                torch.as_tensor(self.partition[number]),
-                self.noise_std[number] if self.noise_std else 0.0,
+                torch.as_tensor(self.rows[number]),
+                self.noise_std.get(number, 0.0),
             )
             for number in numbers
         }

@@ -30,7 +30,8 @@ class ClientGrid(Grid):
         self._sent = 0
         self._replies: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=0)
-        identify()
+        if TaskIdentity._run_id is None:
+            identify()
 
     @abstractmethod
     def get_node_ids(self) -> list[int]:

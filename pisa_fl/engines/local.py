@@ -26,7 +26,7 @@ def local_engine(
         threads: PyTorch's threads; `auto`: one per core, None leaves them.
     """
     set_threads(threads)
-    return LocalGrid(clients.host(range(len(clients.partition)), cohort, chunk))
+    return LocalGrid(clients.host(clients.rows, cohort, chunk))
 
 
 class LocalGrid(ClientGrid):
