@@ -15,7 +15,7 @@ from strategies.preconditioners import SecondMoment
 
 def main(rounds: int = 10) -> list[float]:
     """SISA on MNIST digits dealt by Dirichlet(0.1); returns the test accuracy of every round."""
-    data = mnist_mini(mean=0.1307, std=0.3081)
+    data = mnist_mini(cache=None, mean=0.1307, std=0.3081)
     partitioner = DirichletPartitioner(
         10, seed=0, alpha=0.1, min_examples=10, self_balancing=True, max_redraws=1000
     )

@@ -12,11 +12,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pisa_fl.assembly import prepare
     from pisa_fl.config import ConfigurationError, compose
     from pisa_fl.data import ImageData
     from pisa_fl.engines.local import LocalGrid
     from pisa_fl.federation import Federation
-    from pisa_fl.simulation import Result, prepare, resume, run
+    from pisa_fl.simulation import Result, resume, run
 
 __all__ = [
     "ConfigurationError",
@@ -41,7 +42,7 @@ _HOMES = {
     "LocalGrid": "engines.local",
     "Result": "simulation",
     "compose": "config",
-    "prepare": "simulation",
+    "prepare": "assembly",
     "resume": "simulation",
     "run": "simulation",
 }

@@ -18,15 +18,20 @@ CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") i
 """The configuration groups: beside the package in a checkout, inside it when installed from a wheel."""
 
 
+imported_folders: list[Path] = []
+"""Folders of the user's own modules, which other hosts need as well."""
+
+
 class ConfigurationError(ValueError):
     """Something that the user can mend; its text is one sentence that names the key and the remedy."""
 
 
 def import_from(folder: str | Path) -> None:
     """Let configuration in a user's folder name classes that lie beside it."""
-    path = str(Path(folder).resolve())
-    if path not in sys.path:
-        sys.path.insert(0, path)
+    path = Path(folder).resolve()
+    if path not in imported_folders:
+        imported_folders.append(path)
+        sys.path.insert(0, str(path))
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None) -> DictConfig:

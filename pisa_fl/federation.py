@@ -36,7 +36,11 @@ WAIT = 1.0
 """Seconds between looks for clients while there are too few."""
 
 
-class TooFewClientsError(RuntimeError):
+class RunError(RuntimeError):
+    """A run that cannot go on, for a reason that lies outside its configuration."""
+
+
+class TooFewClientsError(RunError):
     """Fewer clients than `min_clients` gave a reply that could be accepted, or one failed that must not."""
 
 
@@ -52,7 +56,8 @@ class Federation:
 
     Args:
         data: Training and test images.
-        partition: Positions of each client's training examples, one array a client.
+        partition: Positions of each client's training examples, one array a client; empty where clients hold
+            their own.
         model: The model; its present parameters are the initial weights.
         strategy: Server half, any Flower strategy.
         half: Client half.
@@ -88,6 +93,8 @@ class Federation:
         patience: float = 0.0,
         accept_failures: bool = True,
     ) -> None:
+        if not len(data.test_images):
+            raise ValueError("data: there are no test images, which the server needs")
         device = torch.device(device)
         self.strategy, self.data, self.partition = strategy, data, partition
         rows = dict(enumerate(partition))

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pisa_fl.cohort import ClientData, FlatModel, LocalCohort
+from pisa_fl.config import ConfigurationError
 from pisa_fl.data import ImageData
 from pisa_fl.randomness import numpy_generator
 from strategies.client import ClientHalf, Instruction
@@ -174,7 +175,7 @@ class ClientHost:
     ) -> None:
         self.clients, self.device = clients, model.device
         self.states = {client: ClientState() for client in clients}
-        self._model, self._half, self._data = model, half, data
+        self.data, self._model, self._half = data, model, half
         self._seed, self._batch_size, self._chunk, self._cohort = seed, batch_size, chunk, cohort
 
     def handle(self, messages: Sequence[tuple[int, Message]]) -> Iterator[Message]:
@@ -194,7 +195,7 @@ class ClientHost:
                 for one in group:
                     yield from self._answer([one])
             else:
-                yield Message(Error(CLIENT_FAILED, _reason(error)), reply_to=group[0][1])
+                yield Message(Error(CLIENT_FAILED, failure_reason(error)), reply_to=group[0][1])
 
     def _train(self, group: Sequence[tuple[int, Message]]) -> list[Message]:
         self._check_arrays(group[0][1].content)
@@ -215,7 +216,7 @@ class ClientHost:
         clients = [client for client, _ in ready]
         cohort = LocalCohort(
             self._model,
-            self._data,
+            self.data,
             {client: self.clients[client] for client in clients},
             arrays.pop(BUFFERS, None),
             round_number,
@@ -258,7 +259,7 @@ class ClientHost:
         arrays, _ = self._read(message.content)
         self._model.load(arrays[WEIGHTS], arrays.get(BUFFERS))
         own = self.clients[client]
-        accuracy, loss = self._model.evaluate(own.images, own.labels, own.rows, self._data, self._chunk)
+        accuracy, loss = self._model.evaluate(own.images, own.labels, own.rows, self.data, self._chunk)
         metrics = MetricRecord({EXAMPLES: len(own), "accuracy": accuracy, "loss": loss})
         return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
@@ -342,8 +343,10 @@ class ClientHost:
         return record({name: tensors[name] for name in names})
 
 
-def _reason(error: Exception) -> str:
-    """One line, then the traceback; an instruction that was refused needs none."""
+def failure_reason(error: Exception) -> str:
+    """One line, then the traceback; an instruction that was refused needs none, nor what the user can mend."""
+    if isinstance(error, ConfigurationError):
+        return str(error)
     if isinstance(error, InstructionError):
         return f"instruction refused: {error}"
     trace = "".join(traceback.format_exception(error))

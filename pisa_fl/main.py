@@ -57,7 +57,7 @@ def _task(config: DictConfig) -> None:
     # heavy imports only now: --help and --cfg answer at once
     from rich.logging import RichHandler
 
-    from pisa_fl.federation import TooFewClientsError
+    from pisa_fl.federation import RunError
     from pisa_fl.progress import console
     from pisa_fl.simulation import Interrupted, run
 
@@ -70,7 +70,7 @@ def _task(config: DictConfig) -> None:
         run(resolve(config), directory)
     except (ConfigurationError, OSError) as error:
         _give_up(WRONG, error)
-    except TooFewClientsError as error:
+    except RunError as error:
         _give_up(FAILED, error)
     except (Interrupted, KeyboardInterrupt) as error:
         _give_up(INTERRUPTED, error)

@@ -7,23 +7,32 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 import partitioners
 from pisa_fl import rundir
+from pisa_fl.assembly import Engine, prepare
 from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
 from pisa_fl.config import ConfigurationError, build, check, explain
-from pisa_fl.federation import Federation, TooFewClientsError, seeded
+from pisa_fl.federation import Federation, TooFewClientsError
 from pisa_fl.plots import draw_curves
 from pisa_fl.progress import Display, show_summary
 from pisa_fl.rundir import Metrics
-from strategies import Layout
+
+if TYPE_CHECKING:
+    from pisa_fl.launcher import FlowerRun
+
+LAUNCHER = "pisa_fl.launcher.FlowerRun"
+"""The engine that is no grid in this process: it has Flower run the federation."""
+
+OUTCOME = ".outcome.json"
+"""Name of a file in the run directory by which a run elsewhere tells why it ended before its time."""
+
+STOP = "stop"
+"""Name of a file in the run directory that asks the run to stop after its round."""
 
 
 @dataclass(frozen=True)
@@ -47,72 +56,50 @@ class Interrupted(Exception):
     """The run was asked to stop, by Ctrl-C or SIGTERM, and has left a checkpoint."""
 
 
-def prepare(config: DictConfig) -> Federation:
-    """Build everything a configuration names, without writing anything.
-
-    Raises:
-        ConfigurationError: Something in it is impossible or missing.
-    """
-    try:
-        check(config)
-        return _prepare(config)
-    except (ValueError, OSError) as error:
-        raise ConfigurationError(explain(error)) from error
-
-
-def _prepare(config: DictConfig) -> Federation:
-    device = _device(str(config.device))
-    data = build(config.data)
-    partitioner = build(config.partition)
-    partition = partitioners.deal(partitioner, data.train_labels)
-    model = seeded(config.seed, lambda: build(config.model, shape=data.shape, classes=len(data.classes)))
-    if config.init is not None:
-        _initialise(model, Path(config.init))
-    layout = Layout.of_parameters(model)
-    return Federation(
-        data,
-        partition,
-        model,
-        build(config.strategy.server, layout=layout, seed=config.seed),
-        build(config.strategy.client, layout=layout, seed=config.seed),
-        lambda clients: build(config.engine, clients=clients),
-        seed=config.seed,
-        batch_size=config.batch_size,
-        participation=config.participation,
-        device=device,
-        noise_std=getattr(partitioner, "noise_std", None),
-        min_clients=config.min_clients,
-        round_timeout=config.round_timeout,
-        patience=config.patience,
-        accept_failures=config.accept_failures,
-    )
-
-
-def run(config: DictConfig, directory: Path | str | None = None) -> Result:
+def run(config: DictConfig, directory: Path | str | None = None, engine: Engine | None = None) -> Result:
     """Run a federation from its configuration.
 
     Args:
         config: Resolved configuration, as `compose` gives it.
         directory: Run directory, made if it is not there; None writes nothing.
+        engine: In place of the configuration's.
 
     Raises:
         ConfigurationError: Before anything is written, if the configuration is impossible.
         OSError: A file cannot be written.
-        TooFewClientsError: Too few clients of a round gave an acceptable reply; a checkpoint was written.
+        RunError: Too few clients of a round gave an acceptable reply (a checkpoint was written), or the engine failed.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written if there is a directory.
     """
-    if config.resume is not None:
-        return resume(Path(str(config.resume)))
-    federation = prepare(config)
     path = None if directory is None else Path(directory)
+    if config.resume is not None:
+        return resume(Path(str(config.resume)), engine)
+    if engine is None and (launcher := _launcher(config)):
+        return launcher.launch(config, path)
+    federation = prepare(config, engine)
     if path is not None:
         path.mkdir(parents=True, exist_ok=True)
         _write_start(federation, config, path)
     return _run(federation, config, path, [])
 
 
-def resume(directory: Path) -> Result:
+def _launcher(config: DictConfig) -> FlowerRun | None:
+    """Who runs the federation, if it is not this process."""
+    try:
+        check(config)
+        launcher = build(config.engine) if config.engine.get("_target_") == LAUNCHER else None
+    except ValueError as error:
+        raise ConfigurationError(explain(error)) from error
+    if "_target_" not in config.partition and (launcher is None or launcher.connection is None):
+        raise ConfigurationError("partition=own needs real clients: engine=flower engine.connection=NAME")
+    return launcher
+
+
+def resume(directory: Path, engine: Engine | None = None) -> Result:
     """Go on with an interrupted run, in its directory and with its configuration.
+
+    Args:
+        directory: The run directory.
+        engine: In place of the configuration's.
 
     Raises:
         ConfigurationError: It is no run directory, or holds no whole checkpoint.
@@ -125,7 +112,9 @@ def resume(directory: Path) -> Result:
         raise ConfigurationError(f"resume: {directory}/config.yaml cannot be read") from error
     if not isinstance(config, DictConfig):
         raise ConfigurationError(f"resume: {directory}/config.yaml cannot be read as a configuration")
-    federation = prepare(config)
+    if engine is None and (launcher := _launcher(config)):
+        return launcher.launch(config, directory, resume=True)
+    federation = prepare(config, engine)
     load_checkpoint(federation, directory / "checkpoint")
     rundir.rewind(directory, federation.round or -1)  # the untrained model is measured again
     metrics = rundir.read_metrics(directory)
@@ -136,7 +125,7 @@ def _run(federation: Federation, config: DictConfig, path: Path | None, metrics:
     with (
         closing(federation.grid),
         Display(config.name, config.rounds, federation.round, config.progress) as display,
-        _stop_signals() as stop,
+        stop_signals() as stop,
         _last_failures(federation, config, path),
     ):
         for line in federation.rounds(config.rounds):
@@ -145,9 +134,10 @@ def _run(federation: Federation, config: DictConfig, path: Path | None, metrics:
             if path is not None:
                 _write_round(federation, line, path)
             finished = federation.round == config.rounds
-            if path is not None and (stop or finished or federation.round % config.checkpoint.every == 0):
+            stopped = stop or (path is not None and (path / STOP).exists())
+            if path is not None and (stopped or finished or federation.round % config.checkpoint.every == 0):
                 save_checkpoint(federation, path / "checkpoint", config.checkpoint.keep)
-            if stop and not finished:
+            if stopped and not finished:
                 where = f"; go on with: pisa-fl resume={path}" if path is not None else ""
                 raise Interrupted(f"stopped after round {federation.round} of {config.rounds}{where}")
     federation.load_weights()
@@ -160,10 +150,12 @@ def _run(federation: Federation, config: DictConfig, path: Path | None, metrics:
 
 def _write_start(federation: Federation, config: DictConfig, path: Path) -> None:
     rundir.write_config(path / "config.yaml", config)
+    rundir.write_weights(path / "initial.safetensors", federation.model.state_dict())
+    if not federation.partition:
+        return
     partitioners.save(federation.partition, path / "partition.json")
     data = federation.data
     partitioners.draw(federation.partition, data.train_labels, data.classes, path / "partition.png")
-    rundir.write_weights(path / "initial.safetensors", federation.model.state_dict())
 
 
 def _write_round(federation: Federation, line: Metrics, path: Path) -> None:
@@ -198,55 +190,8 @@ def _write_end(
     draw_curves(metrics, config.name, path / "curves.png")
 
 
-def _device(name: str) -> torch.device:
-    """The device by name.
-
-    Raises:
-        ConfigurationError: It does not exist here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigurationError(
-                f"device={name} asks for a GPU and there are {torch.cuda.device_count()}:"
-                " use device=auto or device=cpu"
-            )
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError):
-        raise ConfigurationError(
-            f"device={name} is no device that PyTorch can use here: use auto, cpu or cuda"
-        ) from None
-    return device
-
-
-def _initialise(model: nn.Module, path: Path) -> None:
-    """Load initial weights.
-
-    Raises:
-        ConfigurationError: There is no such file, or it is of another model.
-    """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ConfigurationError(f"init={path} cannot be read as safetensors: {error}") from error
-    own = model.state_dict()
-    for name, tensor in own.items():
-        if name not in tensors or tensors[name].shape != tensor.shape:
-            found = tuple(tensors[name].shape) if name in tensors else "missing"
-            raise ConfigurationError(
-                f"init={path} is of another model: {name} is {found} there and {tuple(tensor.shape)} in the model"
-            )
-    if extra := sorted(tensors.keys() - own.keys()):
-        raise ConfigurationError(
-            f"init={path} is of another model: it holds {extra[0]}, which the model lacks"
-        )
-    model.load_state_dict(tensors)
-
-
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """While it lasts, Ctrl-C and SIGTERM are noted in the list, and a second one ends the process at once."""
     received: list[int] = []
 

@@ -1,5 +1,6 @@
 """Folders of images by class."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,66 +24,92 @@ def imagefolder(
     std: PerChannel,
     image_size: int | None = None,
     channels: int = 3,
+    classes: Sequence[str] | None = None,
     augment: Augmentation | None = None,
 ) -> ImageData:
-    """Load images stored as `{train,test}/<class>/<name>.{jpg,png,...}`; classes are in alphabetical order.
+    """Load images stored as `{train,test}/<class>/<name>.{jpg,png,...}`.
 
     Args:
-        path: the folder that holds `train` and `test`.
+        path: the folder that holds `train` and `test`; with `classes`, `test` may be missing.
         cache: where decoded arrays are kept; None keeps none.
         mean: of pixel values 0..1, one for all channels or one for each.
         std: of pixel values 0..1, one for all channels or one for each.
         image_size: height and width to which every image is resized; None takes the first image's size.
         channels: 1 (grey) or 3 (colour).
+        classes: the names of all classes in the order of their labels, of which this folder may lack some (a
+            client of a real federation need not have all); None takes the folders, in alphabetical order.
         augment: applied to normalised training batches.
 
     Raises:
         FileNotFoundError: if `path` or its `train` or `test` is missing.
-        ValueError: if a class folder is empty, classes differ, an image is damaged, or an option is
+        ValueError: if a class folder is empty, classes differ or are unknown, an image is damaged, or an option is
             impossible.
     """
     if channels not in MODES:
         raise ValueError(f"data.channels={channels} must be 1 (grey) or 3 (colour)")
     if image_size is not None and image_size < 1:
         raise ValueError(f"data.image_size={image_size} must be a number of pixels, or null")
-    arrays = read_tree(Path(path).expanduser(), "data.path", cache, "imagefolder", image_size, channels)
+    arrays = read_tree(
+        Path(path).expanduser(), "data.path", cache, "imagefolder", image_size, channels, classes
+    )
     return ImageData.from_arrays(arrays, mean, std, augment)
 
 
 def read_tree(
-    root: Path, key: str, cache: str | None, name: str, image_size: int | None, channels: int
+    root: Path,
+    key: str,
+    cache: str | None,
+    name: str,
+    image_size: int | None,
+    channels: int,
+    classes: Sequence[str] | None = None,
 ) -> Arrays:
     """Return the arrays of `{train,test}/<class>/*` below `root`; errors name the configuration key `key`."""
     folders = [root / "train", root / "test"]
     for folder in folders:
-        if not folder.is_dir():
+        if not folder.is_dir() and (classes is None or folder.name == "train"):
             raise FileNotFoundError(
                 f"{key}={root} has no folder '{folder.name}'; it must hold {{train,test}}/<class>/<images>"
             )
     files = (file for folder in folders for file in files_below(folder))
-    source = [str(image_size), str(channels), *fingerprint(files)]
-    return cached(cache, name, source, lambda: _decode(root, key, image_size, channels))
+    source = [str(image_size), str(channels), *(classes or ()), *fingerprint(files)]
+    return cached(cache, name, source, lambda: _decode(root, key, image_size, channels, classes))
 
 
-def _decode(root: Path, key: str, image_size: int | None, channels: int) -> Arrays:
-    train, test = _list_images(root / "train", key), _list_images(root / "test", key)
-    if train.classes != test.classes:
-        lonely = sorted({*train.classes} ^ {*test.classes})
-        raise ValueError(
-            f"{key}={root} has class folders {lonely} in only one of 'train' and 'test'; add or remove them"
-        )
-    size = (image_size, image_size) if image_size else _picture(train.samples[0][0], key, channels).size
+def _decode(
+    root: Path, key: str, image_size: int | None, channels: int, classes: Sequence[str] | None
+) -> Arrays:
+    listings = {
+        split: _list_images(root / split, key) for split in ("train", "test") if (root / split).is_dir()
+    }
+    if classes is None:
+        classes = listings["train"].classes
+        if lonely := sorted({*classes} ^ {*listings["test"].classes}):
+            raise ValueError(
+                f"{key}={root} has class folders {lonely} in only one of 'train' and 'test'; add or remove them"
+            )
+    labels = {name: label for label, name in enumerate(classes)}
+    for listing in listings.values():
+        if strange := sorted({*listing.classes} - {*labels}):
+            raise ValueError(
+                f"{key}={root} has class folders {strange} that data.classes lacks; add or remove them"
+            )
+    first = listings["train"].samples[0][0]
+    size = (image_size, image_size) if image_size else _picture(first, key, channels).size
 
     def pixels(path: str) -> np.ndarray:
         picture = _picture(path, key, channels)
         return np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
 
-    arrays = {"classes": np.array(train.classes)}
+    arrays = {"classes": np.array(classes)}
     with ThreadPoolExecutor() as threads:
-        for split, listing in (("train", train), ("test", test)):
+        for split, listing in listings.items():
             images = list(threads.map(pixels, [path for path, _ in listing.samples]))
             arrays[f"{split}_images"] = channels_first(np.stack(images))
-            arrays[f"{split}_labels"] = np.array(listing.targets, np.int64)
+            named = [labels[listing.classes[target]] for target in listing.targets]
+            arrays[f"{split}_labels"] = np.array(named, np.int64)
+    if "test" not in listings:
+        arrays["test_images"], arrays["test_labels"] = arrays["train_images"][:0], arrays["train_labels"][:0]
     return arrays
 
 

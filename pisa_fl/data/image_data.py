@@ -26,7 +26,7 @@ class ImageData:
     Attributes:
         train_images: (n, channels, height, width), uint8 pixels 0..255, or floats that are taken as they are.
         train_labels: (n,) int64, positions in `classes`.
-        test_images: (m, channels, height, width), as `train_images`.
+        test_images: (m, channels, height, width), as `train_images`; m may be 0 at a client.
         test_labels: (m,) int64.
         classes: the names of the classes, in the order of their labels.
         mean: per channel, of pixel values 0..1 (of the values themselves where images are floats).
@@ -111,11 +111,13 @@ def _check_split(split: str, images: np.ndarray, labels: np.ndarray, classes: tu
             f"data: {split}_images is {images.dtype} of shape {images.shape};"
             " give uint8 or float (n, channels, height, width)"
         )
-    if labels.dtype != np.int64 or labels.shape != images.shape[:1] or not len(labels):
+    if labels.dtype != np.int64 or labels.shape != images.shape[:1] or (split == "train" and not len(labels)):
         raise ValueError(
             f"data: {split}_labels is {labels.dtype} of shape {labels.shape} for {len(images)} images;"
             " give one int64 label for each image, and at least one image"
         )
+    if not len(labels):
+        return
     if labels.min() < 0 or labels.max() >= len(classes):
         raise ValueError(
             f"data: {split}_labels run from {labels.min()} to {labels.max()}"

@@ -15,14 +15,27 @@ CLOTHES = (
 )  # fmt: skip
 
 
-def mnist_mini(mean: PerChannel, std: PerChannel, augment: Augmentation | None = None) -> ImageData:
+def mnist_mini(
+    cache: str | None, mean: PerChannel, std: PerChannel, augment: Augmentation | None = None
+) -> ImageData:
     """Load the first 1,000 training and 200 test images of every class of MNIST.
 
     They ship with this package: (10000, 1, 28, 28) and (2000, 1, 28, 28) uint8, in MNIST's own order.
     `MNIST_MINI.md` beside this file has provenance and licence.
+
+    Args:
+        cache: where decoded arrays are kept; None keeps none.
+        mean: of pixel values 0..1.
+        std: of pixel values 0..1.
+        augment: applied to normalised training batches.
     """
-    with np.load(Path(__file__).with_name("mnist_mini.npz"), allow_pickle=False) as stored:
-        arrays = {**stored, "classes": np.array(DIGITS)}
+    file = Path(__file__).with_name("mnist_mini.npz")
+
+    def decode() -> Arrays:
+        with np.load(file, allow_pickle=False) as stored:
+            return {**stored, "classes": np.array(DIGITS)}
+
+    arrays = cached(cache, "mnist_mini", fingerprint([file]), decode)
     return ImageData.from_arrays(arrays, mean, std, augment)
 
 

@@ -634,7 +634,10 @@ def test_read_only_arrays_are_copied(data):
             "train_labels is int32 of shape (6,) for 6 images; give one",
         ),
         ({"test_labels": np.zeros(3, np.int64)}, "test_labels is int64 of shape (3,) for 2 images"),
-        ({"test_images": np.zeros((0, 2, 4, 3)), "test_labels": np.zeros(0, np.int64)}, "at least one image"),
+        (
+            {"train_images": np.zeros((0, 2, 4, 3)), "train_labels": np.zeros(0, np.int64)},
+            "at least one image",
+        ),
         ({"classes": ("a", "b")}, "train_labels run from 0 to 2 but there are 2 classes"),
         ({"test_labels": np.array([-1, 0])}, "test_labels run from -1 to 0"),
         (

@@ -1,0 +1,171 @@
+"""From a configuration to objects: a whole federation, or one client of a real one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+import partitioners
+from partitioners import Partition
+from pisa_fl.client_state import StateFile
+from pisa_fl.config import ConfigurationError, build, check, explain
+from pisa_fl.data import ImageData
+from pisa_fl.engines.base import ClientGrid
+from pisa_fl.federation import Federation, seeded
+from pisa_fl.host import Clients
+from strategies import Layout
+
+Engine = Callable[[Clients], ClientGrid]
+"""Makes the grid that reaches the clients from what they are made of."""
+
+
+def prepare(config: DictConfig, engine: Engine | None = None) -> Federation:
+    """Build everything a configuration names, without writing anything.
+
+    Args:
+        config: Resolved configuration, as `compose` gives it.
+        engine: In place of the configuration's.
+
+    Raises:
+        ConfigurationError: Something in it is impossible or missing.
+    """
+    try:
+        check(config)
+        return _prepare(config, engine or (lambda clients: build(config.engine, clients=clients)))
+    except (ValueError, OSError) as error:
+        raise ConfigurationError(explain(error)) from error
+
+
+def _prepare(config: DictConfig, engine: Engine) -> Federation:
+    data = build(config.data)
+    partition: Partition = []
+    noise_std = None
+    if deals(config):
+        partitioner = build(config.partition)
+        partition = partitioners.deal(partitioner, data.train_labels)
+        noise_std = getattr(partitioner, "noise_std", None)
+    model, layout = _model(config, data)
+    if config.init is not None:
+        _initialise(model, Path(config.init))
+    return Federation(
+        data,
+        partition,
+        model,
+        build(config.strategy.server, layout=layout, seed=config.seed),
+        build(config.strategy.client, layout=layout, seed=config.seed),
+        engine,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        participation=config.participation,
+        device=_device(str(config.device)),
+        noise_std=noise_std,
+        min_clients=config.min_clients,
+        round_timeout=config.round_timeout,
+        patience=config.patience,
+        accept_failures=config.accept_failures,
+    )
+
+
+def one_client(config: DictConfig, number: int, folder: str | None, file: StateFile) -> Clients:
+    """What one client of a real federation is made of, on its own machine.
+
+    Args:
+        config: Resolved configuration.
+        number: Client number.
+        folder: The client's own data folder; None takes its part of the configuration's data set.
+        file: Where it keeps which part that is, so that it is dealt only once.
+
+    Raises:
+        ConfigurationError: Something is impossible or missing here.
+    """
+    try:
+        own = not deals(config)
+        if own != (folder is not None):
+            raise ConfigurationError(
+                "partition=own and `data` in the node-config go together: one is there without the other"
+            )
+        if folder is not None:
+            key = "path" if "path" in config.data else "root"
+            config = config.copy()
+            OmegaConf.update(config, f"data.{key}", folder)
+        data = build(config.data)
+        noise: dict[int, float] = {}
+        rows: NDArray[np.integer]
+        if own:
+            rows = np.arange(len(data.train_labels))
+        else:
+            partitioner = build(config.partition)
+            rows = file.rows(lambda: partitioners.deal(partitioner, data.train_labels)[number])
+            if hasattr(partitioner, "noise_std"):
+                noise = {number: partitioner.noise_std(number)}
+        model, layout = _model(config, data)
+        half = build(config.strategy.client, layout=layout, seed=config.seed)
+        device = _device(str(config.device))
+        return Clients(data, {number: rows}, model, half, config.seed, config.batch_size, device, noise)
+    except (ValueError, OSError, IndexError) as error:
+        raise ConfigurationError(f"client {number}: {explain(error)}") from error
+
+
+def deals(config: DictConfig) -> bool:
+    """Whether the configuration deals examples to clients; with partition=own they bring theirs."""
+    return "_target_" in config.partition
+
+
+def _model(config: DictConfig, data: ImageData) -> tuple[nn.Module, Layout]:
+    model = seeded(config.seed, lambda: build(config.model, shape=data.shape, classes=len(data.classes)))
+    return model, Layout.of_parameters(model)
+
+
+def _device(name: str) -> torch.device:
+    """The device by name.
+
+    Raises:
+        ConfigurationError: It does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigurationError(
+                f"device={name} asks for a GPU and there are {torch.cuda.device_count()}:"
+                " use device=auto or device=cpu"
+            )
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise ConfigurationError(
+            f"device={name} is no device that PyTorch can use here: use auto, cpu or cuda"
+        ) from None
+    return device
+
+
+def _initialise(model: nn.Module, path: Path) -> None:
+    """Load initial weights.
+
+    Raises:
+        ConfigurationError: There is no such file, or it is of another model.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(f"init={path} cannot be read as safetensors: {error}") from error
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            raise ConfigurationError(
+                f"init={path} is of another model: {name} is {found} there and {tuple(tensor.shape)} in the model"
+            )
+    if extra := sorted(tensors.keys() - own.keys()):
+        raise ConfigurationError(
+            f"init={path} is of another model: it holds {extra[0]}, which the model lacks"
+        )
+    model.load_state_dict(tensors)

@@ -1,0 +1,157 @@
+"""The server's side of `engine=flower`: Flower's grid, with client numbers for node ids.
+
+Flower knows its clients by node ids, drawn afresh for every simulation. A client's number is its `partition-id`,
+which only the client knows; so whoever is new is asked to introduce itself before it takes part.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from pisa_fl.engines.base import ClientGrid
+from pisa_fl.host import CLIENT_FAILED, Clients
+from strategies.messages import CONFIG
+
+log = logging.getLogger(__name__)
+
+INTRODUCTION = 120.0
+"""Seconds that a round waits for new clients to introduce themselves; later they take part from the next one."""
+
+LONGEST_PAUSE = 1.0
+"""Seconds between looks for replies, at most."""
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a client says of itself.
+
+    Attributes:
+        client: Client number.
+        examples: Its training examples.
+    """
+
+    client: int
+    examples: int
+
+
+class FlowerGrid(ClientGrid):
+    """Clients behind a Flower SuperLink, or in Flower's simulation.
+
+    Args:
+        clients: What the clients are made of; without rows, they hold their own data.
+        grid: Flower's grid.
+    """
+
+    def __init__(self, clients: Clients, grid: Grid) -> None:
+        super().__init__()
+        self._grid, self._clients = grid, clients
+        self._met: dict[int, Introduction | None] = {}  # by node id; None: turned away
+        self._asked: dict[str, int] = {}  # message id -> node id
+        self._nodes: dict[int, int] = {}  # client number -> node id
+        self._sizes = dict(clients.sizes)
+        self._newest = 0.0
+
+    @property
+    def sizes(self) -> Mapping[int, int]:
+        """Training examples of every client, as far as they are known."""
+        return self._sizes
+
+    def get_node_ids(self) -> list[int]:
+        """Numbers of the clients that are online and have introduced themselves."""
+        online = sorted(self._grid.get_node_ids())
+        self._meet(online)
+        self._nodes = {}
+        for node in online:
+            introduction = self._met.get(node)
+            if introduction is None:
+                continue
+            if introduction.client in self._nodes:
+                log.warning("two nodes say that they are client %d: one is left out", introduction.client)
+            self._nodes.setdefault(introduction.client, node)
+        return sorted(self._nodes)
+
+    def deliver(self, messages: Sequence[Message], timeout: float | None) -> Iterable[Message]:
+        """Replies of the nodes, addressed as from client numbers."""
+        sent: dict[str, Message] = {}
+        for message in messages:
+            node = self._nodes.get(message.metadata.dst_node_id)
+            if node is not None:
+                own = Message(message.content, node, message.metadata.message_type)
+                self._grid.push_messages([own])
+                sent[own.metadata.message_id] = message
+        for reply in self._wait(set(sent), timeout):
+            original = sent[reply.metadata.reply_to_message_id]
+            yield Message(reply.error if reply.has_error() else reply.content, reply_to=original)
+
+    def _wait(self, ids: set[str], timeout: float | None) -> Iterable[Message]:
+        """Replies to messages, as they come."""
+        end = None if timeout is None else time.monotonic() + timeout
+        pause = 0.05
+        while ids:
+            replies = list(self._grid.pull_messages(ids))
+            ids -= {reply.metadata.reply_to_message_id for reply in replies}
+            yield from replies
+            if end is not None and time.monotonic() >= end:
+                return
+            pause = 0.05 if replies else min(1.3 * pause, LONGEST_PAUSE)
+            if ids:
+                time.sleep(pause)
+
+    def _meet(self, online: Sequence[int]) -> None:
+        """Ask those who are new, or were away, who they are; whoever answers late is met later."""
+        self._met = {node: introduction for node, introduction in self._met.items() if node in online}
+        asked = set(self._asked.values())
+        for node in online:
+            if node not in self._met and node not in asked:
+                content = RecordDict({CONFIG: ConfigRecord({"version": version("pisa-fl")})})
+                question = Message(content, node, MessageType.QUERY)
+                self._grid.push_messages([question])
+                self._asked[question.metadata.message_id] = node
+                self._newest = time.monotonic()
+        left = max(0.0, self._newest + INTRODUCTION - time.monotonic())
+        for reply in self._wait(set(self._asked), left):
+            node = self._asked.pop(reply.metadata.reply_to_message_id)
+            if reply.has_error() and reply.error.code != CLIENT_FAILED:
+                continue  # Flower's own: it is asked again
+            try:
+                introduction = self._introduction(reply)
+                self._met[node] = introduction
+                self._sizes[introduction.client] = introduction.examples
+            except (ValueError, KeyError, TypeError) as error:
+                log.warning("a client is turned away: %s", error)
+                self._met[node] = None
+
+    def _introduction(self, reply: Message) -> Introduction:
+        """What a client said of itself.
+
+        Raises:
+            ValueError: It does not fit this federation.
+        """
+        if reply.has_error():
+            raise ValueError(reply.error.reason)
+        said: dict[str, Any] = dict(reply.content.config_records[CONFIG])
+        client, examples = said["client"], said["examples"]
+        data, rows = self._clients.data, self._clients.rows
+        expected = {
+            "version": version("pisa-fl"),
+            "shape": list(data.shape),
+            "classes": list(data.classes),
+        }
+        for key, value in expected.items():
+            if said[key] != value:
+                raise ValueError(f"client {client} has {key} {said[key]}, the server {value}")
+        if not isinstance(client, int) or client < 0 or (rows and client not in rows):
+            raise ValueError(f"client {client} is none of the {len(rows)} of this federation")
+        if not isinstance(examples, int) or not 1 <= examples < 2**40:
+            raise ValueError(f"client {client} says that it has {examples} examples")
+        if rows and examples != len(rows[client]):
+            raise ValueError(f"client {client} has {examples} examples, {len(rows[client])} were dealt to it")
+        return Introduction(client, examples)

@@ -1,0 +1,163 @@
+"""The Flower app: `server`, a ServerApp around a run of this package, and `client`, a ClientApp around one client.
+
+Both are made from one configuration, which the launcher sends as the run-config key `hydra`; with an empty key
+(`flwr run .`) they compose the defaults, with as many clients as there are nodes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import datetime
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from omegaconf import DictConfig, OmegaConf
+
+from pisa_fl import rundir, simulation
+from pisa_fl.assembly import one_client
+from pisa_fl.client_state import StateFile
+from pisa_fl.config import ConfigurationError, compose
+from pisa_fl.engines.base import set_threads
+from pisa_fl.engines.flower import FlowerGrid
+from pisa_fl.federation import RunError
+from pisa_fl.host import CLIENT_FAILED, ClientHost, failure_reason
+from strategies.messages import CONFIG
+
+server = ServerApp()
+client = ClientApp()
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation, and leave in the run directory how it ended."""
+    config = configuration(context, len(_some_nodes(grid)))
+    set_threads(config.engine.threads)
+    if config.engine.directory is None:
+        directory = Path("runs", f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{config.name}").resolve()
+    else:
+        directory = Path(config.engine.directory)
+        if not (directory / "config.yaml").is_file():
+            raise ConfigurationError(
+                f"{directory} is not to be seen here: start pisa-fl on the SuperLink's host"
+            )
+    try:
+        simulation.run(config, directory, lambda clients: FlowerGrid(clients, grid))
+    except (ConfigurationError, RunError, OSError) as error:
+        _leave(directory, error)
+        raise
+    except simulation.Interrupted as error:
+        _leave(directory, error)
+
+
+@client.query()
+def introduce(message: Message, context: Context) -> Message:
+    """Say who this client is."""
+    try:
+        config = configuration(context)
+        number = client_number(context)
+        host = hosted(OmegaConf.to_yaml(config), number, own_data(context), experiment(config, context))
+        data = host.data
+        said: dict[str, Any] = {
+            "client": number,
+            "examples": len(host.clients[number]),
+            "version": version("pisa-fl"),
+            "shape": list(data.shape),
+            "classes": list(data.classes),
+        }
+        return Message(RecordDict({CONFIG: ConfigRecord(said)}), reply_to=message)
+    except Exception as error:
+        return Message(Error(CLIENT_FAILED, failure_reason(error)), reply_to=message)
+
+
+@client.train()
+@client.evaluate()
+def answer(message: Message, context: Context) -> Message:
+    """Have this client's host answer, between loading and saving what the client remembers."""
+    try:
+        config = configuration(context)
+        number, name = client_number(context), experiment(config, context)
+        host = hosted(OmegaConf.to_yaml(config), number, own_data(context), name)
+        file = StateFile(config.engine.state, name, number)
+        with file.locked():
+            host.states[number] = file.load().to(host.device)
+            (reply,) = host.handle([(number, message)])
+            file.save(host.states[number])
+        return reply
+    except Exception as error:
+        return Message(Error(CLIENT_FAILED, failure_reason(error)), reply_to=message)
+
+
+def configuration(context: Context, nodes: int | None = None) -> DictConfig:
+    """The run's configuration; without one, the defaults with as many clients as there are nodes.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    text = str(context.run_config.get("hydra", ""))
+    if not text:
+        count = context.node_config.get("num-partitions") if nodes is None else nodes
+        if not count:
+            raise ConfigurationError("node-config lacks num-partitions, the number of clients")
+        return compose("engine=flower", f"clients={count}")
+    config = OmegaConf.create(text)
+    if not isinstance(config, DictConfig):
+        raise ConfigurationError("the run-config key `hydra` holds no configuration")
+    return config
+
+
+def client_number(context: Context) -> int:
+    """This client's number.
+
+    Raises:
+        ConfigurationError: The node does not say.
+    """
+    number = context.node_config.get("partition-id")
+    if not isinstance(number, int) or number < 0:
+        raise ConfigurationError(f"node-config needs partition-id, the client's number, and has {number}")
+    return number
+
+
+def own_data(context: Context) -> str | None:
+    """The node's own data folder, or None."""
+    folder = context.node_config.get("data")
+    return None if folder is None else str(folder)
+
+
+def experiment(config: DictConfig, context: Context) -> str:
+    """What the clients' state files are filed under."""
+    return config.engine.experiment or f"flower-{context.run_id}"
+
+
+@lru_cache(maxsize=4)
+def hosted(text: str, number: int, folder: str | None, name: str) -> ClientHost:
+    """A host of one client; in a process that lives on, as in Flower's simulation, it is made once.
+
+    Raises:
+        ConfigurationError: The configuration is impossible on this machine.
+    """
+    config = OmegaConf.create(text)
+    assert isinstance(config, DictConfig)
+    set_threads(config.engine.threads)
+    clients = one_client(config, number, folder, StateFile(config.engine.state, name, number))
+    return clients.host([number], 1, config.engine.chunk)
+
+
+def _some_nodes(grid: Grid) -> list[int]:
+    """The nodes that are online, at least one."""
+    while not (nodes := list(grid.get_node_ids())):
+        time.sleep(1)
+    return nodes
+
+
+def _leave(directory: Path, error: Exception) -> None:
+    """Tell the launcher why the run ended."""
+    if directory.is_dir():
+        rundir.write(
+            directory / simulation.OUTCOME, json.dumps({"kind": type(error).__name__, "reason": str(error)})
+        )

@@ -1,0 +1,330 @@
+"""`engine=flower`: has Flower run a federation, follows it, and brings back how it ended.
+
+Without a connection a SuperLink of our own is started on this machine, with Flower's simulation of the clients; with
+one, the run goes to the SuperLink of that name in Flower's `config.toml`, and to the SuperNodes connected to it. The
+server's side writes the run directory, so both must see it under the same path.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
+
+from pisa_fl import rundir
+from pisa_fl.assembly import prepare
+from pisa_fl.config import ConfigurationError, imported_folders
+from pisa_fl.engines.local import LocalGrid
+from pisa_fl.federation import RunError
+from pisa_fl.progress import Display, show_summary
+from pisa_fl.simulation import OUTCOME, STOP, Interrupted, Result, stop_signals
+
+log = logging.getLogger(__name__)
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Environment of everything that is started: nothing phones home, nothing is installed."""
+
+START = 60.0
+"""Seconds that a SuperLink has to start."""
+
+LOOK = 0.2
+"""Seconds between looks at the run directory."""
+
+BUNDLE = """\
+[project]
+name = "pisa-fl"
+version = "{version}"
+description = "The configuration's own modules; pisa-fl itself is installed on every host."
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "pisa-fl"
+
+[tool.flwr.app.components]
+serverapp = "pisa_fl.flower_app:server"
+clientapp = "pisa_fl.flower_app:client"
+
+[tool.flwr.app.config]
+hydra = ""
+"""
+
+
+class FlowerError(RunError):
+    """Flower could not run the federation."""
+
+
+@dataclass(frozen=True)
+class FlowerRun:
+    """How Flower runs a federation; the keys of conf/engine/flower.yaml.
+
+    Attributes:
+        connection: Name of a SuperLink in Flower's config.toml; None simulates on this machine.
+        cpus: Processors that Flower's simulation reserves for a client.
+        gpus: Share of a GPU that Flower's simulation reserves for a client.
+        chunk: Examples differentiated at once where the number does not matter to the result.
+        threads: PyTorch's threads in each process.
+        state: Folder of the clients' state files, on their hosts.
+        experiment: Name of the experiment in the clients' state files.
+        directory: Run directory as the server finds it.
+
+    Raises:
+        ValueError: A value is impossible.
+    """
+
+    connection: str | None
+    cpus: int
+    gpus: float
+    chunk: int
+    threads: int | Literal["auto"]
+    state: str | None
+    experiment: str | None
+    directory: str | None
+
+    def __post_init__(self) -> None:
+        if self.cpus < 1:
+            raise ValueError(f"engine.cpus must be at least 1, got {self.cpus}")
+        if self.gpus < 0:
+            raise ValueError(f"engine.gpus must not be negative, got {self.gpus}")
+
+    def launch(self, config: DictConfig, directory: Path | None, resume: bool = False) -> Result:
+        """Run a federation, or go on with one.
+
+        Args:
+            config: Resolved configuration of the run.
+            directory: Run directory; None keeps nothing.
+            resume: Go on with the run in the directory.
+
+        Raises:
+            ConfigurationError: Something is impossible or missing.
+            RunError: The run failed.
+            Interrupted: It was stopped, and can go on.
+        """
+        federation = prepare(config, lambda clients: LocalGrid(clients.host([], 1, self.chunk)))
+        with ExitStack() as stack:
+            kept = directory
+            if directory is None:
+                directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pisa-fl-")))
+            directory = directory.resolve()
+            directory.mkdir(parents=True, exist_ok=True)
+            for leftover in (STOP, OUTCOME):
+                (directory / leftover).unlink(missing_ok=True)
+            config = self._addressed(config, directory, resume)
+            if not resume:
+                rundir.write_config(directory / "config.yaml", config)
+            self._run(config, directory)
+            metrics = rundir.read_metrics(directory)
+            summary = json.loads((directory / "summary.json").read_text())
+            federation.model.module.load_state_dict(load_file(directory / "model.safetensors"))
+        if kept is not None:
+            show_summary(summary, str(kept))
+        return Result(metrics, summary, federation.model.module, kept)
+
+    def _addressed(self, config: DictConfig, directory: Path, resume: bool) -> DictConfig:
+        """The configuration with what only this run knows."""
+        addressed = config.copy()
+        addressed.resume = str(directory) if resume else None
+        addressed.engine.directory = str(directory)
+        addressed.engine.experiment = self.experiment or f"{config.name}-{secrets.token_hex(6)}"
+        if self.connection is None:
+            addressed.engine.state = self.state or str(directory / "clients")
+        return addressed
+
+    def _run(self, config: DictConfig, directory: Path) -> None:
+        """Start the run and follow it to its end."""
+        with ExitStack() as stack:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pisa-fl-")))
+            output = stack.enter_context((directory / "flower.log").open("a"))
+            environment = os.environ | QUIET
+            connection = self.connection
+            if connection is None:
+                environment["FLWR_HOME"] = str(work / "home")
+                connection = "simulation"
+                stack.enter_context(_superlink(work / "home", connection, environment, output))
+            stop = stack.enter_context(stop_signals())
+            number = self._submit(config, connection, work, environment)
+            display = stack.enter_context(
+                Display(config.name, config.rounds, _last_round(directory), config.progress)
+            )
+            follow = _start(
+                "flwr", "log", str(number), connection, "--stream", env=environment, output=output
+            )
+            stack.callback(_kill, follow)
+            seen = _count(directory / "metrics.jsonl"), _count(directory / "failures.jsonl")
+            while True:
+                ended = follow.poll() is not None
+                seen = _show_news(directory, seen, display)
+                if ended:
+                    break
+                if stop:
+                    (directory / STOP).touch()
+                time.sleep(LOOK)
+            status = _status(number, connection, environment)
+        (directory / STOP).unlink(missing_ok=True)
+        _conclude(directory, status)
+
+    def _submit(self, config: DictConfig, connection: str, work: Path, environment: dict[str, str]) -> int:
+        """Hand the run to the SuperLink; the run's number there."""
+        bundle = work / "pisa-fl"
+        bundle.mkdir()
+        (bundle / "pyproject.toml").write_text(BUNDLE.format(version=version("pisa-fl")))
+        for folder in imported_folders:
+            shutil.copytree(folder, bundle, dirs_exist_ok=True, ignore=_not_python)
+        settings = work / "run-config.toml"
+        settings.write_text(f"hydra = {json.dumps(OmegaConf.to_yaml(config))}\n")
+        line = ["flwr", "run", str(bundle), connection, "--run-config", str(settings), "--format", "json"]
+        if self.connection is None:
+            cores = f"client-resources-num-cpus={self.cpus} client-resources-num-gpus={self.gpus}"
+            line += ["--federation-config", f"num-supernodes={config.clients} {cores}"]
+        answer = _ask(line, environment)
+        if not answer.get("run-id"):
+            raise FlowerError(f"Flower did not start the run: {answer.get('error-message', answer)}")
+        return int(answer["run-id"])
+
+
+@contextmanager
+def _superlink(home: Path, connection: str, environment: dict[str, str], output: IO[str]) -> Iterator[None]:
+    """A SuperLink with Flower's simulation, on a free port of this machine, while it lasts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{connection}"\n\n'
+        f'[superlink.{connection}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    line = ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+    line += ["--disable-runtime-dependency-installation"]
+    process = _start(*line, env=environment, output=output)
+    try:
+        end = time.monotonic() + START
+        while not _healthy(port):
+            if process.poll() is not None or time.monotonic() > end:
+                raise FlowerError(f"Flower's SuperLink did not start: see {output.name}")
+            time.sleep(LOOK)
+        yield
+    finally:
+        _kill(process)
+
+
+def _healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _start(*line: str, env: dict[str, str], output: IO[str]) -> subprocess.Popen[bytes]:
+    """Start one of Flower's commands, out of reach of this terminal's Ctrl-C."""
+    return subprocess.Popen(
+        [_command(line[0]), *line[1:]], env=env, stdout=output, stderr=output, start_new_session=True
+    )
+
+
+def _ask(line: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """The JSON that one of Flower's commands answers."""
+    ended = subprocess.run(
+        [_command(line[0]), *line[1:]], env=environment, capture_output=True, text=True, check=False
+    )
+    start = ended.stdout.find("{")
+    try:
+        return json.loads(ended.stdout[start:]) if start >= 0 else {"error-message": _last_line(ended.stderr)}
+    except ValueError:
+        return {"error-message": _last_line(ended.stderr + ended.stdout)}
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no answer")
+
+
+def _command(name: str) -> str:
+    """One of Flower's commands, of this environment."""
+    path = Path(sysconfig.get_path("scripts"), name)
+    return str(path) if path.is_file() else name
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process and those it started."""
+    for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _status(number: int, connection: str, environment: dict[str, str]) -> str:
+    """What Flower says of a run, such as `finished:completed`."""
+    answer = _ask(["flwr", "ls", connection, "--run-id", str(number), "--format", "json"], environment)
+    runs = answer.get("runs") or [{}]
+    return str(runs[0].get("status", answer.get("error-message", "unknown")))
+
+
+def _conclude(directory: Path, status: str) -> None:
+    """Raise what the server's side ended with."""
+    outcome = directory / OUTCOME
+    if outcome.is_file():
+        said = json.loads(outcome.read_text())
+        outcome.unlink()
+        kinds = {"Interrupted": Interrupted, "ConfigurationError": ConfigurationError, "OSError": OSError}
+        raise kinds.get(said["kind"], RunError)(said["reason"])
+    if status != "finished:completed" or not (directory / "summary.json").is_file():
+        raise FlowerError(
+            f"Flower's run ended as {status}: see {directory}/flower.log; if there is a checkpoint, go on with:"
+            f" pisa-fl resume={directory}"
+        )
+
+
+def _count(path: Path) -> int:
+    return len(rundir.read_lines(path)) if path.is_file() else 0
+
+
+def _last_round(directory: Path) -> int:
+    path = directory / "metrics.jsonl"
+    return int(rundir.read_lines(path)[-1]["round"]) if _count(path) else 0
+
+
+def _show_news(directory: Path, seen: tuple[int, int], display: Display) -> tuple[int, int]:
+    """Show the rounds and failures that were written since."""
+    metrics, failures = directory / "metrics.jsonl", directory / "failures.jsonl"
+    if failures.is_file():
+        for line in rundir.read_lines(failures)[seen[1] :]:
+            trace = f"\n{line['traceback']}" if "traceback" in line else ""
+            log.warning(
+                "round %s: client %s failed: %s%s", line["round"], line["client"], line["reason"], trace
+            )
+    if metrics.is_file():
+        for line in rundir.read_lines(metrics)[seen[0] :]:
+            display.show(line)
+    return _count(metrics), _count(failures)
+
+
+def _not_python(folder: str, names: list[str]) -> list[str]:
+    """What of a folder of the user's is left out of the bundle: all but modules."""
+    return [name for name in names if not (name.endswith(".py") or Path(folder, name).is_dir())]
