@@ -1,7 +1,7 @@
 """The Flower app: `server`, a ServerApp around a run of this package, and `client`, a ClientApp around one client.
 
 Both are made from one configuration, which the launcher sends as the run-config key `hydra`; with an empty key
-(`flwr run .`) they compose the defaults, with as many clients as there are nodes.
+(`flwr run .`) they compose the defaults, with as many clients as there are nodes and, of few, more classes each.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def configuration(context: Context, nodes: int | None = None) -> DictConfig:
         count = context.node_config.get("num-partitions") if nodes is None else nodes
         if not count:
             raise ConfigurationError("node-config lacks num-partitions, the number of clients")
-        return compose("engine=flower", f"clients={count}")
+        classes = max(2, -(-10 // int(count)))
+        return compose("engine=flower", f"clients={count}", f"partition.classes_per_client={classes}")
     config = OmegaConf.create(text)
     if not isinstance(config, DictConfig):
         raise ConfigurationError("the run-config key `hydra` holds no configuration")

@@ -193,9 +193,9 @@ class Gateway(Grid):
         asked = {message.metadata.message_id: node for node, message in sent.items()}
         answers: dict[int, Message] = {}
         for reply in replies:
-            node = asked.get(reply.metadata.reply_to_message_id)
-            if node is None:
-                self._refuse(reply.metadata.src_node_id, "a reply to something that was not asked now")
+            node, sender = asked.get(reply.metadata.reply_to_message_id), reply.metadata.src_node_id
+            if node is None or (node != sender and not reply.has_error()):  # a SuperLink may err in its place
+                self._refuse(sender, "a reply to something that was not asked of it now")
             elif node in answers:
                 self._refuse(node, "a second reply to one message")
             else:
@@ -248,7 +248,7 @@ class Gateway(Grid):
 
     def _fault_of(self, client: int, instruction: Message, reply: Message) -> str | None:
         if reply.has_error():
-            return reply.error.reason
+            return (reply.error.reason or "").strip() or f"error {reply.error.code} without a reason"
         if set(reply.content.metric_records) != {METRICS}:
             return f"metric records {sorted(reply.content.metric_records)}, expected ['{METRICS}']"
         metrics = reply.content.metric_records[METRICS]

@@ -23,10 +23,11 @@ PROMISED = {
         "quantity",
         "feature_noise",
         "from_file",
+        "own",
     },
     "data": {"mnist_mini", "mnist", "fashion_mnist", "cifar10", "imagefolder"},
     "model": {"simple_cnn", "mlp", "logistic", "vgg9", "resnet18"},
-    "engine": {"local"},
+    "engine": {"local", "ray", "flower"},
 }
 FILES = sorted(CONF.rglob("*.yaml"))
 OPTIONS = [(str(f.parent.relative_to(CONF)), f.stem) for f in FILES if f.parent != CONF]
