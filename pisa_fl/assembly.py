@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -93,9 +93,8 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: StateF
                 "partition=own and `data` in the node-config go together: one is there without the other"
             )
         if folder is not None:
-            key = "path" if "path" in config.data else "root"
             config = config.copy()
-            OmegaConf.update(config, f"data.{key}", folder)
+            config.data[_folder_key(config)] = folder
         data = build(config.data)
         noise: dict[int, float] = {}
         rows: NDArray[np.integer]
@@ -103,20 +102,47 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: StateF
             rows = np.arange(len(data.train_labels))
         else:
             partitioner = build(config.partition)
-            rows = file.rows(lambda: partitioners.deal(partitioner, data.train_labels)[number])
+            rows = file.rows(lambda: _share(partitioners.deal(partitioner, data.train_labels), number))
             if hasattr(partitioner, "noise_std"):
                 noise = {number: partitioner.noise_std(number)}
         model, layout = _model(config, data)
         half = build(config.strategy.client, layout=layout, seed=config.seed)
         device = _device(str(config.device))
         return Clients(data, {number: rows}, model, half, config.seed, config.batch_size, device, noise)
-    except (ValueError, OSError, IndexError) as error:
+    except (ValueError, OSError) as error:
         raise ConfigurationError(f"client {number}: {explain(error)}") from error
 
 
 def deals(config: DictConfig) -> bool:
     """Whether the configuration deals examples to clients; with partition=own they bring theirs."""
     return "_target_" in config.partition
+
+
+def _folder_key(config: DictConfig) -> str:
+    """The key of the data set's folder.
+
+    Raises:
+        ConfigurationError: The data set has none.
+    """
+    for key in ("path", "root"):
+        if key in config.data:
+            return key
+    raise ConfigurationError(
+        "data has neither path nor root, so partition=own cannot put the node's folder there"
+    )
+
+
+def _share(partition: Partition, number: int) -> NDArray[np.integer]:
+    """One client's part.
+
+    Raises:
+        ConfigurationError: There is no such client.
+    """
+    if number >= len(partition):
+        raise ConfigurationError(
+            f"partition-id={number} in the node-config is none of 0 to {len(partition) - 1}"
+        )
+    return partition[number]
 
 
 def _model(config: DictConfig, data: ImageData) -> tuple[nn.Module, Layout]:

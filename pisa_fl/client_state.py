@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from pisa_fl.config import ConfigurationError
 from pisa_fl.host import ClientState
 
 log = logging.getLogger(__name__)
@@ -42,12 +42,14 @@ class StateFile:
         client: Client number.
 
     Raises:
-        ValueError: The experiment's name cannot be a folder's.
+        ConfigurationError: The experiment's name cannot be a folder's.
     """
 
     def __init__(self, root: str | None, experiment: str, client: int) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", experiment):
-            raise ValueError(f"engine.experiment={experiment} must be letters, digits, - and _")
+            raise ConfigurationError(
+                f"engine.experiment={experiment} must be 1 to 64 letters, digits, hyphens and underscores"
+            )
         base = Path(root or os.environ.get("PISA_FL_STATE") or DEFAULT_ROOT).expanduser()
         self._path = base / experiment / f"client-{client}.safetensors"
 
@@ -75,7 +77,7 @@ class StateFile:
             return state
         except FileNotFoundError:
             return ClientState()
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except Exception as error:  # whatever a damaged file makes the parsers raise
             log.warning("%s cannot be used (%s): the server will supply the state", self._path, error)
             return ClientState()
 
@@ -93,7 +95,7 @@ class StateFile:
         with self.locked():
             try:
                 return np.load(path, allow_pickle=False)
-            except (OSError, ValueError, EOFError):
+            except Exception:  # there is none, or whatever a damaged file makes the parser raise
                 rows = deal()
             content = BytesIO()
             np.save(content, rows, allow_pickle=False)

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from pisa_fl import rundir, simulation
 from pisa_fl.assembly import one_client
 from pisa_fl.client_state import StateFile
-from pisa_fl.config import ConfigurationError, compose
+from pisa_fl.config import ConfigurationError, compose, first_line
 from pisa_fl.engines.base import set_threads
 from pisa_fl.engines.flower import FlowerGrid
 from pisa_fl.federation import RunError
@@ -102,12 +102,17 @@ def configuration(context: Context, nodes: int | None = None) -> DictConfig:
     text = str(context.run_config.get("hydra", ""))
     if not text:
         count = context.node_config.get("num-partitions") if nodes is None else nodes
-        if not count:
-            raise ConfigurationError("node-config lacks num-partitions, the number of clients")
-        classes = max(2, -(-10 // int(count)))
+        if type(count) is not int or count < 1:
+            raise ConfigurationError(
+                f"node-config needs num-partitions, the number of clients, and has {count}"
+            )
+        classes = max(2, -(-10 // count))
         return compose("engine=flower", f"clients={count}", f"partition.classes_per_client={classes}")
-    config = OmegaConf.create(text)
-    if not isinstance(config, DictConfig):
+    try:
+        config = OmegaConf.create(text)
+    except Exception as error:  # whatever the text makes the YAML parser raise
+        raise ConfigurationError(f"the run-config key `hydra` cannot be read: {first_line(error)}") from error
+    if not isinstance(config, DictConfig) or "engine" not in config:
         raise ConfigurationError("the run-config key `hydra` holds no configuration")
     return config
 
@@ -119,7 +124,7 @@ def client_number(context: Context) -> int:
         ConfigurationError: The node does not say.
     """
     number = context.node_config.get("partition-id")
-    if not isinstance(number, int) or number < 0:
+    if type(number) is not int or number < 0:
         raise ConfigurationError(f"node-config needs partition-id, the client's number, and has {number}")
     return number
 
@@ -132,7 +137,8 @@ def own_data(context: Context) -> str | None:
 
 def experiment(config: DictConfig, context: Context) -> str:
     """What the clients' state files are filed under."""
-    return config.engine.experiment or f"flower-{context.run_id}"
+    name = config.engine.experiment
+    return f"flower-{context.run_id}" if name is None else str(name)
 
 
 @lru_cache(maxsize=4)

@@ -133,13 +133,15 @@ class ClientState:
     pending: dict[str, Tensor] = field(default_factory=dict)
 
     def settle(self, accepted_round: int) -> bool:
-        """Go to the state of the round that the server accepted; False if it is not here."""
-        if self.pending_round == accepted_round:
-            self.round, self.accepted = accepted_round, self.pending
-        self.pending_round, self.pending = None, {}
+        """Go to the state of the round that the server accepted; False, and nothing changes, if it is not here."""
         if accepted_round == 0:  # the server knows nothing of this client: both are at the start
             self.round, self.accepted = 0, {}
-        return self.round == accepted_round
+        elif accepted_round == self.pending_round:
+            self.round, self.accepted = accepted_round, self.pending
+        elif accepted_round != self.round:
+            return False
+        self.pending_round, self.pending = None, {}
+        return True
 
     def to(self, device: torch.device | str) -> ClientState:
         """The same with its vectors on a device."""
@@ -291,10 +293,10 @@ class ClientHost:
         """
         config = config_of(content)
         round_number, accepted = config.get(ROUND), config.get(ACCEPTED, 0)
-        if not isinstance(round_number, int) or not 1 <= round_number < 2**31:
-            raise InstructionError(f"{ROUND} is {round_number}")
-        if not isinstance(accepted, int) or not 0 <= accepted < round_number:
-            raise InstructionError(f"{ACCEPTED} is {accepted} in round {round_number}")
+        if type(round_number) is not int or not 1 <= round_number < 2**31:
+            raise InstructionError(f"{ROUND} is {round_number!r}")
+        if type(accepted) is not int or not 0 <= accepted < round_number:
+            raise InstructionError(f"{ACCEPTED} is {accepted!r} in round {round_number}")
         if STATE in content.array_records:
             supplied, sizes = content.array_records[STATE], self._half.state_sizes()
             expected = {name: Field(sizes[name]) for name in supplied if name in sizes}
@@ -347,20 +349,23 @@ def failure_reason(error: Exception) -> str:
     """One line, then the traceback; an instruction that was refused needs none, nor what the user can mend."""
     if isinstance(error, ConfigurationError):
         return str(error)
+    line = " ".join(str(error).split())
     if isinstance(error, InstructionError):
-        return f"instruction refused: {error}"
+        return f"instruction refused: {line}"
     trace = "".join(traceback.format_exception(error))
-    return f"{type(error).__name__}: {' '.join(str(error).split())}\n{trace}"
+    return f"{type(error).__name__}: {line}\n{trace}"
 
 
 def _same_instruction(
     messages: Sequence[tuple[int, Message]], cohort: int
 ) -> Iterator[list[tuple[int, Message]]]:
-    """Cut messages into groups that carry the very same arrays, each of at most `cohort` clients."""
+    """Cut messages into groups that carry the very same arrays and the same words, each of at most `cohort` clients."""
 
-    def instruction(addressed: tuple[int, Message]) -> tuple[str, int]:
+    def instruction(addressed: tuple[int, Message]) -> tuple[str, int, dict[str, Any]]:
         message = addressed[1]
-        return message.metadata.message_type, id(message.content.array_records.get(ARRAYS))
+        content = message.content if message.has_content() else RecordDict()
+        config = {key: value for key, value in config_of(content).items() if key != ACCEPTED}
+        return message.metadata.message_type, id(content.array_records.get(ARRAYS)), config
 
     for _, group in groupby(messages, key=instruction):
         while part := list(islice(group, cohort)):

@@ -18,6 +18,7 @@ import subprocess
 import sysconfig
 import tempfile
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -123,6 +124,8 @@ class FlowerRun:
             RunError: The run failed.
             Interrupted: It was stopped, and can go on.
         """
+        if self.connection is not None:
+            _check_connection(self.connection)
         federation = prepare(config, lambda clients: LocalGrid(clients.host([], 1, self.chunk)))
         with ExitStack() as stack:
             kept = directory
@@ -201,8 +204,26 @@ class FlowerRun:
             line += ["--federation-config", f"num-supernodes={config.clients} {cores}"]
         answer = _ask(line, environment)
         if not answer.get("run-id"):
-            raise FlowerError(f"Flower did not start the run: {answer.get('error-message', answer)}")
+            said = " ".join(str(answer.get("error-message", answer)).split())
+            raise FlowerError(f"Flower did not start the run: {said}")
         return int(answer["run-id"])
+
+
+def _check_connection(name: str) -> None:
+    """Look a SuperLink's name up in Flower's own configuration.
+
+    Raises:
+        ConfigurationError: It is not there.
+    """
+    path = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser() / "config.toml"
+    try:
+        known = tomllib.loads(path.read_text())["superlink"]
+    except (OSError, ValueError, KeyError):
+        known = {}
+    if not isinstance(known.get(name), dict):
+        raise ConfigurationError(
+            f"engine.connection={name} is not in {path}: add it there as [superlink.{name}], or set FLWR_HOME"
+        )
 
 
 @contextmanager

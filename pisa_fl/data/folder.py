@@ -49,8 +49,9 @@ def imagefolder(
         raise ValueError(f"data.channels={channels} must be 1 (grey) or 3 (colour)")
     if image_size is not None and image_size < 1:
         raise ValueError(f"data.image_size={image_size} must be a number of pixels, or null")
+    named = None if classes is None else [str(name) for name in classes]  # YAML takes the name 7 for a number
     arrays = read_tree(
-        Path(path).expanduser(), "data.path", cache, "imagefolder", image_size, channels, classes
+        Path(path).expanduser(), "data.path", cache, "imagefolder", image_size, channels, named
     )
     return ImageData.from_arrays(arrays, mean, std, augment)
 

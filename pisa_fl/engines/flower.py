@@ -11,19 +11,19 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from itertools import chain
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from pisa_fl.engines.base import ClientGrid
 from pisa_fl.host import CLIENT_FAILED, Clients
-from strategies.messages import CONFIG
+from strategies.messages import CONFIG, config_of
 
 log = logging.getLogger(__name__)
 
 INTRODUCTION = 120.0
-"""Seconds that a round waits for new clients to introduce themselves; later they take part from the next one."""
+"""Seconds that a round waits for new clients to introduce themselves; whoever is later takes part in a later one."""
 
 LONGEST_PAUSE = 1.0
 """Seconds between looks for replies, at most."""
@@ -57,7 +57,6 @@ class FlowerGrid(ClientGrid):
         self._asked: dict[str, int] = {}  # message id -> node id
         self._nodes: dict[int, int] = {}  # client number -> node id
         self._sizes = dict(clients.sizes)
-        self._newest = 0.0
 
     @property
     def sizes(self) -> Mapping[int, int]:
@@ -66,16 +65,12 @@ class FlowerGrid(ClientGrid):
 
     def get_node_ids(self) -> list[int]:
         """Numbers of the clients that are online and have introduced themselves."""
-        online = sorted(self._grid.get_node_ids())
-        self._meet(online)
+        self._meet(sorted(self._grid.get_node_ids()))
         self._nodes = {}
-        for node in online:
-            introduction = self._met.get(node)
-            if introduction is None:
-                continue
-            if introduction.client in self._nodes:
-                log.warning("two nodes say that they are client %d: one is left out", introduction.client)
-            self._nodes.setdefault(introduction.client, node)
+        for node, introduction in self._met.items():
+            if introduction is not None and introduction.client not in self._nodes:  # the first to come
+                self._nodes[introduction.client] = node
+                self._sizes[introduction.client] = introduction.examples
         return sorted(self._nodes)
 
     def deliver(self, messages: Sequence[Message], timeout: float | None) -> Iterable[Message]:
@@ -108,24 +103,21 @@ class FlowerGrid(ClientGrid):
     def _meet(self, online: Sequence[int]) -> None:
         """Ask those who are new, or were away, who they are; whoever answers late is met later."""
         self._met = {node: introduction for node, introduction in self._met.items() if node in online}
-        asked = set(self._asked.values())
+        before = dict(self._asked)
         for node in online:
-            if node not in self._met and node not in asked:
+            if node not in self._met and node not in before.values():
                 content = RecordDict({CONFIG: ConfigRecord({"version": version("pisa-fl")})})
                 question = Message(content, node, MessageType.QUERY)
                 self._grid.push_messages([question])
                 self._asked[question.metadata.message_id] = node
-                self._newest = time.monotonic()
-        left = max(0.0, self._newest + INTRODUCTION - time.monotonic())
-        for reply in self._wait(set(self._asked), left):
+        late, new = self._wait(set(before), 0.0), self._wait(set(self._asked) - set(before), INTRODUCTION)
+        for reply in chain(late, new):
             node = self._asked.pop(reply.metadata.reply_to_message_id)
-            if reply.has_error() and reply.error.code != CLIENT_FAILED:
-                continue  # Flower's own: it is asked again
+            if node not in online or (reply.has_error() and reply.error.code != CLIENT_FAILED):
+                continue  # gone meanwhile, or Flower's own error: it is asked again
             try:
-                introduction = self._introduction(reply)
-                self._met[node] = introduction
-                self._sizes[introduction.client] = introduction.examples
-            except (ValueError, KeyError, TypeError) as error:
+                self._met[node] = self._introduction(reply)
+            except ValueError as error:
                 log.warning("a client is turned away: %s", error)
                 self._met[node] = None
 
@@ -137,8 +129,8 @@ class FlowerGrid(ClientGrid):
         """
         if reply.has_error():
             raise ValueError(reply.error.reason)
-        said: dict[str, Any] = dict(reply.content.config_records[CONFIG])
-        client, examples = said["client"], said["examples"]
+        said = config_of(reply.content)
+        client, examples = said.get("client"), said.get("examples")
         data, rows = self._clients.data, self._clients.rows
         expected = {
             "version": version("pisa-fl"),
@@ -146,12 +138,16 @@ class FlowerGrid(ClientGrid):
             "classes": list(data.classes),
         }
         for key, value in expected.items():
-            if said[key] != value:
-                raise ValueError(f"client {client} has {key} {said[key]}, the server {value}")
+            if said.get(key) != value:
+                raise ValueError(f"client {client} has {key} {said.get(key)}, the server {value}")
         if not isinstance(client, int) or client < 0 or (rows and client not in rows):
             raise ValueError(f"client {client} is none of the {len(rows)} of this federation")
         if not isinstance(examples, int) or not 1 <= examples < 2**40:
             raise ValueError(f"client {client} says that it has {examples} examples")
         if rows and examples != len(rows[client]):
             raise ValueError(f"client {client} has {examples} examples, {len(rows[client])} were dealt to it")
+        if any(other is not None and other.client == client for other in self._met.values()):
+            log.warning(
+                "a second node says that it is client %d: it has to wait until the first is gone", client
+            )
         return Introduction(client, examples)

@@ -1,0 +1,264 @@
+"""`engine=flower` with Flower's own processes: a SuperLink and its simulation of the clients."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pisa_fl
+from pisa_fl.launcher import QUIET
+
+pytest.importorskip("ray", reason="Flower's simulation needs Ray")
+
+FLWR = Path(sys.executable).with_name("flwr")
+ROUNDS = 5
+COMMON = (f"rounds={ROUNDS}", "engine.threads=1", "progress=false")
+METHODS = {
+    "sisa": ["strategy=sisa", "model=simple_cnn"],
+    "nsisa": ["strategy=nsisa", "model=logistic"],
+    "fedavg": ["strategy=fedavg", "strategy.local_epochs=1", "model=logistic"],
+    "fedprox": ["strategy=fedprox", "strategy.local_epochs=1", "model=logistic"],
+}
+LONG = (
+    "strategy=sisa",
+    "model=logistic",
+    "rounds=12",
+    "participation=0.5",
+    "engine.threads=1",
+    "progress=false",
+)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics_of(directory):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines(directory / "metrics.jsonl")]
+
+
+def assert_same_end(directory, reference):
+    assert metrics_of(directory) == metrics_of(reference)
+    assert (directory / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+
+
+def start(folder, *arguments):
+    """The command in a process of its own; its Flower processes are its children."""
+    line = [sys.executable, "-m", "pisa_fl.main", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_round(process, directory, number):
+    metrics = directory / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") > number):
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()
+
+
+def processes(*words):
+    """Processes whose command lines hold all the words."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if all(word in line for word in words):
+            found.append(int(path.parent.name))
+    return found
+
+
+def descendants(pid):
+    """A process's children, and theirs."""
+    children = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            child, rest = int(path.parent.name), path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(rest[1]), []).append(child)
+    found, open_ = [], [pid]
+    while open_:
+        found += (below := children.get(open_.pop(), []))
+        open_ += below
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_configuration_gives_the_same_bits_as_the_local_engine(method, tmp_path):
+    chosen = (*METHODS[method], *COMMON)
+    local = pisa_fl.run(pisa_fl.compose(*chosen), tmp_path / "local")
+    flower = pisa_fl.run(pisa_fl.compose("engine=flower", *chosen), tmp_path / "flower")
+    assert_same_end(tmp_path / "flower", tmp_path / "local")
+    assert [line["round"] for line in flower.metrics] == list(range(ROUNDS + 1))
+    for name, tensor in local.model.state_dict().items():
+        assert (flower.model.state_dict()[name] == tensor).all()
+    for name in ("partition.json", "initial.safetensors"):
+        assert (tmp_path / "flower" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    assert {"summary.json", "curves.png", "checkpoint", "clients"} <= {
+        path.name for path in (tmp_path / "flower").iterdir()
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("undisturbed")
+    pisa_fl.run(pisa_fl.compose(*LONG), directory)
+    return directory
+
+
+def test_stopped_resumed_killed_and_resumed_again_it_ends_with_the_same_bits(tmp_path, undisturbed):
+    directory = tmp_path / "run"
+    process = start(tmp_path, "engine=flower", "hydra.run.dir=run", *LONG, "checkpoint.every=2")
+    wait_for_round(process, directory, 2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    stopped = len(metrics_of(directory)) - 1
+    assert process.returncode == 130
+    assert 2 <= stopped < 7
+    assert err.splitlines()[-1] == (
+        f"pisa-fl: stopped after round {stopped} of 12; go on with: pisa-fl resume={directory}"
+    )
+
+    process = start(tmp_path, f"resume={directory}")
+    wait_for_round(process, directory, stopped + 3)
+    [server] = [p for p in descendants(process.pid) if p in processes("flwr-simulation")][:1]
+    os.kill(server, signal.SIGKILL)
+    _, err = process.communicate(timeout=180)
+    assert process.returncode == 1
+    [said] = [line for line in err.splitlines() if line.startswith("pisa-fl: ")]
+    assert said.startswith("pisa-fl: Flower's run ended as finished:failed")
+    assert f"pisa-fl resume={directory}" in said
+    assert not (directory / "model.safetensors").exists()
+
+    pisa_fl.resume(directory)
+    assert_same_end(directory, undisturbed)
+    assert not processes(str(directory))
+    assert not (directory / "stop").exists()
+
+
+MODULE = """
+from strategies import LocalSgd
+
+
+class Moody(LocalSgd):
+    def solve(self, cohort, instruction, state):
+        if 3 in cohort.clients and instruction.config["server-round"] < 3:
+            raise ArithmeticError("number three is unwell")
+        return super().solve(cohort, instruction, state)
+"""
+
+
+def test_the_error_of_a_client_is_shown_once_with_its_own_traceback(tmp_path):
+    (tmp_path / "mine" / "strategy").mkdir(parents=True)
+    (tmp_path / "mine" / "moody.py").write_text(MODULE)
+    own = {"defaults": ["fedavg"], "client": {"_target_": "moody.Moody"}, "local_epochs": 1}
+    (tmp_path / "mine" / "strategy" / "moody.yaml").write_text(yaml.safe_dump(own))
+    chosen = ["engine=flower", "strategy=moody", "model=logistic", "rounds=4", "progress=false"]
+    process = start(tmp_path, "--config-dir", "mine", *chosen, "hydra.run.dir=run")
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, out + err
+    first, second = lines(tmp_path / "run" / "failures.jsonl")
+    reason = "ArithmeticError: number three is unwell"
+    assert (first["round"], first["client"], first["reason"]) == (1, 3, reason)
+    assert first["traceback"].startswith("Traceback (most recent call last):")
+    assert "moody.py" in first["traceback"]
+    assert second == {"round": 2, "client": 3, "reason": reason}
+    assert [line["clients_failed"] for line in metrics_of(tmp_path / "run")] == [0, 1, 1, 0, 0]
+    shown = " ".join((out + err).split())
+    assert shown.count("Traceback (most recent call last)") == 1
+    assert "round 1: client 3 failed: ArithmeticError: number three is unwell" in shown
+    assert "round 2: client 3 failed" in shown
+    assert not any(word in shown.lower() for word in ("raylet", "grpc", "ray::"))
+
+
+def test_what_is_impossible_is_said_before_anything_is_started(command, tmp_path):
+    for overrides, sentence in (
+        (["clients=3"], "clients=3 with partition.classes_per_client=2 cannot hold all 10 classes"),
+        (["engine.cpus=0"], "engine.cpus must be at least 1"),
+        (["partition=own"], "partition=own needs real clients: engine=flower engine.connection=NAME"),
+    ):
+        ended = command("engine=flower", *overrides)
+        assert (ended.status, ended.out) == (2, "")
+        assert sentence in ended.err
+        assert len(ended.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_connection_that_does_not_exist_is_named(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    sentence = f"engine.connection=nowhere is not in {tmp_path}/home/config.toml"
+    for text in (None, "[superlink", '[superlink]\ndefault = "x"\nnowhere = "y"\n[superlink.x]\n'):
+        if text is not None:
+            (tmp_path / "home").mkdir(exist_ok=True)
+            (tmp_path / "home" / "config.toml").write_text(text)
+        ended = command("engine=flower", "engine.connection=nowhere")
+        assert ended.status == 2
+        assert sentence in ended.err
+        assert len(ended.err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_a_superlink_that_does_not_answer_fails_the_run(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    address = 'address = "127.0.0.1:9"\ninsecure = true\n'
+    (tmp_path / "home" / "config.toml").write_text(f"[superlink.away]\n{address}")
+    ended = command("engine=flower", "engine.connection=away", "model=logistic")
+    assert ended.status == 1
+    assert ended.err.startswith("pisa-fl: Flower did not start the run: ")
+    assert len(ended.err.splitlines()) == 1
+
+
+def test_flwr_run_works_in_a_checkout(tmp_path):
+    """With the key `hydra` empty: the defaults, and as many clients as there are nodes."""
+    checkout = Path(pisa_fl.__file__).resolve().parent.parent
+    if not (checkout / "pyproject.toml").is_file():
+        pytest.skip("this is no checkout")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    environment = os.environ | QUIET | {"FLWR_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    serve = [str(FLWR.with_name("flower-superlink")), "--insecure", "--simulation"]
+    serve += ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
+    superlink = subprocess.Popen(
+        serve, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        end, started = time.monotonic() + 120, None
+        while started is None and time.monotonic() < end:
+            asked = subprocess.run(
+                [FLWR, "run", ".", "--format", "json"],
+                cwd=checkout,
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
+            started = json.loads(asked.stdout[asked.stdout.find("{") :] or "{}").get("run-id")
+        found = []
+        while not found and time.monotonic() < end:
+            found = [p for p in tmp_path.glob("runs/*/*/metrics.jsonl") if p.read_text().count("\n") > 2]
+            time.sleep(0.2)
+        directory = found[0].parent
+        assert [line["clients_ok"] for line in metrics_of(directory)[:3]] == [0, 2, 2]
+        assert yaml.safe_load((directory / "config.yaml").read_text())["clients"] == 2
+        assert yaml.safe_load((directory / "config.yaml").read_text())["name"] == "sisa"
+    finally:
+        os.killpg(superlink.pid, signal.SIGKILL)
+        for pid in processes(str(home)) + processes("flwr-simulation", f":{port}"):
+            os.kill(pid, signal.SIGKILL)
