@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Literal
 
 from flwr.app import Message
@@ -40,7 +41,7 @@ class LocalGrid(ClientGrid):
         super().__init__()
         self.host = host
 
-    @property
+    @cached_property
     def sizes(self) -> Mapping[int, int]:
         """Training examples of every client."""
         return {client: len(data) for client, data in self.host.clients.items()}
