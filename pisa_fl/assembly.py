@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -102,7 +102,10 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: StateF
             rows = np.arange(len(data.train_labels))
         else:
             partitioner = build(config.partition)
-            rows = file.rows(lambda: _share(partitioners.deal(partitioner, data.train_labels), number))
+            source = OmegaConf.to_yaml(config.data) + OmegaConf.to_yaml(config.partition)
+            rows = file.rows(
+                source, lambda: _share(partitioners.deal(partitioner, data.train_labels), number)
+            )
             if hasattr(partitioner, "noise_std"):
                 noise = {number: partitioner.noise_std(number)}
         model, layout = _model(config, data)

@@ -8,6 +8,7 @@ and the server supplies its state from the ledger.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -89,9 +90,15 @@ class StateFile:
         body = save_tensors({name: vector.cpu().contiguous() for name, vector in tensors.items()})
         self._write(self._path, json.dumps(rounds).encode() + b"\n" + body)
 
-    def rows(self, deal: Callable[[], NDArray[np.integer]]) -> NDArray[np.integer]:
-        """Positions of the client's examples, dealt once."""
-        path = self._path.with_suffix(".npy")
+    def rows(self, source: str, deal: Callable[[], NDArray[np.integer]]) -> NDArray[np.integer]:
+        """Positions of the client's examples, dealt once.
+
+        Args:
+            source: Everything that the deal depends on.
+            deal: Deals them.
+        """
+        digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+        path = self._path.with_name(f"{self._path.stem}-{digest}.npy")
         with self.locked():
             try:
                 return np.load(path, allow_pickle=False)

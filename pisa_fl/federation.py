@@ -180,7 +180,7 @@ class Federation:
             "test_accuracy": accuracy,
             "test_loss": loss,
             "train_loss": traffic.loss_sum / traffic.examples if traffic.examples else loss,
-            "passes": traffic.differentiated / sum(self.grid.sizes.values()),
+            "passes": traffic.differentiated / max(1, sum(self.grid.sizes.values())),
             "bytes_up": traffic.bytes_up,
             "bytes_down": traffic.bytes_down,
             "seconds": self.seconds,

@@ -231,10 +231,12 @@ class ClientHost:
             for name, size in self._half.state_sizes().items()
         }
         # dropout and its like draw from PyTorch's global generator: give them an address of their own
-        with torch.random.fork_rng(devices=[self._model.device] if self._model.device.type == "cuda" else []):
-            torch.manual_seed(
-                int(numpy_generator(self._seed, "model", round_number, clients[0]).integers(2**63))
-            )
+        on_gpu = self.device.type == "cuda"
+        with torch.random.fork_rng(devices=[self.device] if on_gpu else []):
+            seed = int(numpy_generator(self._seed, "model", round_number, clients[0]).integers(2**63))
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                torch.cuda.manual_seed(seed)
             update = self._half.solve(cohort, Instruction(arrays, config), state)
         reply_arrays = dict(update.arrays)
         if self._model.buffer_layout.size:

@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 
 from pisa_fl import rundir
 from pisa_fl.assembly import prepare
+from pisa_fl.client_state import StateFile
 from pisa_fl.config import ConfigurationError, imported_folders
 from pisa_fl.engines.local import LocalGrid
 from pisa_fl.federation import RunError
@@ -110,6 +111,8 @@ class FlowerRun:
             raise ValueError(f"engine.cpus must be at least 1, got {self.cpus}")
         if self.gpus < 0:
             raise ValueError(f"engine.gpus must not be negative, got {self.gpus}")
+        if self.experiment is not None:
+            StateFile(self.state, self.experiment, 0)  # refuses a name that cannot be a folder's
 
     def launch(self, config: DictConfig, directory: Path | None, resume: bool = False) -> Result:
         """Run a federation, or go on with one.

@@ -113,8 +113,8 @@ class FlowerGrid(ClientGrid):
         late, new = self._wait(set(before), 0.0), self._wait(set(self._asked) - set(before), INTRODUCTION)
         for reply in chain(late, new):
             node = self._asked.pop(reply.metadata.reply_to_message_id)
-            if node not in online or (reply.has_error() and reply.error.code != CLIENT_FAILED):
-                continue  # gone meanwhile, or Flower's own error: it is asked again
+            if reply.has_error() and reply.error.code != CLIENT_FAILED:
+                continue  # Flower's own: it is asked again
             try:
                 self._met[node] = self._introduction(reply)
             except ValueError as error:
