@@ -23,7 +23,7 @@ from flwr.supercore.run import Run
 from torch import Tensor
 
 from pisa_fl.engines.base import ClientGrid
-from pisa_fl.host import CLIENT_FAILED
+from pisa_fl.host import CLIENT_FAILED, printable
 from pisa_fl.randomness import numpy_generator
 from strategies.client import ClientHalf
 from strategies.messages import (
@@ -52,10 +52,6 @@ REFUSED = 1002
 """Code of the error that takes the place of a reply that was refused."""
 
 _ANSWERS = (CLIENT_FAILED, STATE_LOST)
-
-
-LONGEST_REASON = 8000
-"""Characters of an error that are kept; what strangers write has no end."""
 
 
 @dataclass(frozen=True)
@@ -296,8 +292,7 @@ class Gateway(Grid):
 
     def _refuse(self, client: int, reason: str) -> None:
         """Note a failure, with the traceback of the client's code if it is a new one."""
-        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in reason[:LONGEST_REASON])
-        line, _, traceback = text.partition("\n")
+        line, _, traceback = printable(reason).partition("\n")
         if traceback in self._tracebacks:
             traceback = ""
         elif traceback:

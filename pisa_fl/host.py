@@ -51,6 +51,10 @@ CLIENT_FAILED = 1000
 """Code of the error of a client whose own code raised; its reason holds the traceback after the first line."""
 
 
+LONGEST_REASON = 8000
+"""Characters of an error that are kept; what strangers write has no end."""
+
+
 class InstructionError(ValueError):
     """A message from the server that a client must not act upon."""
 
@@ -356,6 +360,11 @@ def failure_reason(error: Exception) -> str:
         return f"instruction refused: {line}"
     trace = "".join(traceback.format_exception(error))
     return f"{type(error).__name__}: {line}\n{trace}"
+
+
+def printable(reason: str) -> str:
+    """A stranger's text as it may be logged: cut, and without control characters but line breaks."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in reason[:LONGEST_REASON])
 
 
 def _same_instruction(

@@ -17,7 +17,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from pisa_fl.engines.base import ClientGrid
-from pisa_fl.host import CLIENT_FAILED, Clients
+from pisa_fl.host import CLIENT_FAILED, Clients, printable
 from strategies.messages import CONFIG, config_of
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class FlowerGrid(ClientGrid):
             try:
                 self._met[node] = self._introduction(reply)
             except ValueError as error:
-                log.warning("a client is turned away: %s", error)
+                log.warning("a client is turned away: %s", printable(str(error)))
                 self._met[node] = None
 
     def _introduction(self, reply: Message) -> Introduction:
