@@ -322,7 +322,7 @@ def test_with_too_few_clients_a_run_ends_and_goes_on_once_they_are_back(kind, ti
 def test_for_clients_that_are_away_or_silent_the_round_is_begun_again(accept, tide, command, tmp_path, calm):
     away = [Fault(away=SOME), Fault(away=frozenset(range(CLIENTS)))] if accept == "min_clients=8" else []
     tide(Fault(silent=SOME), *away, Fault(silent=frozenset({0, 3, *SOME})))
-    ended = command(*overrides(accept, "patience=600"))
+    ended = command(*overrides(accept, "patience=30"))
     assert (ended.status, ended.err) == (0, "")
     assert Tidal.plan == []
     assert model_of(tmp_path / "run") == calm

@@ -203,9 +203,7 @@ def test_a_round_without_any_reply_says_why():
     broken = Broken()
     broken.layout = Layout.of_parameters(network())
     federation = federate(fedavg(), half=broken)
-    with pytest.raises(
-        TooFewClientsError, match=r"in round 1; client 0: ArithmeticError: no such thing"
-    ):
+    with pytest.raises(TooFewClientsError, match=r"in round 1; client 0: ArithmeticError: no such thing"):
         list(federation.rounds(1))
 
 

@@ -88,7 +88,9 @@ def test_a_client_whose_last_reply_was_lost_rolls_back_after_the_resume_too(tmp_
 
     federations = []
     prepare = simulation.prepare
-    monkeypatch.setattr(simulation, "prepare", lambda *given: federations.append(prepare(*given)) or federations[-1])
+    monkeypatch.setattr(
+        simulation, "prepare", lambda *given: federations.append(prepare(*given)) or federations[-1]
+    )
     monkeypatch.setattr(LocalGrid, "send_and_receive", lose_one)
     chosen = overrides("own moments", "participation=1.0", "checkpoint.every=1", f"checkpoint.keep={ROUNDS}")
     pisa_fl.run(pisa_fl.compose(*chosen), tmp_path / "whole")
