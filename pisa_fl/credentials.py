@@ -247,7 +247,7 @@ def make(folder: Path, address: Address, clients: int, name: str, days: int) -> 
 def superlink_command(address: Address) -> str:
     """The SuperLink's command line, for its folder."""
     return (
-        f"flower-superlink --host {address.everywhere} --port {address.port} \\\n"
+        f"pisa-fl-superlink --host {address.everywhere} --port {address.port} \\\n"
         "    --ssl-ca-certfile ca.crt --ssl-certfile server.pem --ssl-keyfile server.key \\\n"
         "    --enable-supernode-auth --database state.db --disable-runtime-dependency-installation"
     )

@@ -270,15 +270,14 @@ def _start(*line: str, env: dict[str, str], output: IO[str]) -> subprocess.Popen
 
 
 def _ask(line: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """The JSON that one of Flower's commands answers."""
+    """The JSON that one of Flower's commands answers, which may follow other words."""
     ended = subprocess.run(
         [_command(line[0]), *line[1:]], env=environment, capture_output=True, text=True, check=False
     )
-    start = ended.stdout.find("{")
     try:
-        return json.loads(ended.stdout[start:]) if start >= 0 else {"error-message": _last_line(ended.stderr)}
+        return json.loads(ended.stdout[ended.stdout.index("{") :])
     except ValueError:
-        return {"error-message": _last_line(ended.stderr + ended.stdout)}
+        return {"error-message": _last_line(ended.stdout + ended.stderr)}
 
 
 def _last_line(text: str) -> str:
@@ -307,7 +306,8 @@ def _status(number: int, connection: str, environment: dict[str, str]) -> str:
     """What Flower says of a run, such as `finished:completed`."""
     answer = _ask(["flwr", "ls", connection, "--run-id", str(number), "--format", "json"], environment)
     runs = answer.get("runs") or [{}]
-    return str(runs[0].get("status", answer.get("error-message", "unknown")))
+    said = " ".join(str(answer.get("error-message", "")).split()) or "unknown"
+    return str(runs[0].get("status", f"unknown, for the SuperLink does not answer ({said})"))
 
 
 def _conclude(directory: Path, status: str) -> None:

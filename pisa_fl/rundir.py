@@ -15,13 +15,15 @@ checkpoint/           to resume from
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import platform
 import resource
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,36 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pisa_fl.config import ConfigurationError
+
 Metrics = dict[str, float | int]
 """One line of metrics.jsonl."""
 
 PACKAGES = ("pisa-fl", "flwr", "flwr-datasets", "hydra-core", "torch", "torchvision", "numpy")
+
+
+@contextmanager
+def claimed(directory: Path | None) -> Iterator[None]:
+    """Nobody else writes the run directory meanwhile.
+
+    Raises:
+        ConfigurationError: Somebody does.
+    """
+    if directory is None:
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"resume: {directory} is being written by a run that goes on: stop it first (touch {directory}/stop)"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def write(path: Path, text: str) -> None:

@@ -76,10 +76,10 @@ def run(config: DictConfig, directory: Path | str | None = None, engine: Engine 
     if engine is None and (launcher := _launcher(config)):
         return launcher.launch(config, path)
     federation = prepare(config, engine)
-    if path is not None:
-        path.mkdir(parents=True, exist_ok=True)
-        _write_start(federation, config, path)
-    return _run(federation, config, path, [])
+    with rundir.claimed(path):
+        if path is not None:
+            _write_start(federation, config, path)
+        return _run(federation, config, path, [])
 
 
 def _launcher(config: DictConfig) -> FlowerRun | None:
@@ -114,11 +114,11 @@ def resume(directory: Path, engine: Engine | None = None) -> Result:
         raise ConfigurationError(f"resume: {directory}/config.yaml cannot be read as a configuration")
     if engine is None and (launcher := _launcher(config)):
         return launcher.launch(config, directory, resume=True)
-    federation = prepare(config, engine)
-    load_checkpoint(federation, directory / "checkpoint")
-    rundir.rewind(directory, federation.round or -1)  # the untrained model is measured again
-    metrics = rundir.read_metrics(directory)
-    return _run(federation, config, directory, metrics)
+    with rundir.claimed(directory):
+        federation = prepare(config, engine)
+        load_checkpoint(federation, directory / "checkpoint")
+        rundir.rewind(directory, federation.round or -1)  # the untrained model is measured again
+        return _run(federation, config, directory, rundir.read_metrics(directory))
 
 
 def _run(federation: Federation, config: DictConfig, path: Path | None, metrics: list[Metrics]) -> Result:

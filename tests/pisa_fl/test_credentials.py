@@ -324,7 +324,7 @@ def play(tmp_path):
     """Runs a script of a folder that was carried elsewhere, from a third folder."""
     commands = tmp_path / "commands"
     commands.mkdir()
-    for name in ("flower-superlink", "flower-supernode", "flwr"):
+    for name in ("pisa-fl-superlink", "flower-supernode", "flwr"):
         (commands / name).write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\nenv | grep -E "^(FLWR|PISA)_"\n')
         (commands / name).chmod(0o755)
 
@@ -410,7 +410,7 @@ def test_flower_reads_the_connection(call, tmp_path, monkeypatch):
 def test_the_command_lines_are_printed(call):
     status, out, error = call("made", "--superlink", ADDRESS)
     assert (status, error) == (0, "")
-    assert "flower-superlink --host 0.0.0.0 --port 9092" in out
+    assert "pisa-fl-superlink --host 0.0.0.0 --port 9092" in out
     for number in range(3):
         assert f"--auth-supernode-private-key client-{number} --port {9094 + number}" in out
         assert f'--node-config "partition-id={number} num-partitions=3"' in out

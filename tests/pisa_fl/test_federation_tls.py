@@ -8,6 +8,7 @@ import pytest
 from hosts import Federation, federation_of_three, wait_for, why_not
 
 import pisa_fl
+from pisa_fl.launcher import BUNDLE
 
 ONLINE = {"client-0": "online", "client-1": "online"}
 HEALTH = """
@@ -98,7 +99,7 @@ def test_a_client_without_a_key_is_refused(federation, tmp_path):
 def test_nothing_is_said_without_tls(federation, tmp_path):
     ca = str(federation.credentials / "ca.crt")
     asked = federation.clients[0].run("python", "-c", HEALTH.format(address=federation.address, ca=ca))
-    assert asked.stdout.split() == ["200", "refused"], asked.stderr
+    assert asked.stdout.split() == ["403", "refused"], asked.stderr
     status, said = supernode(federation, tmp_path, "--insecure")
     assert (status, "Failed to initialize the connection" in said) == (1, True), said
     assert "SuperNode ID" not in said
@@ -114,6 +115,23 @@ def test_a_client_speaks_to_no_superlink_of_another_authority(federation, strang
     assert (status, "CERTIFICATE_VERIFY_FAILED" in said) == (1, True), said
     assert "SuperNode ID" not in said
     assert federation.status() == ONLINE
+
+
+def test_the_superlinks_own_host_alone_registers_keys_and_starts_runs(federation, strangers, tmp_path):
+    """Whoever starts a run runs code on every host; a client's host has all that a stranger could have."""
+    (tmp_path / "flwr").mkdir()
+    ca = federation.credentials / "ca.crt"
+    text = f"[superlink.there]\naddress = '{federation.address}'\nroot-certificates = '{ca}'\n"
+    (tmp_path / "flwr" / "config.toml").write_text(text)
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "pyproject.toml").write_text(BUNDLE.format(version="1.0.0"))
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_HOME": f"{tmp_path}/flwr"}
+    key = strangers.credentials / "superlink" / "keys" / "client-0.pub"
+    for line in (["supernode", "register", key], ["run", tmp_path / "app"], ["ls"], ["supernode", "list"]):
+        ended = federation.clients[0].run("flwr", *line, "there", **quiet)
+        assert (ended.returncode, "403 Forbidden" in ended.stderr) == (1, True), ended
+    assert federation.status() == ONLINE
+    assert json.loads(federation.flwr("ls", "--format", "json").stdout)["runs"] == []
 
 
 def test_a_client_that_is_added_joins_and_once_removed_never_returns(federation):
@@ -149,7 +167,7 @@ def test_clients_come_back_to_a_superlink_that_was_killed(federation):
 def test_it_gives_the_bits_of_the_local_engine(federation, tmp_path):
     overrides = [
         "clients=2",
-        "rounds=5",
+        "rounds=3",
         "model=logistic",
         "partition.classes_per_client=5",
         "progress=false",
@@ -165,7 +183,7 @@ def test_it_gives_the_bits_of_the_local_engine(federation, tmp_path):
     assert ended.returncode == 0, ended.stderr
     pisa_fl.run(pisa_fl.compose("engine.threads=1", *overrides), tmp_path / "local")
     federated, local = metrics_of(tmp_path / "federated"), metrics_of(tmp_path / "local")
-    assert [line["clients_ok"] for line in federated] == [0, 2, 2, 2, 2, 2]
+    assert [line["clients_ok"] for line in federated] == [0, 2, 2, 2]
     assert federated == local
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("federated", "local")]
     assert weights[0] == weights[1]

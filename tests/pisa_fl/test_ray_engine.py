@@ -99,7 +99,6 @@ def after_round(monkeypatch, number, act):
 @pytest.mark.parametrize(
     "chosen",
     [
-        ["strategy=sisa"],
         ["strategy=nsisa", "model=mlp", "rounds=3"],
         ["strategy=fedavg", "strategy.local_epochs=1", "participation=0.5"],
         ["strategy=fedprox", "strategy.local_epochs=1", "model=mlp", "partition=label_skew"],

@@ -221,6 +221,18 @@ def test_what_a_kill_left_of_a_checkpoint_is_not_looked_at(copy, finished):
     assert_same_end(copy, finished)
 
 
+def test_two_processes_do_not_write_one_run_directory(tmp_path, command):
+    process = start(tmp_path)
+    directory = tmp_path / "run"
+    assert refused(command, f"resume={directory}").startswith(
+        f"pisa-fl: resume: {directory} is being written by a run that goes on"
+    )
+    assert process.poll() is None
+    process.kill()
+    process.communicate(timeout=60)
+    assert "is being written" not in command(f"resume={directory}").err
+
+
 def test_resuming_a_finished_run_changes_nothing(copy, finished, command):
     ended = command(f"resume={copy}")
     assert ended.status == 0
