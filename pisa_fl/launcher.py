@@ -164,7 +164,9 @@ class FlowerRun:
         with ExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pisa-fl-")))
             output = stack.enter_context((directory / "flower.log").open("a"))
-            environment = os.environ | QUIET
+            # Flower's commands find each other by PATH, which an environment that is not activated is not in
+            path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}"
+            environment = os.environ | QUIET | {"PATH": path}
             connection = self.connection
             if connection is None:
                 environment["FLWR_HOME"] = str(work / "home")
@@ -265,14 +267,18 @@ def _healthy(port: int) -> bool:
 def _start(*line: str, env: dict[str, str], output: IO[str]) -> subprocess.Popen[bytes]:
     """Start one of Flower's commands, out of reach of this terminal's Ctrl-C."""
     return subprocess.Popen(
-        [_command(line[0]), *line[1:]], env=env, stdout=output, stderr=output, start_new_session=True
+        [_command(line[0], env), *line[1:]], env=env, stdout=output, stderr=output, start_new_session=True
     )
 
 
 def _ask(line: list[str], environment: dict[str, str]) -> dict[str, Any]:
     """The JSON that one of Flower's commands answers, which may follow other words."""
     ended = subprocess.run(
-        [_command(line[0]), *line[1:]], env=environment, capture_output=True, text=True, check=False
+        [_command(line[0], environment), *line[1:]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     try:
         return json.loads(ended.stdout[ended.stdout.index("{") :])
@@ -284,10 +290,9 @@ def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no answer")
 
 
-def _command(name: str) -> str:
-    """One of Flower's commands, of this environment."""
-    path = Path(sysconfig.get_path("scripts"), name)
-    return str(path) if path.is_file() else name
+def _command(name: str, environment: dict[str, str]) -> str:
+    """One of Flower's commands, by its whole path."""
+    return shutil.which(name, path=environment["PATH"]) or name
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -116,7 +116,11 @@ def resume(directory: Path, engine: Engine | None = None) -> Result:
         return launcher.launch(config, directory, resume=True)
     with rundir.claimed(directory):
         federation = prepare(config, engine)
-        load_checkpoint(federation, directory / "checkpoint")
+        try:
+            load_checkpoint(federation, directory / "checkpoint")
+        except BaseException:
+            federation.grid.close()
+            raise
         rundir.rewind(directory, federation.round or -1)  # the untrained model is measured again
         return _run(federation, config, directory, rundir.read_metrics(directory))
 

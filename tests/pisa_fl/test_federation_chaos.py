@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts import Federation, ip, network, why_not
+from hosts import federation_of_three, ip, why_not
 from safetensors.torch import load, load_file
 
 ROUNDS = 10
@@ -20,15 +20,7 @@ ROUNDS = 10
 def federation(tmp_path):
     if reason := why_not():
         pytest.skip(reason)
-    (tmp_path / "disks").mkdir()
-    with network("superlink", "client-0", "client-1") as (superlink, *clients):
-        federation = Federation(tmp_path / "credentials", tmp_path / "disks", superlink, clients)
-        federation.make(2)
-        for name in ("superlink", "client-0", "client-1"):
-            federation.copy(name)
-        federation.start_superlink()
-        for number in range(2):
-            federation.start_client(number)
+    with federation_of_three(tmp_path) as federation:
         yield federation
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ import yaml
 import pisa_fl
 from pisa_fl.launcher import QUIET
 
-pytest.importorskip("ray", reason="Flower's simulation needs Ray")
+if find_spec("ray") is None:  # imported here, it would not read what the ray engine has it read
+    pytest.skip("Flower's simulation needs Ray", allow_module_level=True)
 
 FLWR = Path(sys.executable).with_name("flwr")
 ROUNDS = 5
@@ -233,7 +235,8 @@ def test_flwr_run_works_in_a_checkout(tmp_path):
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    environment = os.environ | QUIET | {"FLWR_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    path = f"{FLWR.parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | QUIET | {"FLWR_HOME": str(home), "OMP_NUM_THREADS": "1", "PATH": path}
     serve = [str(FLWR.with_name("flower-superlink")), "--insecure", "--simulation"]
     serve += ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
     superlink = subprocess.Popen(

@@ -27,7 +27,7 @@ SEED = 5
 
 def few_digits(mean, std, augment=None):
     """The first 220 training and 50 test images of mnist_mini."""
-    whole = mnist_mini(mean, std, augment)
+    whole = mnist_mini(None, mean, std, augment)
     return type(whole)(
         *(whole.train_images[: sum(SIZES)], whole.train_labels[: sum(SIZES)]),
         *(whole.test_images[:50], whole.test_labels[:50]),
