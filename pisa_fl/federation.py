@@ -142,26 +142,35 @@ class Federation:
         gateway.begin(number)
         while True:
             replies: list[Message] = []
-            if len(gateway.get_node_ids()) >= self._min_clients:
+            reachable = len(gateway.get_node_ids())
+            if reachable >= self._min_clients:
                 messages = self.strategy.configure_train(number, self.arrays, ConfigRecord(), gateway)
                 replies = gateway.send_and_receive(messages, timeout=self._round_timeout)
-            traffic = gateway.traffic
-            if traffic.clients_failed and not self._accept_failures:
-                reason = f"a client failed in round {number} and accept_failures=false"
-            elif traffic.clients_ok < self._min_clients:
-                count = f"{traffic.clients_ok} clients" if traffic.clients_ok else "no client"
-                reason = f"{count} gave an acceptable reply in round {number}"
-                if self._min_clients > 1:
-                    reason += f", min_clients={self._min_clients} are needed"
-            else:
+            reason = self._shortage(reachable, number)
+            if reason is None:
                 return replies
-            away = traffic.silent or len(gateway.get_node_ids()) < self._min_clients
+            away = gateway.traffic.silent or reachable < self._min_clients
             if not away or time.monotonic() >= deadline:
                 gateway.undo()
                 example = "".join(f"; client {f.client}: {f.reason}" for f in gateway.failures[:1])
                 raise TooFewClientsError(f"{reason}{example}")
             time.sleep(WAIT)
             gateway.begin_again()
+
+    def _shortage(self, reachable: int, number: int) -> str | None:
+        """Why the replies are not enough for a round, or None."""
+        traffic, needed = self.gateway.traffic, self._min_clients
+        if reachable < needed:
+            return (
+                f"clients that can be reached in round {number}: {reachable}, min_clients={needed} are needed"
+            )
+        if traffic.clients_failed and not self._accept_failures:
+            return f"a client failed in round {number} and accept_failures=false"
+        if traffic.clients_ok >= needed:
+            return None
+        count = f"{traffic.clients_ok} clients" if traffic.clients_ok else "no client"
+        more = f", min_clients={needed} are needed" if needed > 1 else ""
+        return f"{count} gave an acceptable reply in round {number}{more}"
 
     def _evaluate_on_clients(self, number: int) -> None:
         """Flower's own evaluation, for a strategy that asks for it."""

@@ -123,7 +123,7 @@ class Gateway(Grid):
         self._round = 0
         self._before = (buffers, self.traffic)
         self._nodes: list[int] = []
-        self._tracebacks: set[str] = set()
+        self._tracebacks: set[int] = set()
 
     def begin(self, round_number: int) -> None:
         """Start a round: other clients are drawn, the round's counters are cleared."""
@@ -293,10 +293,10 @@ class Gateway(Grid):
     def _refuse(self, client: int, reason: str) -> None:
         """Note a failure, with the traceback of the client's code if it is a new one."""
         line, _, traceback = printable(reason).partition("\n")
-        if traceback in self._tracebacks:
+        if hash(traceback) in self._tracebacks:
             traceback = ""
         elif traceback:
-            self._tracebacks.add(traceback)
+            self._tracebacks.add(hash(traceback))
         self.failures.append(Failure(client, line, traceback))
         log.warning(
             "round %d: client %d failed: %s%s", self._round, client, line, traceback and f"\n{traceback}"

@@ -295,7 +295,10 @@ def overrides(*more):
 
 
 TOO_FEW = {
-    "away": (Fault(away=SOME), "no client gave an acceptable reply in round 3, min_clients=8 are needed"),
+    "away": (
+        Fault(away=SOME),
+        "clients that can be reached in round 3: 7, min_clients=8 are needed",
+    ),
     "silent": (
         Fault(silent=SOME),
         "7 clients gave an acceptable reply in round 3, min_clients=8 are needed; client 7: no reply",
