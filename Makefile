@@ -21,7 +21,7 @@ compare: install  ## SISA, FedAvg and FedProx on one federation: a picture and a
 	$(BIN)/python -m experiments.compare $(ARGS)
 
 test: install lint  ## everything CI checks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 lint: install  ## style and types
 	$(BIN)/ruff check .

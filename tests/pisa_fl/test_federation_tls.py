@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from hosts import Federation, federation_of_three, wait_for, why_not
@@ -160,8 +162,23 @@ def test_clients_come_back_to_a_superlink_that_was_killed(federation):
     assert federation.status() == {}
     federation.start_superlink()
     assert federation.status() == before
-    log = federation.disks / "client-0.log"
-    wait_for(lambda: "Connection successful" in log.read_text(), log.read_text)
+    # every sign of life of a client puts off the moment at which it would be taken for offline
+    at_first = lives(federation)
+    assert len(at_first) == len(before)
+    online = [node for node, status in before.items() if status == "online"]
+    wait_for(
+        lambda: sum(lives(federation)[node] > at_first[node] for node in at_first) >= len(online),
+        lambda: f"{at_first}, {lives(federation)}",
+        seconds=90,
+    )
+
+
+def lives(federation):
+    """Until when the SuperLink takes each node for online, by its own database."""
+    with closing(sqlite3.connect(federation.home / "state.db")) as database:
+        return {
+            node: until or 0.0 for node, until in database.execute("select node_id, online_until from node")
+        }
 
 
 def test_it_gives_the_bits_of_the_local_engine(federation, tmp_path):
