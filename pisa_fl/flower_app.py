@@ -36,7 +36,7 @@ client = ClientApp()
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation, and leave in the run directory how it ended."""
-    config = configuration(context, len(_some_nodes(grid)))
+    config = configuration(context, None if context.run_config.get("hydra") else len(_some_nodes(grid)))
     set_threads(config.engine.threads)
     if config.engine.directory is None:
         directory = Path("runs", f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{config.name}").resolve()

@@ -14,7 +14,7 @@ from torch import nn
 
 import partitioners
 from pisa_fl import rundir
-from pisa_fl.assembly import Engine, prepare
+from pisa_fl.assembly import Engine, deals, prepare
 from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
 from pisa_fl.config import ConfigurationError, build, check, explain
 from pisa_fl.federation import Federation, TooFewClientsError
@@ -89,7 +89,7 @@ def _launcher(config: DictConfig) -> FlowerRun | None:
         launcher = build(config.engine) if config.engine.get("_target_") == LAUNCHER else None
     except ValueError as error:
         raise ConfigurationError(explain(error)) from error
-    if "_target_" not in config.partition and (launcher is None or launcher.connection is None):
+    if not deals(config) and (launcher is None or launcher.connection is None):
         raise ConfigurationError("partition=own needs real clients: engine=flower engine.connection=NAME")
     return launcher
 
@@ -141,6 +141,8 @@ def _run(federation: Federation, config: DictConfig, path: Path | None, metrics:
             stopped = stop or (path is not None and (path / STOP).exists())
             if path is not None and (stopped or finished or federation.round % config.checkpoint.every == 0):
                 save_checkpoint(federation, path / "checkpoint", config.checkpoint.keep)
+            if path is not None:
+                (path / STOP).unlink(missing_ok=True)  # heard, and not to be heard again after a resume
             if stopped and not finished:
                 where = f"; go on with: pisa-fl resume={path}" if path is not None else ""
                 raise Interrupted(f"stopped after round {federation.round} of {config.rounds}{where}")

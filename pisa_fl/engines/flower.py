@@ -75,13 +75,12 @@ class FlowerGrid(ClientGrid):
 
     def deliver(self, messages: Sequence[Message], timeout: float | None) -> Iterable[Message]:
         """Replies of the nodes, addressed as from client numbers."""
-        sent: dict[str, Message] = {}
-        for message in messages:
-            node = self._nodes.get(message.metadata.dst_node_id)
-            if node is not None:
-                own = Message(message.content, node, message.metadata.message_type)
-                self._grid.push_messages([own])
-                sent[own.metadata.message_id] = message
+        known = [message for message in messages if message.metadata.dst_node_id in self._nodes]
+        own = [
+            Message(m.content, self._nodes[m.metadata.dst_node_id], m.metadata.message_type) for m in known
+        ]
+        self._grid.push_messages(own)  # gives them their ids
+        sent = {o.metadata.message_id: message for o, message in zip(own, known, strict=True)}
         for reply in self._wait(set(sent), timeout):
             original = sent[reply.metadata.reply_to_message_id]
             yield Message(reply.error if reply.has_error() else reply.content, reply_to=original)

@@ -221,6 +221,18 @@ def test_what_a_kill_left_of_a_checkpoint_is_not_looked_at(copy, finished):
     assert_same_end(copy, finished)
 
 
+def test_a_file_called_stop_stops_a_run_once(tmp_path, command, long_reference):
+    process = start(tmp_path)
+    directory = tmp_path / "run"
+    (directory / "stop").touch()
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(metrics_of(directory)) - 1 < LONG
+    assert not (directory / "stop").exists()
+    assert command(f"resume={directory}").status == 0
+    assert_same_end(directory, long_reference)
+
+
 def test_two_processes_do_not_write_one_run_directory(tmp_path, command):
     process = start(tmp_path)
     directory = tmp_path / "run"
