@@ -340,8 +340,10 @@ main.main()
 
 
 def group_members(group):
-    """Processes of a group that still run."""
-    listed = subprocess.run(["ps", "-eo", "pgid,stat,args"], capture_output=True, text=True, check=True)
+    """Processes of a group that still run, each with its whole command line, however wide the terminal."""
+    listed = subprocess.run(
+        ["ps", "-ww", "-eo", "pgid,stat,args"], capture_output=True, text=True, check=True
+    )
     rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()[1:]]
     return [args for pgid, stat, args in rows if int(pgid) == group and not stat.startswith("Z")]
 
@@ -360,7 +362,9 @@ def test_ctrl_c_reaches_every_process_and_leaves_a_checkpoint_and_nobody(tmp_pat
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") > 2):
         time.sleep(0.01)
-    assert any("raylet" in line for line in group_members(process.pid))
+    assert process.poll() is None, process.communicate()
+    members = group_members(process.pid)
+    assert any("raylet" in line for line in members), members
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=120)
     stopped = len(metrics_of(tmp_path / "run")) - 1
