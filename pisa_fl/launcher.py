@@ -174,14 +174,14 @@ class FlowerRun:
                 stack.enter_context(_superlink(work / "home", connection, environment, output))
             stop = stack.enter_context(stop_signals())
             number = self._submit(config, connection, work, environment)
-            display = stack.enter_context(
-                Display(config.name, config.rounds, _last_round(directory), config.progress)
-            )
+            metrics, failures = _written(directory)  # of the run that is resumed
+            last = int(metrics[-1]["round"]) if metrics else 0
+            display = stack.enter_context(Display(config.name, config.rounds, last, config.progress))
             follow = _start(
                 "flwr", "log", str(number), connection, "--stream", env=environment, output=output
             )
             stack.callback(_kill, follow)
-            seen = _count(directory / "metrics.jsonl"), _count(directory / "failures.jsonl")
+            seen = len(metrics), len(failures)
             while True:
                 ended = follow.poll() is not None
                 seen = _show_news(directory, seen, display)
@@ -330,28 +330,24 @@ def _conclude(directory: Path, status: str) -> None:
         )
 
 
-def _count(path: Path) -> int:
-    return len(rundir.read_lines(path)) if path.is_file() else 0
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return rundir.read_lines(path) if path.is_file() else []
 
 
-def _last_round(directory: Path) -> int:
-    path = directory / "metrics.jsonl"
-    return int(rundir.read_lines(path)[-1]["round"]) if _count(path) else 0
+def _written(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The metrics and the failures that are there."""
+    return _lines(directory / "metrics.jsonl"), _lines(directory / "failures.jsonl")
 
 
 def _show_news(directory: Path, seen: tuple[int, int], display: Display) -> tuple[int, int]:
-    """Show the rounds and failures that were written since."""
-    metrics, failures = directory / "metrics.jsonl", directory / "failures.jsonl"
-    if failures.is_file():
-        for line in rundir.read_lines(failures)[seen[1] :]:
-            trace = f"\n{line['traceback']}" if "traceback" in line else ""
-            log.warning(
-                "round %s: client %s failed: %s%s", line["round"], line["client"], line["reason"], trace
-            )
-    if metrics.is_file():
-        for line in rundir.read_lines(metrics)[seen[0] :]:
-            display.show(line)
-    return _count(metrics), _count(failures)
+    """Show the rounds and failures that were written since; how many there are now."""
+    metrics, failures = _written(directory)
+    for line in failures[seen[1] :]:
+        trace = f"\n{line['traceback']}" if "traceback" in line else ""
+        log.warning("round %s: client %s failed: %s%s", line["round"], line["client"], line["reason"], trace)
+    for line in metrics[seen[0] :]:
+        display.show(line)
+    return len(metrics), len(failures)
 
 
 def _not_python(folder: str, names: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import pisa_fl
-from pisa_fl.launcher import QUIET
+from pisa_fl.launcher import QUIET, _show_news
 
 if find_spec("ray") is None:  # imported here, it would not read what the ray engine has it read
     pytest.skip("Flower's simulation needs Ray", allow_module_level=True)
@@ -159,6 +159,29 @@ class Moody(LocalSgd):
             raise ArithmeticError("number three is unwell")
         return super().solve(cohort, instruction, state)
 """
+
+
+def test_rounds_and_failures_that_end_while_others_are_shown_are_shown_too(tmp_path, caplog):
+    metrics, failures = tmp_path / "metrics.jsonl", tmp_path / "failures.jsonl"
+
+    shown = []
+
+    class Display:
+        def show(self, line):
+            shown.append(line["round"])
+            if line["round"] < 5:  # meanwhile the run goes on
+                number = line["round"] + 1
+                with metrics.open("a") as file:
+                    file.write(json.dumps({"round": number}) + "\n")
+                with failures.open("a") as file:
+                    file.write(json.dumps({"round": number, "client": 0, "reason": "lost"}) + "\n")
+
+    metrics.write_text('{"round": 0}\n')
+    seen = 0, 0
+    for _ in range(7):
+        seen = _show_news(tmp_path, seen, Display())
+    assert shown == [0, 1, 2, 3, 4, 5]
+    assert [r.args[0] for r in caplog.records if r.name == "pisa_fl.launcher"] == [1, 2, 3, 4, 5]
 
 
 def test_the_error_of_a_client_is_shown_once_with_its_own_traceback(tmp_path):
