@@ -1,13 +1,13 @@
 """A cohort of clients: their examples, and the gradients of their losses.
 
 Two ways of computing, one result: a cohort of one runs an ordinary forward and backward pass, which is
-the fastest on CPU cores; a larger one advances all its clients together, vectorised over the client axis,
-which is the fastest on a GPU.
+the fastest on CPU cores (experiments/benchmarks/README.md); a larger one advances all its clients together,
+vectorised over the client axis, which is the fastest on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -45,6 +45,9 @@ class FlatModel:
         values, gradients = self.layout.views(self.weights), self.layout.views(self.gradient)
         for name, parameter in parameters.items():
             parameter.data, parameter.grad = values[name], gradients[name]
+        # oneDNN's convolutions, and PyTorch's pooling even more, are faster on images with channels last
+        convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        self._channels_last = convolves and device.type == "cpu"
 
     @property
     def buffers(self) -> Tensor:
@@ -55,6 +58,11 @@ class FlatModel:
     def load(self, weights: Tensor, buffers: Tensor | None = None) -> None:
         """Set the parameters (d,) and, if given, the running statistics (b,)."""
         self.weights.copy_(weights)
+        self.load_buffers(buffers)
+
+    @torch.no_grad()
+    def load_buffers(self, buffers: Tensor | None) -> None:
+        """Set the running statistics (b,), if there are any."""
         if buffers is not None and self.buffer_layout.size:
             own = dict(self.module.named_buffers())
             for name, value in {**self.buffer_layout.views(buffers), **self._integers}.items():
@@ -63,6 +71,15 @@ class FlatModel:
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and buffers by PyTorch's names, copied to the CPU."""
         return {k: v.detach().cpu().clone().contiguous() for k, v in self.module.state_dict().items()}
+
+    def arrange(self, images: Tensor) -> Tensor:
+        """The same images (B, channels, height, width), in the order in memory that suits the model."""
+        if not self._channels_last:
+            return images
+        if images.shape[1] > 1:
+            return images.contiguous(memory_format=torch.channels_last)
+        # one channel is first and last at once: only the strides say what is meant
+        return images.contiguous().as_strided(images.shape, (images[0].numel(), 1, images.shape[3], 1))
 
     @torch.no_grad()
     def evaluate(
@@ -73,7 +90,7 @@ class FlatModel:
         correct, loss = 0, 0.0
         for part in rows.split(chunk):
             y = labels[part].to(self.device)
-            logits = self.module(data.normalise(images[part].to(self.device)))
+            logits = self.module(data.normalise(self.arrange(images[part].to(self.device))))
             correct += int((logits.argmax(dim=1) == y).sum())
             loss += float(F.cross_entropy(logits, y, reduction="sum"))
         return correct / len(rows), loss / len(rows)
@@ -137,9 +154,14 @@ class LocalCohort:
         self._model, self._data, self._examples = model, data, list(examples.values())
         self._seed, self._round = seed, round_number
         self._batch_size, self._chunk = batch_size, chunk
-        self._draws = [torch_generator(seed, "augmentation", round_number, c) for c in examples]
+        # running statistics and random draws depend on which examples are read together
+        self._disturbed = data.augment is not None or any(e.noise_std for e in self._examples)
+        self._draws = [
+            torch_generator(seed, "augmentation", round_number, c) if self._disturbed else None
+            for c in examples
+        ]
         model.module.train()
-        model.load(model.weights, buffers)
+        model.load_buffers(buffers)
 
     @property
     def buffers(self) -> Tensor:
@@ -148,24 +170,20 @@ class LocalCohort:
 
     def full_gradient(self, weights: Tensor, gradient: str) -> tuple[Tensor, Tensor]:
         """Gradient (C, d) and mean loss (C,) over all examples, in the order they were dealt."""
-        # running statistics and random draws depend on which examples are read together
-        disturbed = self._data.augment is not None or any(e.noise_std for e in self._examples)
-        fixed = disturbed or self._model.buffer_layout.size > 0
+        fixed = self._disturbed or self._model.buffer_layout.size > 0
         step = self._batch_size if fixed else max(1, self._chunk // len(self.clients))
         lengths = [len(e) for e in self._examples]
-        total = torch.zeros(len(self.clients), self.layout.size, device=self._model.device)
-        loss = total.new_zeros(len(self.clients))
-        for start in range(0, max(lengths), step):
-            chosen = [torch.arange(start, max(start, min(start + step, n))) for n in lengths]
-            shares = [self._shares(c, n, gradient) for c, n in zip(chosen, lengths, strict=True)]
-            part, part_loss = self._differentiate(weights, self._batch(chosen, shares))
-            total += part
-            loss += part_loss
+        batches = (
+            self._batch(chosen, [self._shares(c, n, gradient) for c, n in zip(chosen, lengths, strict=True)])
+            for start in range(0, max(lengths), step)
+            for chosen in [[torch.arange(start, max(start, min(start + step, n))) for n in lengths]]
+        )
+        total, loss = self._differentiate(weights, batches)
         return total, loss / torch.tensor(lengths, device=loss.device)
 
     def gradient(self, weights: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Gradient (C, d) and mean loss (C,) of each client's batch."""
-        gradient, loss = self._differentiate(weights, batch)
+        gradient, loss = self._differentiate(weights, [batch])
         return gradient, loss / torch.tensor(batch.examples, device=loss.device).clamp(min=1)
 
     def batches(self, epochs: int) -> Iterator[Batch]:
@@ -193,35 +211,42 @@ class LocalCohort:
         images, labels = [], []
         for client, (rows, examples) in enumerate(zip(chosen, self._examples, strict=True)):
             rows = examples.rows[rows].to(examples.images.device)
-            x = self._data.normalise(examples.images[rows].to(device))
+            raw = examples.images.index_select(0, rows)
+            x = self._data.normalise(self._model.arrange(raw) if len(self.clients) == 1 else raw)
             draw = self._draws[client]
-            if examples.noise_std:
+            if draw is not None and examples.noise_std:
                 scale = torch.tensor(self._data.std).view(-1, 1, 1)
                 x = x + (torch.randn(x.shape, generator=draw) * examples.noise_std / scale).to(device)
-            if self._data.augment is not None and len(rows):
+            if draw is not None and self._data.augment is not None and len(rows):
                 x = self._data.augment(x, draw)
             images.append(x)
-            labels.append(examples.labels[rows].to(device))
+            labels.append(examples.labels.index_select(0, rows))
             self.differentiated[client] += len(rows)
         counts = [len(c) for c in chosen]
         return Batch(
-            images=pad_sequence(images, batch_first=True),
-            labels=pad_sequence(labels, batch_first=True),
-            weights=pad_sequence(shares, batch_first=True).to(device),
+            images=_padded(images),
+            labels=_padded(labels),
+            weights=_padded(shares).to(device),
             active=torch.tensor([float(n > 0) for n in counts], device=device),
             examples=counts,
         )
 
-    def _differentiate(self, weights: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Gradients (C, d) of the weighted losses, and the plain sums of the losses (C,)."""
+    def _differentiate(self, weights: Tensor, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        """Sums over batches of the gradients (C, d) of the weighted losses, and of the plain losses (C,)."""
         if len(self.clients) == 1:
-            return self._backward(weights.reshape(-1), batch)
-        gradients, losses = vmap(
+            return self._backward(weights.reshape(-1), batches)
+        gradients_of = vmap(
             grad(self._weighted_loss, has_aux=True),
             in_dims=(None if weights.dim() == 1 else 0, 0, 0, 0),
             randomness="different",
-        )(weights, batch.images, batch.labels, batch.weights)
-        return gradients, losses
+        )
+        total = torch.zeros(len(self.clients), self.layout.size, device=self._model.device)
+        losses = total.new_zeros(len(self.clients))
+        for batch in batches:
+            gradients, loss = gradients_of(weights, batch.images, batch.labels, batch.weights)
+            total += gradients
+            losses += loss
+        return total, losses
 
     def _weighted_loss(
         self, weights: Tensor, images: Tensor, labels: Tensor, shares: Tensor
@@ -230,12 +255,20 @@ class LocalCohort:
         loss = F.cross_entropy(logits, labels, reduction="none")
         return (shares * loss).sum(), torch.where(shares > 0, loss, 0.0).sum()
 
-    def _backward(self, weights: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _backward(self, weights: Tensor, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
         self._model.load(weights)
         self._model.gradient.zero_()
-        loss = F.cross_entropy(self._model.module(batch.images[0]), batch.labels[0], reduction="none")
-        (batch.weights[0] * loss).sum().backward()
-        return self._model.gradient.clone().unsqueeze(0), loss.detach().sum().unsqueeze(0)
+        total = weights.new_zeros(1)
+        for batch in batches:
+            loss = F.cross_entropy(self._model.module(batch.images[0]), batch.labels[0], reduction="none")
+            (batch.weights[0] * loss).sum().backward()
+            total += loss.detach().sum()
+        return self._model.gradient.clone().unsqueeze(0), total
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of different lengths as one tensor, (C, longest, ...), filled with zeros."""
+    return rows[0].unsqueeze(0) if len(rows) == 1 else pad_sequence(list(rows), batch_first=True)
 
 
 def _batch_order(draw: np.random.Generator, examples: int, epochs: int, size: int) -> Iterator[Tensor]:

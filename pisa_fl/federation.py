@@ -105,7 +105,7 @@ class Federation:
         supply = getattr(strategy, "supply", None)
         buffers = self.model.buffers.cpu()
         self.gateway = Gateway(self.grid, half, buffers, seed, participation, supply)
-        self.arrays = record({WEIGHTS: self.model.weights})
+        self.arrays = record({WEIGHTS: self.model.weights.clone()})
         self.round = 0
         self.seconds = 0.0
         self._min_clients, self._round_timeout = min_clients, round_timeout

@@ -26,7 +26,8 @@ from pisa_fl.config import ConfigurationError, compose, first_line
 from pisa_fl.engines.base import set_threads
 from pisa_fl.engines.flower import FlowerGrid
 from pisa_fl.federation import RunError
-from pisa_fl.host import CLIENT_FAILED, ClientHost, failure_reason
+from pisa_fl.host import CLIENT_FAILED, ClientHost
+from pisa_fl.solver import failure_reason
 from strategies.messages import CONFIG
 
 server = ServerApp()

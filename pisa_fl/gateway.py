@@ -41,6 +41,7 @@ from strategies.messages import (
     config_of,
     fault,
     integer,
+    payload,
     real,
     record,
     vectors,
@@ -184,7 +185,7 @@ class Gateway(Grid):
         sizes: dict[int, int] = {}
         for message in sent.values():
             for arrays in message.content.array_records.values():
-                self.traffic.bytes_down += sizes.setdefault(id(arrays), _payload(arrays))
+                self.traffic.bytes_down += sizes.setdefault(id(arrays), payload(arrays))
         replies = self._grid.send_and_receive(sent.values(), timeout=timeout)
         asked = {message.metadata.message_id: node for node, message in sent.items()}
         answers: dict[int, Message] = {}
@@ -288,7 +289,7 @@ class Gateway(Grid):
         traffic.examples += integer(metrics, EXAMPLES)
         traffic.loss_sum += real(metrics, LOSS) * integer(metrics, EXAMPLES)
         traffic.differentiated += integer(metrics, DIFFERENTIATED)
-        traffic.bytes_up += _payload(reply.content.array_records[ARRAYS])
+        traffic.bytes_up += payload(reply.content.array_records[ARRAYS])
 
     def _refuse(self, client: int, reason: str) -> None:
         """Note a failure, with the traceback of the client's code if it is a new one."""
@@ -329,10 +330,6 @@ class Gateway(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Receive what was sent for without waiting."""
         return self._grid.pull_messages(message_ids)
-
-
-def _payload(arrays: ArrayRecord) -> int:
-    return sum(len(array.data) for array in arrays.values())
 
 
 def _refusal(instruction: Message, reply: Message, reason: str) -> Message:

@@ -9,11 +9,9 @@ that is not what the client half expects is refused, and changes nothing.
 from __future__ import annotations
 
 import copy
-import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -22,24 +20,21 @@ from flwr.app import ArrayRecord, Error, Message, MessageType, MetricRecord, Rec
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pisa_fl.cohort import ClientData, FlatModel, LocalCohort
-from pisa_fl.config import ConfigurationError
+from pisa_fl.cohort import ClientData, FlatModel
 from pisa_fl.data import ImageData
-from pisa_fl.randomness import numpy_generator
-from strategies.client import ClientHalf, Instruction
+from pisa_fl.solver import InstructionError, Job, Outcome, Solver, failure_reason
+from strategies.client import ClientHalf
 from strategies.messages import (
     ACCEPTED,
     ARRAYS,
     BUFFERS,
-    DIFFERENTIATED,
-    EXAMPLES,
-    LOSS,
     METRICS,
     ROUND,
     STATE,
     STATE_LOST,
     WEIGHTS,
     Field,
+    TensorArray,
     config_of,
     fault,
     integer,
@@ -47,16 +42,18 @@ from strategies.messages import (
     vectors,
 )
 
+Run = Callable[[Sequence[Job]], Iterable[tuple[int, Outcome | str]]]
+"""Runs jobs, in any order: their positions, and what became of them or why nothing did. It may leave some out."""
+
+_Arrays = dict[int, tuple[dict[str, Tensor], list[str]]]
+"""What was read of array records, by their identity."""
+
 CLIENT_FAILED = 1000
 """Code of the error of a client whose own code raised; its reason holds the traceback after the first line."""
 
 
 LONGEST_REASON = 8000
 """Characters of an error that are kept; what strangers write has no end."""
-
-
-class InstructionError(ValueError):
-    """A message from the server that a client must not act upon."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,8 @@ class Clients:
         model = FlatModel(copy.deepcopy(self.model), self.device)
         if cohort == "auto":
             cohort = 1 if self.device.type == "cpu" or model.buffer_layout.size else 32
-        return ClientHost(model, self.half, self.data, clients, self.seed, self.batch_size, chunk, cohort)
+        solver = Solver(model, self.half, self.data, clients, self.seed, self.batch_size, chunk)
+        return ClientHost(solver, cohort)
 
 
 def tensor(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -154,122 +152,142 @@ class ClientState:
         return ClientState(self.round, accepted, self.pending_round, pending)
 
 
+@dataclass(frozen=True)
+class _Instruction:
+    """A message's content, read.
+
+    Attributes:
+        arrays: What the clients compute with; the very same object for messages that share it.
+        names: Names of the model's tensors, if it was not written as flat vectors.
+        config: Numbers and texts, without what is said to single clients.
+        accepted: The round that the server accepted last; None from a server half that acknowledges nothing.
+        supplied: The state that belongs to it, for a client that lost it.
+        refused: Why it must not be acted upon, or None.
+    """
+
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
+    names: Sequence[str] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    accepted: int | None = None
+    supplied: Mapping[str, Tensor] | None = None
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Messages that say the same to every client, with the clients' numbers."""
+
+    train: bool
+    instruction: _Instruction
+    messages: list[tuple[int, Message]] = field(default_factory=list)
+
+    def takes(self, train: bool, other: _Instruction) -> bool:
+        same = self.instruction
+        return self.train == train and same.arrays is other.arrays and same.config == other.config
+
+
 class ClientHost:
-    """Runs the client half for the clients it hosts.
+    """Answers for the clients it hosts, and remembers what they remember.
 
     Args:
-        model: The model that all its clients compute with, in turn.
-        half: The client half of the algorithm.
-        data: Normalisation and augmentation of the data set.
-        clients: Client number -> its examples.
-        seed: Seed of the run.
-        batch_size: Examples of a mini-batch.
-        chunk: Examples differentiated at once where the number does not matter to the result.
+        solver: What computes for them.
         cohort: Clients that advance together.
     """
 
-    def __init__(
-        self,
-        model: FlatModel,
-        half: ClientHalf,
-        data: ImageData,
-        clients: Mapping[int, ClientData],
-        seed: int,
-        batch_size: int,
-        chunk: int,
-        cohort: int,
-    ) -> None:
-        self.clients, self.device = clients, model.device
-        self.states = {client: ClientState() for client in clients}
-        self.data, self._model, self._half = data, model, half
-        self._seed, self._batch_size, self._chunk, self._cohort = seed, batch_size, chunk, cohort
+    def __init__(self, solver: Solver, cohort: int) -> None:
+        self.solver, self.clients = solver, solver.clients
+        self.data, self.device = solver.data, solver.model.device
+        self.states = {client: ClientState() for client in solver.clients}
+        self._model, self._half, self._cohort = solver.model, solver.half, cohort
 
-    def handle(self, messages: Sequence[tuple[int, Message]]) -> Iterator[Message]:
-        """Answer messages, given with the number of the client each is for; errors are answers too."""
-        for group in _same_instruction(messages, self._cohort):
-            yield from self._answer(group)
+    def handle(self, messages: Sequence[tuple[int, Message]], run: Run | None = None) -> Iterator[Message]:
+        """Answer messages, given with the number of the client each is for; errors are answers too.
 
-    def _answer(self, group: Sequence[tuple[int, Message]]) -> Iterator[Message]:
-        """Answer messages with the same arrays together; if one of them fails, each alone."""
-        try:
-            if group[0][1].metadata.message_type == MessageType.EVALUATE:
-                yield from [self._evaluate(*one) for one in group]
-            else:
-                yield from self._train(group)
-        except Exception as error:
-            if len(group) > 1:
-                for one in group:
-                    yield from self._answer([one])
-            else:
-                yield Message(Error(CLIENT_FAILED, failure_reason(error)), reply_to=group[0][1])
-
-    def _train(self, group: Sequence[tuple[int, Message]]) -> list[Message]:
-        self._check_arrays(group[0][1].content)
-        ready, replies = [], []
-        for client, message in group:
-            self._check_rounds(message.content)
-            if self._settle(client, message):
-                ready.append((client, message))
-            else:
+        Args:
+            messages: The messages.
+            run: Runs the jobs in place of this host's own solver.
+        """
+        contents: dict[int, _Instruction] = {}
+        arrays: _Arrays = {}
+        groups: list[_Group] = []
+        for client, message in messages:
+            content = message.content if message.has_content() else RecordDict()
+            if id(content) not in contents:
+                contents[id(content)] = self._read(message, content, arrays)
+            instruction, train = contents[id(content)], message.metadata.message_type != MessageType.EVALUATE
+            if instruction.refused is not None:
+                yield Message(Error(CLIENT_FAILED, instruction.refused), reply_to=message)
+            elif train and not self._settle(client, instruction):
                 reason = f"client {client} does not hold the state that the server accepted"
-                replies.append(Message(Error(STATE_LOST, reason), reply_to=message))
-        if not ready:
-            return replies
-        content = ready[0][1].content
-        config = config_of(content)
-        arrays, names = self._read(content)
-        round_number = integer(config, ROUND)
-        clients = [client for client, _ in ready]
-        cohort = LocalCohort(
-            self._model,
-            self.data,
-            {client: self.clients[client] for client in clients},
-            arrays.pop(BUFFERS, None),
-            round_number,
-            self._seed,
-            self._batch_size,
-            self._chunk,
-        )
-        state = {
-            name: torch.stack([self._state_of(client, name, size) for client in clients])
-            for name, size in self._half.state_sizes().items()
-        }
-        # dropout and its like draw from PyTorch's global generator: give them an address of their own
-        on_gpu = self.device.type == "cuda"
-        with torch.random.fork_rng(devices=[self.device] if on_gpu else []):
-            seed = int(numpy_generator(self._seed, "model", round_number, clients[0]).integers(2**63))
-            torch.default_generator.manual_seed(seed)
-            if on_gpu:
-                torch.cuda.manual_seed(seed)
-            update = self._half.solve(cohort, Instruction(arrays, config), state)
-        reply_arrays = dict(update.arrays)
-        if self._model.buffer_layout.size:
-            reply_arrays[BUFFERS] = cohort.buffers
-        for row, (client, message) in enumerate(ready):
-            if update.state:
-                self.states[client].pending_round = round_number
-                self.states[client].pending = {name: v[row].clone() for name, v in update.state.items()}
-            metrics = MetricRecord(
-                {
-                    ROUND: round_number,
-                    EXAMPLES: len(self.clients[client]),
-                    LOSS: float(update.loss[row]),
-                    DIFFERENTIATED: cohort.differentiated[row],
-                }
-            )
-            reply = self._write({name: v[row] for name, v in reply_arrays.items()}, names)
-            replies.append(Message(RecordDict({ARRAYS: reply, METRICS: metrics}), reply_to=message))
-        return replies
+                yield Message(Error(STATE_LOST, reason), reply_to=message)
+            else:
+                group = next((g for g in groups if g.takes(train, instruction)), None)
+                if group is None:
+                    groups.append(group := _Group(train, instruction))
+                group.messages.append((client, message))
+        parts = [
+            _Group(group.train, group.instruction, group.messages[start : start + self._cohort])
+            for group in groups
+            for start in range(0, len(group.messages), self._cohort)
+        ]
+        yield from self._answer(parts, run or self._run)
 
-    def _evaluate(self, client: int, message: Message) -> Message:
-        """Loss and accuracy of the sent weights on the client's own examples."""
-        self._check_arrays(message.content)
-        arrays, _ = self._read(message.content)
-        self._model.load(arrays[WEIGHTS], arrays.get(BUFFERS))
-        own = self.clients[client]
-        accuracy, loss = self._model.evaluate(own.images, own.labels, own.rows, self.data, self._chunk)
-        metrics = MetricRecord({EXAMPLES: len(own), "accuracy": accuracy, "loss": loss})
-        return Message(RecordDict({METRICS: metrics}), reply_to=message)
+    def _answer(self, groups: Sequence[_Group], run: Run) -> Iterator[Message]:
+        """Answer groups, each a cohort; if one of them fails, each of its clients alone."""
+        alone: list[_Group] = []
+        for position, outcome in run([self._job(group) for group in groups]):
+            group = groups[position]
+            if not isinstance(outcome, str):
+                yield from self._replies(group, outcome)
+            elif len(group.messages) > 1:
+                alone += [_Group(group.train, group.instruction, [one]) for one in group.messages]
+            else:
+                yield Message(Error(CLIENT_FAILED, outcome), reply_to=group.messages[0][1])
+        if alone:
+            yield from self._answer(alone, run)
+
+    def _run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome | str]]:
+        yield from ((position, self.solver.answer(job)) for position, job in enumerate(jobs))
+
+    def _job(self, group: _Group) -> Job:
+        clients = [client for client, _ in group.messages]
+        states = [self.states[client].accepted for client in clients] if group.train else []
+        return Job(group.train, clients, group.instruction.arrays, group.instruction.config, states)
+
+    def _replies(self, group: _Group, outcome: Outcome) -> Iterator[Message]:
+        """Keep what the clients are to remember, and put their answers into messages."""
+        names = group.instruction.names
+        for row, (client, message) in enumerate(group.messages):
+            content = RecordDict()
+            if group.train:
+                if outcome.state:
+                    state = self.states[client]
+                    state.pending_round = integer(group.instruction.config, ROUND)
+                    state.pending = dict(outcome.state[row])
+                arrays = ArrayRecord()
+                for name, stack in outcome.arrays.items():
+                    arrays[name] = TensorArray(stack[row], outcome.extents[name][row])
+                content[ARRAYS] = self._by_name(vectors(arrays), names) if names else arrays
+            content[METRICS] = MetricRecord(dict(outcome.metrics[row]))
+            yield Message(content, reply_to=message)
+
+    def _read(self, message: Message, content: RecordDict, arrays: _Arrays) -> _Instruction:
+        """Read and check what a message says; arrays that another one has too are read once."""
+        try:
+            self._check_arrays(content)
+            if message.metadata.message_type != MessageType.EVALUATE:
+                self._check_rounds(content)
+            sent = content.array_records[ARRAYS]
+            if id(sent) not in arrays:
+                arrays[id(sent)] = self._flat(sent)
+            flat, names = arrays[id(sent)]
+            config = config_of(content)
+            accepted = config.pop(ACCEPTED, None)
+            supplied = content.array_records.get(STATE)
+            state = None if supplied is None else vectors(supplied, self._model.device)
+            return _Instruction(flat, names, config, accepted, state)
+        except Exception as error:  # whatever a stranger's message makes the checks raise
+            return _Instruction(refused=failure_reason(error))
 
     def _check_arrays(self, content: RecordDict) -> None:
         """Refuse arrays that are not what the client half expects.
@@ -309,75 +327,39 @@ class ClientHost:
             if reason := fault(supplied, expected) if expected else "a state without vectors":
                 raise InstructionError(reason)
 
-    def _settle(self, client: int, message: Message) -> bool:
+    def _settle(self, client: int, instruction: _Instruction) -> bool:
         """Bring the client to the state that the server accepted; False if it does not hold it."""
-        state = self.states[client]
-        content = message.content
-        accepted = config_of(content).get(ACCEPTED)
+        state, accepted = self.states[client], instruction.accepted
         if accepted is None:  # a server half that acknowledges nothing takes every reply for accepted
             accepted = state.round if state.pending_round is None else state.pending_round
         if state.settle(accepted):
             return True
-        supplied = content.array_records.get(STATE)
-        if supplied is not None:
-            self.states[client] = ClientState(accepted, vectors(supplied, self._model.device))
-        return supplied is not None
+        if instruction.supplied is not None:
+            self.states[client] = ClientState(accepted, dict(instruction.supplied))
+        return instruction.supplied is not None
 
-    def _state_of(self, client: int, name: str, size: int) -> Tensor:
-        held = self.states[client].accepted.get(name)
-        return torch.zeros(size, device=self._model.device) if held is None else held
-
-    def _read(self, content: RecordDict) -> tuple[dict[str, Tensor], list[str]]:
+    def _flat(self, sent: ArrayRecord) -> tuple[dict[str, Tensor], list[str]]:
         """The vectors of an instruction, and the tensor names it used if it was not written as vectors.
 
         Our own server sends flat vectors; a strategy started with `ArrayRecord(model.state_dict())`, as
         Flower's documentation does it, sends the model's tensors by name and is answered likewise.
         """
-        arrays = vectors(content.array_records[ARRAYS], self._model.device)
+        arrays = vectors(sent, self._model.device)
         if WEIGHTS in arrays:
-            return arrays, []
+            return {name: vector.clone() for name, vector in arrays.items()}, []
         read = {WEIGHTS: self._model.layout.flatten(arrays)}
         if self._model.buffer_layout.size:
             read[BUFFERS] = self._model.buffer_layout.flatten(arrays)
         return read, list(arrays)
 
-    def _write(self, flat: Mapping[str, Tensor], names: Sequence[str]) -> ArrayRecord:
-        if not names:
-            return record(flat)
+    def _by_name(self, flat: Mapping[str, Tensor], names: Sequence[str]) -> ArrayRecord:
         tensors = dict(self._model.module.state_dict())  # for what is neither weight nor running statistic
         tensors |= self._model.layout.views(flat[WEIGHTS])
         if BUFFERS in flat:
             tensors |= self._model.buffer_layout.views(flat[BUFFERS])
-        return record({name: tensors[name] for name in names})
-
-
-def failure_reason(error: Exception) -> str:
-    """One line, then the traceback; an instruction that was refused needs none, nor what the user can mend."""
-    if isinstance(error, ConfigurationError):
-        return str(error)
-    line = " ".join(str(error).split())
-    if isinstance(error, InstructionError):
-        return f"instruction refused: {line}"
-    trace = "".join(traceback.format_exception(error))
-    return f"{type(error).__name__}: {line}\n{trace}"
+        return record({name: tensors[name].clone() for name in names})
 
 
 def printable(reason: str) -> str:
     """A stranger's text as it may be logged: cut, and without control characters but line breaks."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in reason[:LONGEST_REASON])
-
-
-def _same_instruction(
-    messages: Sequence[tuple[int, Message]], cohort: int
-) -> Iterator[list[tuple[int, Message]]]:
-    """Cut messages into groups that carry the very same arrays and the same words, each of at most `cohort` clients."""
-
-    def instruction(addressed: tuple[int, Message]) -> tuple[str, int, dict[str, Any]]:
-        message = addressed[1]
-        content = message.content if message.has_content() else RecordDict()
-        config = {key: value for key, value in config_of(content).items() if key != ACCEPTED}
-        return message.metadata.message_type, id(content.array_records.get(ARRAYS)), config
-
-    for _, group in groupby(messages, key=instruction):
-        while part := list(islice(group, cohort)):
-            yield part

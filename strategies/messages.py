@@ -8,8 +8,9 @@ algorithm adds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from math import prod
 from typing import Any
@@ -30,6 +31,9 @@ STATE_LOST = 1001
 
 LARGEST = 1e12
 """The greatest number that a message may hold: what is computed from greater ones, squares above all, overflows."""
+
+_HEADER = 128
+"""Bytes of NumPy's header of a vector or matrix."""
 
 
 @dataclass(frozen=True)
@@ -57,26 +61,80 @@ class Field:
         return prod(self.dimensions)
 
 
+class TensorArray(Array):
+    """An Array that holds a float32 tensor on the CPU, and becomes bytes only when it has to leave the process.
+
+    Args:
+        tensor: Its values, which nobody may write to any more.
+        extent: Their minimum and maximum, if they are known.
+    """
+
+    __qualname__ = Array.__qualname__  # Flower writes it into what it sends
+
+    def __init__(self, tensor: Tensor, extent: tuple[float, float] | None = None) -> None:
+        self.tensor = tensor
+        self.dtype, self.shape, self.stype = "float32", tuple(tensor.shape), "numpy.ndarray"
+        if extent is not None:
+            self.extent = extent
+
+    @cached_property
+    def data(self) -> bytes:  # type: ignore[override]
+        """The values in NumPy's format."""
+        return Array(self.tensor.numpy()).data
+
+    @cached_property
+    def extent(self) -> tuple[float, float]:
+        """Minimum and maximum of the values."""
+        return extent(self.tensor.numpy())
+
+    def numpy(self) -> NDArray[Any]:
+        """A copy of the values."""
+        return self.tensor.numpy().copy()
+
+    def own(self) -> None:
+        """Copy the values out of memory that is about to be used for others."""
+        self.tensor = self.tensor.clone()
+
+    def __reduce__(self) -> tuple[Callable[..., Array], tuple[Any, ...]]:
+        return Array, (self.dtype, self.shape, self.stype, self.data)
+
+
 def record(vectors: Mapping[str, Tensor]) -> ArrayRecord:
-    """An ArrayRecord of float32 arrays from tensors on any device."""
-    return ArrayRecord(
-        {name: Array(v.detach().to("cpu", torch.float32).numpy()) for name, v in vectors.items()}
-    )
+    """An ArrayRecord of float32 arrays from tensors on any device, which nobody may write to any more."""
+    arrays = ArrayRecord()
+    for name, vector in vectors.items():
+        arrays[name] = TensorArray(vector.detach().to("cpu", torch.float32))
+    return arrays
 
 
 def vectors(arrays: ArrayRecord, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The float32 tensors of an ArrayRecord; each is a copy of its own."""
-    return {name: torch.tensor(read(a), dtype=torch.float32, device=device) for name, a in arrays.items()}
+    """The float32 tensors of an ArrayRecord, which may be those of its sender: not to be written to."""
+    return {name: tensor(array).to(device, torch.float32) for name, array in arrays.items()}
+
+
+def tensor(array: Array) -> Tensor:
+    """The values of an array, which may be those of its sender: not to be written to."""
+    return array.tensor if isinstance(array, TensorArray) else torch.tensor(read(array))
+
+
+def payload(arrays: ArrayRecord) -> int:
+    """Bytes that the arrays are on their way."""
+    return sum(
+        _HEADER + array.tensor.nbytes if isinstance(array, TensorArray) else len(array.data)
+        for array in arrays.values()
+    )
 
 
 def read(array: Array) -> NDArray[Any]:
-    """The values of an array, read-only, without a copy.
+    """The values of an array, not to be written to, without a copy.
 
     Whoever wrote it may mean harm: no more memory is used than the message itself has, and no object is made.
 
     Raises:
         ValueError: It is not what its header says, or no plain array of numbers.
     """
+    if isinstance(array, TensorArray):
+        return array.tensor.numpy()
     stream = BytesIO(array.data)
     if array.stype != "numpy.ndarray" or np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("it is not in NumPy's format 1.0")
@@ -87,6 +145,11 @@ def read(array: Array) -> NDArray[Any]:
         raise ValueError(f"{len(array.data)} bytes are no {dtype}{list(shape)}")
     values = np.frombuffer(array.data, dtype, offset=start)
     return values.reshape(shape, order="F" if fortran_order else "C")
+
+
+def extent(values: NDArray[Any]) -> tuple[float, float]:
+    """Minimum and maximum, (0, 0) of no values; NaN if there is one."""
+    return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
 
 
 def config_of(content: RecordDict) -> dict[str, Any]:
@@ -120,8 +183,9 @@ def fault(arrays: ArrayRecord, expected: Mapping[str, Field]) -> str | None:
             return f"array '{name}' cannot be read: {error}"
         if values.shape != field.dimensions or values.dtype.name != array.dtype:
             return f"array '{name}' holds {values.dtype}{values.shape}, not what it says"
-        if values.size and not (values.min() >= -LARGEST and values.max() <= LARGEST):
+        least, greatest = array.extent if isinstance(array, TensorArray) else extent(values)
+        if not (least >= -LARGEST and greatest <= LARGEST):
             return f"array '{name}' holds NaN or infinite values, or some beyond {LARGEST:g}"
-        if values.size and values.min() < field.minimum:
+        if values.size and least < field.minimum:
             return f"array '{name}' holds values below {field.minimum}"
     return None

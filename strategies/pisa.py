@@ -68,6 +68,7 @@ class Pisa(Strategy):
         lambda_: Weight of (lambda/2)|w|^2; the authors' federated setting: 5e-3.
         align_every: Rounds between exchanges of the statistic; 0 leaves every client its own.
         alpha: `examples` (n_i/n, the paper) or `uniform` (1/N).
+        state: Where the ledger's rows are kept: in `memory`, or on `disk` (`strategies.memory.zeros`).
 
     Raises:
         ValueError: A value is outside its range, or the automatic penalty is asked for without alignment.
@@ -81,15 +82,18 @@ class Pisa(Strategy):
         lambda_: float,
         align_every: int,
         alpha: Literal["examples", "uniform"],
+        state: Literal["memory", "disk"] = "memory",
     ) -> None:
         if lambda_ < 0:
             raise ValueError(f"strategy.lambda must not be negative, got {lambda_}")
         if alpha not in ("examples", "uniform"):
             raise ValueError(f"strategy.alpha must be examples or uniform, got {alpha}")
+        if state not in ("memory", "disk"):
+            raise ValueError(f"state must be memory or disk, got {state}")
         self.preconditioner, self.penalty = preconditioner(layout), penalty
         self.lambda_, self.align_every = lambda_, align_every
         _check_alignment(align_every, penalty, self.preconditioner)
-        self.ledger = Ledger(layout, uniform=alpha == "uniform")
+        self.ledger = Ledger(layout, alpha == "uniform", state == "disk")
         self._shared = {
             name: torch.zeros(1, field.size) for name, field in self.preconditioner.state_fields().items()
         }
@@ -104,10 +108,13 @@ class Pisa(Strategy):
         if self.align_every:
             sent |= {name: row[0] for name, row in self._shared.items()}
         payload = record(sent)
+        contents: dict[int, RecordDict] = {}
         for node in grid.get_node_ids():
-            accepted = {ROUND: server_round, ACCEPTED: self.ledger.accepted_round(node)}
-            content = RecordDict({ARRAYS: payload, CONFIG: ConfigRecord(dict(config) | accepted)})
-            yield Message(content, message_type=MessageType.TRAIN, dst_node_id=node)
+            accepted = self.ledger.accepted_round(node)
+            if accepted not in contents:
+                said = ConfigRecord(dict(config) | {ROUND: server_round, ACCEPTED: accepted})
+                contents[accepted] = RecordDict({ARRAYS: payload, CONFIG: said})
+            yield Message(contents[accepted], message_type=MessageType.TRAIN, dst_node_id=node)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -121,13 +128,13 @@ class Pisa(Strategy):
                 examples[node] = integer(reply.content.metric_records[METRICS], EXAMPLES)
         if not answers:
             return None, None
-        self.ledger.admit(list(answers))
-        sigma = self._sigma(server_round)
-        for node, arrays in answers.items():
-            self.ledger.accept(node, server_round, arrays[WEIGHTS], self._consensus, sigma, examples[node])
-        average = self._average(answers)
+        weights = {node: arrays.pop(WEIGHTS) for node, arrays in answers.items()}
+        self.ledger.accept(server_round, weights, examples, self._consensus, self._sigma(server_round))
         if _measures(server_round, self.align_every):
-            statistic = {name: average[name][None] for name in self.preconditioner.statistic_fields()}
+            statistic = {
+                name: self.ledger.average({node: arrays[name] for node, arrays in answers.items()})[None]
+                for name in self.preconditioner.statistic_fields()
+            }
             self._shared = self.preconditioner.accumulate(self._shared, statistic)
         sigma = self._sigma(server_round + 1)
         consensus = self._consensus if sigma is None else self.ledger.consensus(sigma, self.lambda_)
@@ -141,7 +148,9 @@ class Pisa(Strategy):
 
     def supply(self, client: int) -> ArrayRecord | None:
         """The dual of a client that lost it, from the ledger; None for a client that has none."""
-        return record({DUAL: self.ledger.dual(client)}) if self.ledger.accepted_round(client) else None
+        return (
+            record({DUAL: self.ledger.dual(client).clone()}) if self.ledger.accepted_round(client) else None
+        )
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -173,14 +182,6 @@ class Pisa(Strategy):
 
     def _sigma(self, round_number: int) -> Tensor | None:
         return self.penalty.sigma_at(round_number, self.preconditioner.scale(self._shared))
-
-    def _average(self, answers: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Averages of what came beside the weights, by the alpha_i of those who answered."""
-        alpha = dict(zip(self.ledger.clients, self.ledger.alpha.tolist(), strict=True))
-        total = sum(alpha[node] for node in answers)
-        names = next(iter(answers.values())).keys() - {WEIGHTS}
-        shares = torch.tensor([alpha[node] / total for node in answers])
-        return {name: shares @ torch.stack([arrays[name] for arrays in answers.values()]) for name in names}
 
 
 class PisaClient(ClientHalf):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -88,10 +89,13 @@ class ImageData:
         """Turn a batch of stored images (B, C, H, W) into float32 model input, on the device they are on."""
         # torch.tensor copies: arrays may be read-only maps of a file, which torch must not alias
         batch = images if isinstance(images, Tensor) else torch.tensor(images)
-        pixels = batch.float() if batch.is_floating_point() else batch.float() / 255
-        mean = torch.tensor(self.mean, device=pixels.device)[:, None, None]
-        std = torch.tensor(self.std, device=pixels.device)[:, None, None]
-        return (pixels - mean) / std
+        mean, std = (numbers.to(batch.device) for numbers in self._moments)
+        pixels = batch.float() if batch.is_floating_point() else batch.float().div_(255)
+        return (pixels - mean).div_(std)
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
 
 
 def channels_first(pixels: np.ndarray) -> np.ndarray:

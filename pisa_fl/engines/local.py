@@ -1,33 +1,65 @@
-"""The `local` engine: all clients in this process, without a server, that starts at once."""
+"""The `local` engine: all clients on this machine, without a server, that starts at once.
+
+On CPU cores the clients' work is done by resident worker processes of one thread each; on a GPU, or where processes
+cannot be forked, by this process, a cohort at a time.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 from flwr.app import Message
 
-from pisa_fl.engines.base import ClientGrid, set_threads
+from pisa_fl.config import ConfigurationError
+from pisa_fl.engines.base import ClientGrid, cores, set_threads
 from pisa_fl.host import ClientHost, Clients, ClientState
+from pisa_fl.workers import Workers, can_fork
+from strategies.messages import TensorArray
 
 
 def local_engine(
     clients: Clients,
+    workers: int | Literal["auto"] = "auto",
     cohort: int | Literal["auto"] = "auto",
     chunk: int = 250,
     threads: int | Literal["auto"] | None = None,
+    state: Literal["memory", "disk"] = "memory",
 ) -> LocalGrid:
-    """All clients in this process.
+    """All clients on this machine.
 
     Args:
         clients: What the clients are made of.
+        workers: Processes that compute, 0 for this one; `auto`: one per core, but 0 with a GPU and where processes
+            cannot be forked. The result does not depend on their number.
         cohort: Clients that advance together; `auto`: 1 on a CPU or for a model with running statistics, else 32.
         chunk: Examples differentiated at once where the number does not matter to the result.
-        threads: PyTorch's threads; `auto`: one per core, None leaves them.
+        threads: PyTorch's threads in this process, which aggregates and evaluates; `auto`: one per core, None leaves
+            them. A worker has one.
+        state: Where what clients remember is kept: in `memory`, or on `disk` (`strategies.memory.zeros`).
+
+    Raises:
+        ConfigurationError: The workers are impossible here.
     """
+    on_cpu = clients.device.type == "cpu"
+    if workers == "auto":
+        workers = min(cores(), len(clients.rows)) if on_cpu and can_fork() else 0
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+        raise ConfigurationError(
+            f"engine.workers must be auto or a whole number of at least 0, got {workers}"
+        )
+    if workers and not (on_cpu and can_fork()):
+        raise ConfigurationError(f"engine.workers={workers} needs device=cpu and Linux: use engine.workers=0")
+    if state not in ("memory", "disk"):
+        raise ConfigurationError(f"state must be memory or disk, got {state}")
+    if state == "disk" and not workers:
+        raise ConfigurationError(
+            "state=disk needs worker processes, which device=cpu on Linux has: engine.workers=1"
+        )
     set_threads(threads)
-    return LocalGrid(clients.host(clients.rows, cohort, chunk))
+    return LocalGrid(clients.host(clients.rows, cohort, chunk), workers, state == "disk")
 
 
 class LocalGrid(ClientGrid):
@@ -35,11 +67,15 @@ class LocalGrid(ClientGrid):
 
     Args:
         host: The clients.
+        workers: Processes that compute, 0 for this one.
+        on_disk: Keep what clients remember on disk; with workers.
     """
 
-    def __init__(self, host: ClientHost) -> None:
+    def __init__(self, host: ClientHost, workers: int = 0, on_disk: bool = False) -> None:
         super().__init__()
         self.host = host
+        self._workers = Workers(host.solver, workers, on_disk) if workers else None
+        self._lent: list[weakref.ref[TensorArray]] = []
 
     @cached_property
     def sizes(self) -> Mapping[int, int]:
@@ -52,7 +88,15 @@ class LocalGrid(ClientGrid):
 
     def deliver(self, messages: Sequence[Message], timeout: float | None) -> Iterable[Message]:
         """Replies in the order of the messages; clients in this process need no timeout."""
-        return list(self.host.handle([(message.metadata.dst_node_id, message) for message in messages]))
+        addressed = [(message.metadata.dst_node_id, message) for message in messages]
+        if self._workers is None:
+            replies = list(self.host.handle(addressed))
+        else:
+            self._take_back()
+            replies = list(self.host.handle(addressed, partial(self._workers.run, timeout=timeout)))
+            self._lend(replies)
+        order = {message.metadata.message_id: position for position, message in enumerate(messages)}
+        return sorted(replies, key=lambda reply: order[reply.metadata.reply_to_message_id])
 
     def states(self) -> Mapping[int, ClientState]:
         """What the clients remember."""
@@ -61,3 +105,21 @@ class LocalGrid(ClientGrid):
     def restore(self, states: Mapping[int, ClientState]) -> None:
         """Give the clients back what `states` gave."""
         self.host.states = {client: state.to(self.host.device) for client, state in states.items()}
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._workers is not None:
+            self._workers.close()
+
+    def _lend(self, replies: Iterable[Message]) -> None:
+        """Note the arrays that lie in memory which the workers will write to again."""
+        records = (record for r in replies if r.has_content() for record in r.content.array_records.values())
+        arrays = (array for record in records for array in record.values())
+        self._lent = [weakref.ref(array) for array in arrays if isinstance(array, TensorArray)]
+
+    def _take_back(self) -> None:
+        """Let arrays that somebody has kept have memory of their own."""
+        for reference in self._lent:
+            if (array := reference()) is not None:
+                array.own()
+        self._lent = []

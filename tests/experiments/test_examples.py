@@ -20,7 +20,7 @@ def test_a_federation_from_objects_learns():
 @pytest.fixture
 def federation():
     own = ["model=two_layer", "strategy=fedavg_clipped", "data=stripes", "partition=iid", "rounds=10"]
-    return prepare(compose(*own, "device=cpu", "engine.threads=1", config_dir=OWN))
+    return prepare(compose(*own, "device=cpu", "engine.threads=1", "engine.workers=0", config_dir=OWN))
 
 
 def test_a_model_data_and_strategy_of_ones_own_learn(federation):

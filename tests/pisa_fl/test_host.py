@@ -11,6 +11,7 @@ from pisa_fl.cohort import ClientData, FlatModel
 from pisa_fl.data import ImageData
 from pisa_fl.engines.local import LocalGrid
 from pisa_fl.host import CLIENT_FAILED, ClientHost, ClientState
+from pisa_fl.solver import Solver
 from strategies import ClientHalf, LocalSgd, Update
 from strategies.messages import STATE_LOST, record, vectors
 
@@ -53,7 +54,7 @@ def make_host(half=Tally, cohort=1, normed=False, batch=2, **options):
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
     clients = {i: ClientData(x, y, rows) for i, rows in enumerate(parts)}
     model = FlatModel(network(normed), CPU)
-    return ClientHost(model, half(model.layout, **options), data, clients, 3, batch, 100, cohort)
+    return ClientHost(Solver(model, half(model.layout, **options), data, clients, 3, batch, 100), cohort)
 
 
 def ask(host, number=1, accepted=None, state=None, kind="train", clients=(0, 1, 2), arrays=None):

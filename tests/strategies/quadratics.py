@@ -15,6 +15,7 @@ from pisa_fl.data import ImageData
 from pisa_fl.engines.local import LocalGrid
 from pisa_fl.gateway import Gateway
 from pisa_fl.host import ClientHost, ClientState
+from pisa_fl.solver import Solver
 from strategies import Batch, Layout, Penalty, Pisa, PisaClient
 from strategies.messages import WEIGHTS, record, vectors
 from strategies.preconditioners import Identity, NewtonSchulz, SecondMoment, Spectral
@@ -106,7 +107,7 @@ class Bench:
             i: ClientData(torch.zeros(1), torch.zeros(1), torch.zeros(n, dtype=torch.int64))
             for i, n in enumerate(EXAMPLES)
         }
-        self.host = ClientHost(model, self.half, data, rows, 0, 1, 1, self.cohort)
+        self.host = ClientHost(Solver(model, self.half, data, rows, 0, 1, 1), self.cohort)
         bench = self
 
         class Line(LocalGrid):
@@ -148,7 +149,7 @@ def solving(problem, failing=frozenset(), steps_per_epoch=1):
             raise RuntimeError(f"client {broken[0]} is broken")
         return QuadraticCohort(problem, examples, steps_per_epoch)
 
-    with patch("pisa_fl.host.LocalCohort", cohort):
+    with patch("pisa_fl.solver.LocalCohort", cohort):
         yield
 
 
@@ -180,3 +181,8 @@ def pisa_bench(preconditioner, align_every=1, lambda_=0.0, local_steps=1, alpha=
         PisaClient(LAYOUT, make, penalty, align_every, local_steps, "mean"),
         **bench,
     )
+
+
+def duals_of(ledger):
+    """Duals of all its clients, by client number, (N, d)."""
+    return torch.stack([ledger.dual(client) for client in sorted(ledger.clients)])

@@ -16,6 +16,7 @@ from plain_loops import (
     make_problem,
     sgd,
 )
+from quadratics import duals_of
 
 from pisa_fl import compose
 
@@ -166,7 +167,7 @@ def test_the_first_round_of_an_automatic_penalty_only_measures(problem):
     federation, _ = problem.run(1, "strategy=sisa")
     for name, weights in federation.model.module.named_parameters():
         torch.testing.assert_close(weights.double(), problem.start[name], rtol=1e-6, atol=1e-9)
-    assert not federation.strategy.ledger.duals.any()
+    assert not duals_of(federation.strategy.ledger).any()
     assert federation.strategy.ledger.clients == everyone(1)
 
 

@@ -1,5 +1,7 @@
 """The ledger against one kept by hand, whoever answers, fails, forgets, and whosever reply is lost."""
 
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from unittest.mock import patch
 
@@ -94,11 +96,10 @@ def test_nothing_is_lost(preconditioner, align_every, penalty, history):
                 assert ledger.accepted_round(i) == number
             for i in set(ledger.clients) - set(accepted):
                 assert torch.equal(ledger.dual(i), held[i])
-            assert ledger.clients == sorted(book.rows)
+            assert sorted(ledger.clients) == sorted(book.rows)
             for i, (weights, dual) in book.rows.items():
-                row = ledger.clients.index(i)
-                torch.testing.assert_close(ledger.weights[row].double(), weights, rtol=1e-6, atol=0)
-                torch.testing.assert_close(ledger.duals[row].double(), dual, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(ledger.primal(i).double(), weights, rtol=1e-6, atol=0)
+                torch.testing.assert_close(ledger.dual(i).double(), dual, rtol=1e-5, atol=1e-5)
             after = sigma_now(number + 1)
             if not accepted or after is None:
                 assert torch.equal(bench.consensus.double(), sent)
@@ -168,20 +169,63 @@ def test_state_dict_goes_on_with_the_same_bits(preconditioner):
     assert torch.equal(straight.consensus, second.consensus)
 
 
-def test_rows_are_in_the_order_of_the_clients_whoever_comes_first():
-    layout = Layout({"w": (2,)})
-    early, late = Ledger(layout, uniform=False), Ledger(layout, uniform=False)
-    reports = {5: torch.tensor([1.0, 2.0]), 1: torch.tensor([3.0, 4.0]), 3: torch.tensor([5.0, 6.0])}
-    zero, sigma = torch.zeros(2), torch.tensor(2.0)
-    early.admit([5, 1, 3])
-    for client, weights in reports.items():
-        early.accept(client, 1, weights, zero, sigma, examples=client)
-        late.admit([client])
-        late.accept(client, 1, weights, zero, sigma, examples=client)
-    for ledger in (early, late):
-        assert ledger.clients == [1, 3, 5]
-        torch.testing.assert_close(ledger.alpha, torch.tensor([1 / 9, 3 / 9, 5 / 9]))
-        for client, weights in reports.items():
-            assert torch.equal(ledger.dual(client), 2 * weights)
-            assert ledger.accepted_round(client) == 1
-    assert early.accepted_round(2) == 0
+@dataclass
+class PlainLedger:
+    """The ledger's sums as they are written down in the paper, in double precision, over all its rows each time."""
+
+    rows: dict = field(default_factory=dict)
+
+    def accept(self, weights, examples, consensus, sigma):
+        for client, w in weights.items():
+            dual = self.rows[client][1] if client in self.rows else torch.zeros_like(w, dtype=torch.float64)
+            step = 0.0 if sigma is None else sigma.double() * (w.double() - consensus.double())
+            self.rows[client] = w.double(), dual + step, examples[client]
+
+    def sums(self, sigma, lambda_):
+        w, pi, n = zip(*self.rows.values(), strict=True)
+        alpha = torch.tensor(n, dtype=torch.float64)[:, None] / sum(n)
+        sigma, w, pi = sigma.double(), torch.stack(w), torch.stack(pi)
+        consensus = (alpha * (sigma * w + pi)).sum(0) / (sigma + lambda_)
+        primal = (alpha * (w - consensus) ** 2).sum().sqrt()
+        return consensus, primal, ((alpha * pi).sum(0) - lambda_ * consensus).norm()
+
+
+@pytest.mark.parametrize(("uniform", "on_disk"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("clients", [3, 150])
+def test_sums_are_those_of_all_rows_whoever_took_part(uniform, on_disk, clients):
+    layout = Layout({"w": (700,)})
+    ledger, plain = Ledger(layout, uniform, on_disk), PlainLedger()
+    draw = torch.Generator().manual_seed(5)
+    consensus = torch.randn(700, generator=draw)
+    for number in range(1, 12):
+        share = [1.0, 0.05, 0.5][number % 3] if number > 4 else 0.4
+        picked = [i for i in range(clients) if torch.rand((), generator=draw) < share] or [1]
+        examples = {i: 1 if uniform else 3 + i + 2 * (number > 6) for i in picked}
+        weights = {i: consensus + 0.1 * torch.randn(700, generator=draw) for i in picked}
+        sigma = None if number == 1 else torch.rand(700, generator=draw) + 0.5
+        for book in (partial(ledger.accept, number), plain.accept):
+            book(weights, examples, consensus, sigma)
+        sigma = torch.rand(700, generator=draw) + 0.5
+        expected, primal, dual = plain.sums(sigma, 0.3)
+        average = ledger.average(weights)
+        assert (
+            average.double()
+            .sub(sum(examples[i] * w for i, w in weights.items()) / sum(examples.values()))
+            .norm()
+            < 1e-5
+        )
+        consensus = ledger.consensus(sigma, 0.3)
+        assert (consensus.double() - expected).norm() <= 1e-6 * expected.norm()
+        assert ledger.primal_residual(consensus) == pytest.approx(float(primal), rel=1e-5)
+        assert ledger.dual_residual(consensus, 0.3) == pytest.approx(float(dual), rel=1e-5)
+        for i in picked:
+            assert torch.equal(ledger.primal(i), weights[i])
+            assert ledger.accepted_round(i) == number
+    assert ledger.accepted_round(clients) == 0
+    again = Ledger(layout, uniform, on_disk)
+    again.load_state_dict(ledger.state_dict())
+    for book in (ledger, again):
+        book.accept(12, {1: consensus + 1}, {1: 1}, consensus, sigma)
+    assert torch.equal(ledger.consensus(sigma, 0.3), again.consensus(sigma, 0.3))
+    assert ledger.clients == again.clients
+    assert all(torch.equal(ledger.dual(i), again.dual(i)) for i in ledger.clients)

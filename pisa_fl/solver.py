@@ -1,0 +1,177 @@
+"""The solver: what clients compute, apart from who they are to the server and what they remember.
+
+A job is the work of one cohort on one instruction. Its outcome follows from the job and from what the solver was made
+of, and from nothing else, so that any process that has a solver can take any job.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pisa_fl.cohort import ClientData, FlatModel, LocalCohort
+from pisa_fl.config import ConfigurationError
+from pisa_fl.data import ImageData
+from pisa_fl.randomness import torch_seed
+from strategies.client import ClientHalf, Instruction
+from strategies.messages import BUFFERS, DIFFERENTIATED, EXAMPLES, LOSS, ROUND, WEIGHTS, extent, integer
+
+
+class InstructionError(ValueError):
+    """A message from the server that a client must not act upon."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The work of one cohort.
+
+    Attributes:
+        train: Whether to solve the local problem, or only to evaluate the weights on the clients' own examples.
+        clients: Their numbers.
+        arrays: What the server sent, {name: (size,)}; jobs of one instruction share it.
+        config: Numbers and texts that it sent.
+        state: What each client remembers, {name: (size,)}; what is missing is zero.
+    """
+
+    train: bool
+    clients: Sequence[int]
+    arrays: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    state: Sequence[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job.
+
+    Attributes:
+        metrics: Numbers of each client.
+        arrays: What they answer, {name: (C, size)}.
+        state: What each is to remember if the server accepts that, {name: (size,)}; empty if there is no such thing.
+        extents: Minimum and maximum of each client's row of each of the arrays.
+    """
+
+    metrics: Sequence[Mapping[str, int | float]]
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Sequence[Mapping[str, Tensor]] = ()
+    extents: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+
+
+class Solver:
+    """Runs the client half.
+
+    Args:
+        model: The model that all clients compute with, in turn.
+        half: The client half of the algorithm.
+        data: Normalisation and augmentation of the data set.
+        clients: Client number -> its examples.
+        seed: Seed of the run.
+        batch_size: Examples of a mini-batch.
+        chunk: Examples differentiated at once where the number does not matter to the result.
+    """
+
+    def __init__(
+        self,
+        model: FlatModel,
+        half: ClientHalf,
+        data: ImageData,
+        clients: Mapping[int, ClientData],
+        seed: int,
+        batch_size: int,
+        chunk: int,
+    ) -> None:
+        self.model, self.half, self.data, self.clients = model, half, data, clients
+        self._seed, self._batch_size, self._chunk = seed, batch_size, chunk
+
+    def answer(self, job: Job) -> Outcome | str:
+        """The outcome, or why there is none."""
+        try:
+            return self.run(job)
+        except Exception as error:
+            return failure_reason(error)
+
+    def run(self, job: Job) -> Outcome:
+        """The outcome; whatever the client half raises is raised here."""
+        versions = {name: array._version for name, array in job.arrays.items()}
+        outcome = self._train(job) if job.train else self._evaluate(job)
+        for name, array in job.arrays.items():
+            if array._version != versions[name]:
+                raise RuntimeError(
+                    f"the client half wrote to the array '{name}' of its instruction: clone it before"
+                )
+        return outcome
+
+    def _train(self, job: Job) -> Outcome:
+        arrays, buffers = dict(job.arrays), job.arrays.get(BUFFERS)
+        arrays.pop(BUFFERS, None)
+        round_number = integer(job.config, ROUND)
+        cohort = LocalCohort(
+            self.model,
+            self.data,
+            {client: self.clients[client] for client in job.clients},
+            buffers,
+            round_number,
+            self._seed,
+            self._batch_size,
+            self._chunk,
+        )
+        state = {
+            name: torch.stack([self._vector(held, name, size) for held in job.state])
+            for name, size in self.half.state_sizes().items()
+        }
+        # dropout and its like draw from PyTorch's global generator: give them an address of their own
+        on_gpu = self.model.device.type == "cuda"
+        with torch.random.fork_rng(devices=[self.model.device] if on_gpu else []):
+            seed = torch_seed(self._seed, "model", round_number, job.clients[0])
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                torch.cuda.manual_seed(seed)
+            update = self.half.solve(cohort, Instruction(arrays, job.config), state)
+        answered = dict(update.arrays)
+        if self.model.buffer_layout.size:
+            answered[BUFFERS] = cohort.buffers
+        losses = update.loss.tolist()
+        metrics = [
+            {
+                ROUND: round_number,
+                EXAMPLES: len(self.clients[client]),
+                LOSS: losses[row],
+                DIFFERENTIATED: cohort.differentiated[row],
+            }
+            for row, client in enumerate(job.clients)
+        ]
+        arrays = {name: stack.detach().to("cpu", torch.float32) for name, stack in answered.items()}
+        rows = [{name: stack[row] for name, stack in update.state.items()} for row in range(len(job.clients))]
+        if len(rows) > 1:  # a row of many would keep them all in memory
+            rows = [{name: vector.clone() for name, vector in row.items()} for row in rows]
+        extents = {name: [extent(row) for row in stack.numpy()] for name, stack in arrays.items()}
+        return Outcome(metrics, arrays, rows if update.state else (), extents)
+
+    def _evaluate(self, job: Job) -> Outcome:
+        """Loss and accuracy of the sent weights on the clients' own examples."""
+        self.model.load(job.arrays[WEIGHTS], job.arrays.get(BUFFERS))
+        metrics = []
+        for client in job.clients:
+            own = self.clients[client]
+            accuracy, loss = self.model.evaluate(own.images, own.labels, own.rows, self.data, self._chunk)
+            metrics.append({EXAMPLES: len(own), "accuracy": accuracy, "loss": loss})
+        return Outcome(metrics)
+
+    def _vector(self, held: Mapping[str, Tensor], name: str, size: int) -> Tensor:
+        return held[name] if name in held else torch.zeros(size, device=self.model.device)
+
+
+def failure_reason(error: Exception) -> str:
+    """One line, then the traceback; an instruction that was refused needs none, nor what the user can mend."""
+    if isinstance(error, ConfigurationError):
+        return str(error)
+    line = " ".join(str(error).split())
+    if isinstance(error, InstructionError):
+        return f"instruction refused: {line}"
+    trace = "".join(traceback.format_exception(error))
+    return f"{type(error).__name__}: {line}\n{trace}"

@@ -1,0 +1,341 @@
+"""Resident worker processes: forked copies of a solver that take jobs, on one core each.
+
+Workers share memory with this process, so that neither data, nor models, nor arrays are ever pickled: they read what
+the server sent and what clients remember from it, and write there what clients answer and are to remember next. A
+worker itself remembers nothing from job to job: which worker takes a job, and how many there are, makes no difference
+to its outcome, and one that dies is replaced without anything being lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pisa_fl.solver import Job, Outcome, Solver
+from strategies.memory import zeros
+
+log = logging.getLogger(__name__)
+
+QUEUED = 2
+"""Tasks that a worker has at once: it goes on with the second while the outcome of the first is on its way."""
+
+LARGEST_TASK = 100
+"""Jobs of a task at most."""
+
+
+def can_fork() -> bool:
+    """Whether processes can be forked here, without harm: macOS has the call, and libraries that do not survive it."""
+    return sys.platform == "linux"
+
+
+_FORK: Any = multiprocessing.get_context("fork" if can_fork() else None)
+
+Spans = Mapping[str, tuple[int, int]]
+"""Name of each array -> where it lies in the exchanged memory, from and up to."""
+
+
+@dataclass(frozen=True)
+class _Light:
+    """A job as it is sent to a worker: without arrays.
+
+    Attributes:
+        position: Its position among the jobs.
+        train: As of the job.
+        clients: As of the job.
+        config: As of the job.
+        spans: The instruction's arrays.
+        slots: Which of each client's two slots holds its state, -1 for none.
+        start: Where the answer is to be written.
+        width: Numbers that each client may answer.
+    """
+
+    position: int
+    train: bool
+    clients: Sequence[int]
+    config: Mapping[str, Any]
+    spans: Spans
+    slots: Sequence[int]
+    start: int
+    width: int
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An outcome as a worker sends it: without arrays.
+
+    Attributes:
+        metrics: As of the outcome.
+        spans: The answer's arrays, within each client's part.
+        extents: As of the outcome.
+        state: Whether there is a new state, in the other slot of each client.
+    """
+
+    metrics: Sequence[Mapping[str, int | float]]
+    spans: Spans
+    extents: Mapping[str, Sequence[tuple[float, float]]]
+    state: bool
+
+
+class Slots:
+    """Two places for the state of every client, in shared memory: one to read it from, one to write the next to.
+
+    Args:
+        clients: Client numbers.
+        sizes: Vectors that a client keeps -> their lengths.
+        on_disk: As for `strategies.memory.zeros`.
+    """
+
+    def __init__(self, clients: Iterable[int], sizes: Mapping[str, int], on_disk: bool) -> None:
+        self._rows = {client: row for row, client in enumerate(clients)}
+        self._sizes = sizes
+        self._memory = zeros(len(self._rows) * 2 * sum(sizes.values()), on_disk).view(len(self._rows), 2, -1)
+
+    def __call__(self, client: int, slot: int) -> dict[str, Tensor]:
+        """The vectors in a client's slot; none for slot -1."""
+        if slot < 0:
+            return {}
+        vectors = self._memory[self._rows[client], slot].split(list(self._sizes.values()))
+        return dict(zip(self._sizes, vectors, strict=True))
+
+    def place(self, client: int, state: Mapping[str, Tensor]) -> int:
+        """The slot that holds a state; it is copied into the first if it lies elsewhere."""
+        if not state:
+            return -1
+        for slot in (0, 1):
+            if all(state[name].data_ptr() == held.data_ptr() for name, held in self(client, slot).items()):
+                return slot
+        for name, held in self(client, 0).items():
+            held.copy_(state[name]) if name in state else held.zero_()
+        return 0
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process, and the tasks that it has, in their order."""
+
+    process: BaseProcess
+    connection: Connection
+    tasks: list[list[int]] = field(default_factory=list)
+
+
+class Workers:
+    """Runs jobs on worker processes, which start with the first job.
+
+    Args:
+        solver: What every worker is a copy of; on the CPU.
+        count: Number of workers.
+        on_disk: Keep clients' states in a file for which memory is only a cache (`strategies.memory.zeros`).
+    """
+
+    def __init__(self, solver: Solver, count: int, on_disk: bool = False) -> None:
+        self._solver, self._count, self._on_disk = solver, count, on_disk
+        self._slots = Slots(solver.clients, solver.half.state_sizes(), on_disk)
+        self._exchange = torch.empty(0)
+        self._workers: list[_Worker] = []
+
+    def run(self, jobs: Sequence[Job], timeout: float | None = None) -> Iterator[tuple[int, Outcome | str]]:
+        """The outcome of each job by its position, or why there is none, in the order in which they are done.
+
+        What outcomes hold lies in memory that the next run uses again.
+
+        Args:
+            jobs: The jobs.
+            timeout: Seconds after which the others are given up.
+        """
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        light = self._share(jobs)
+        examples = [sum(len(self._solver.clients[c]) for c in job.clients) for job in jobs]
+        # the largest first, so that no worker is left with a large one in the end
+        waiting = sorted(range(len(jobs)), key=lambda position: examples[position])
+        strikes: Counter[int] = Counter()
+        try:
+            while waiting or any(worker.tasks for worker in self._workers):
+                for worker in self._workers:
+                    while waiting and len(worker.tasks) < QUEUED:
+                        alone = bool(strikes)
+                        self._send(worker, self._cut(waiting, examples, alone), light)
+                busy = {w.connection: w for w in self._workers if w.tasks}
+                left = None if timeout is None else max(0.0, deadline - time.monotonic())
+                ready = wait(list(busy), left)
+                if not ready and left is not None:
+                    return
+                for connection in ready:
+                    worker = busy[connection]  # type: ignore[index]
+                    try:
+                        results = worker.connection.recv()
+                    except (EOFError, OSError):
+                        yield from self._replace(worker, waiting, strikes)
+                        continue
+                    worker.tasks.pop(0)
+                    for position, result in results:
+                        yield (
+                            position,
+                            result if isinstance(result, str) else self._outcome(light[position], result),
+                        )
+        finally:
+            for worker in [worker for worker in self._workers if worker.tasks]:
+                self._end(worker)  # too slow, or nobody wants to know any more
+                self._start()
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            worker.connection.close()
+        for worker in self._workers:
+            worker.process.join(1.0)
+            self._end(worker)
+
+    def _share(self, jobs: Sequence[Job]) -> list[_Light]:
+        """Put what the jobs hold into shared memory; start the workers if they do not have enough of it."""
+        end = 0
+        sent: dict[int, tuple[Mapping[str, Tensor], dict[str, tuple[int, int]]]] = {}
+        for job in jobs:
+            if id(job.arrays) not in sent:
+                spans = {}
+                for name, array in job.arrays.items():
+                    spans[name] = (end, end + len(array))
+                    end += len(array)
+                sent[id(job.arrays)] = job.arrays, spans
+        widths: dict[int, int] = {}
+        light = []
+        for position, job in enumerate(jobs):
+            width = widths.setdefault(id(job.config), self._width(job)) if job.train else 0
+            slots = [self._slots.place(c, state) for c, state in zip(job.clients, job.state, strict=False)]
+            spans = sent[id(job.arrays)][1]
+            light.append(_Light(position, job.train, job.clients, job.config, spans, slots, end, width))
+            end += len(job.clients) * width
+        if end > len(self._exchange):
+            self.close()
+            self._exchange = zeros(end, self._on_disk)
+        while len(self._workers) < self._count:
+            self._start()
+        for arrays, spans in sent.values():
+            for name, (start, stop) in spans.items():
+                self._exchange[start:stop] = arrays[name]
+        return light
+
+    def _width(self, job: Job) -> int:
+        fields = self._solver.half.reply_fields(job.config)
+        return sum(field.size for field in fields.values()) + self._solver.model.buffer_layout.size
+
+    def _cut(self, waiting: list[int], examples: Sequence[int], alone: bool) -> list[int]:
+        """Take the next task from the jobs: a share of what is left, so that tasks become shorter to the end."""
+        share = sum(examples[position] for position in waiting) / (2 * QUEUED * self._count)
+        task = [waiting.pop()]
+        total = examples[task[0]]
+        while waiting and not alone and len(task) < LARGEST_TASK and total + examples[waiting[-1]] <= share:
+            task.append(waiting.pop())
+            total += examples[task[-1]]
+        return task
+
+    def _send(self, worker: _Worker, task: list[int], light: Sequence[_Light]) -> None:
+        worker.tasks.append(task)
+        try:
+            worker.connection.send([light[position] for position in task])
+        except OSError:  # it has died: that is noticed where its answer is waited for
+            log.debug("a worker takes no tasks any more")
+
+    def _outcome(self, job: _Light, answer: _Answer) -> Outcome:
+        rows = self._rows(self._exchange, job)
+        arrays = {name: rows[:, start:stop] for name, (start, stop) in answer.spans.items()}
+        state: list[dict[str, Tensor]] = []
+        if answer.state:
+            state = [self._slots(c, other(slot)) for c, slot in zip(job.clients, job.slots, strict=True)]
+        return Outcome(answer.metrics, arrays, state, answer.extents)
+
+    def _start(self) -> None:
+        """Fork a worker."""
+        ours, theirs = _FORK.Pipe()
+        process = _FORK.Process(target=self._serve, args=(theirs, ours), daemon=True)
+        process.start()
+        theirs.close()
+        self._workers.append(_Worker(process, ours))
+
+    def _end(self, worker: _Worker) -> None:
+        worker.process.kill()
+        worker.process.join()
+        worker.connection.close()
+        self._workers.remove(worker)
+
+    def _replace(
+        self, worker: _Worker, waiting: list[int], strikes: Counter[int]
+    ) -> Iterator[tuple[int, str]]:
+        """Replace a worker that died; its jobs are done again, each alone, unless one of them ends a second worker."""
+        worker.process.join()
+        code = worker.process.exitcode or 0
+        why = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+        log.warning("a worker process ended %s and was replaced", why)
+        for started, task in enumerate(worker.tasks):
+            for position in task:
+                if not started:  # what was queued behind it has done nothing
+                    strikes[position] += 1
+                if strikes[position] > 1:
+                    yield position, f"the worker process that computed it ended {why}, twice"
+                else:
+                    waiting.append(position)
+        self._end(worker)
+        self._start()
+
+    def _serve(self, connection: Connection, parents: Connection) -> None:
+        """What a worker does: answer tasks until nobody is there to send any."""
+        parents.close()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        torch.set_num_threads(1)
+        try:
+            while True:
+                task: list[_Light] = connection.recv()
+                read: dict[int, dict[str, Tensor]] = {}
+                for job in task:
+                    if id(job.spans) not in read:
+                        read[id(job.spans)] = {
+                            name: self._exchange[start:stop].clone()
+                            for name, (start, stop) in job.spans.items()
+                        }
+                connection.send([(job.position, self._solve(job, read[id(job.spans)])) for job in task])
+        except (EOFError, OSError):
+            return
+
+    def _solve(self, job: _Light, arrays: Mapping[str, Tensor]) -> _Answer | str:
+        """Run a job, and write what it gives into the shared memory."""
+        state = [self._slots(c, slot) for c, slot in zip(job.clients, job.slots, strict=False)]
+        outcome = self._solver.answer(Job(job.train, job.clients, arrays, job.config, state))
+        if isinstance(outcome, str):
+            return outcome
+        ends = list(accumulate((stack.shape[1] for stack in outcome.arrays.values()), initial=0))
+        if ends[-1] > job.width:
+            return f"the client half answers {ends[-1]} numbers where its reply_fields say {job.width}"
+        spans = dict(zip(outcome.arrays, pairwise(ends), strict=True))
+        rows = self._rows(self._exchange, job)
+        for name, (start, stop) in spans.items():
+            rows[:, start:stop] = outcome.arrays[name]
+        for client, slot, vectors in zip(job.clients, job.slots, outcome.state, strict=False):
+            for name, held in self._slots(client, other(slot)).items():
+                held.copy_(vectors[name])
+        return _Answer(outcome.metrics, spans, outcome.extents, bool(outcome.state))
+
+    @staticmethod
+    def _rows(exchange: Tensor, job: _Light) -> Tensor:
+        """Where a job's answer lies, (C, width)."""
+        return exchange[job.start : job.start + len(job.clients) * job.width].view(
+            len(job.clients), job.width
+        )
+
+
+def other(slot: int) -> int:
+    """The slot to write to when a state is read from this one; the first if it is read from none."""
+    return 1 if slot == 0 else 0

@@ -1,0 +1,75 @@
+"""Large matrices of which little may be in use: memory that is taken as it is written, or a file without a name."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ROWS = 64
+"""Rows of a block: a matrix grows by that many."""
+
+
+def zeros(count: int, on_disk: bool = False) -> Tensor:
+    """Float32 zeros that forked processes share, taken from the machine only where something is written.
+
+    Args:
+        count: How many.
+        on_disk: Keep them in a file of the folder for temporary files ($TMPDIR), which has no name and so is gone
+            when nobody uses it any more; the system keeps in memory what it has room for.
+    """
+    size = max(1, count) * 4
+    if not on_disk:
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.float32)[:count]
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.float32)[:count]
+
+
+class Rows:
+    """A matrix of float32 zeros that grows by rows, and is not moved when it does.
+
+    Args:
+        width: Its columns.
+        on_disk: As for `zeros`.
+    """
+
+    def __init__(self, width: int, on_disk: bool = False) -> None:
+        self._width, self._on_disk = width, on_disk
+        self._blocks: list[Tensor] = []
+
+    def grow(self, rows: int) -> None:
+        """Have at least so many rows."""
+        while len(self._blocks) * ROWS < rows:
+            self._blocks.append(zeros(ROWS * self._width, self._on_disk).view(ROWS, self._width))
+
+    def __getitem__(self, row: int) -> Tensor:
+        """One row, (width,)."""
+        return self._blocks[row // ROWS][row % ROWS]
+
+    def run(self, start: int, stop: int) -> Tensor:
+        """Rows from `start` up to `stop` of one block, (stop - start, width)."""
+        return self._blocks[start // ROWS][start % ROWS : start % ROWS + stop - start]
+
+    def blocks(self, rows: int) -> list[Tensor]:
+        """The first rows, block by block."""
+        return [self.run(start, min(start + ROWS, rows)) for start in range(0, rows, ROWS)]
+
+
+def stacked(rows: Sequence[Tensor]) -> Tensor:
+    """Vectors (d,) as the rows of a matrix, without a copy where they lie at equal distances in one storage."""
+    first = rows[0]
+    if len(rows) == 1:
+        return first.unsqueeze(0)
+    addresses = [row.data_ptr() for row in rows]
+    step = addresses[1] - addresses[0]
+    if step < 4 * len(first) or first.dtype != torch.float32 or any(not row.is_contiguous() for row in rows):
+        return torch.stack(list(rows))
+    storage = first.untyped_storage().data_ptr()
+    regular = all(address == addresses[0] + step * i for i, address in enumerate(addresses))
+    if step % 4 or not regular or any(row.untyped_storage().data_ptr() != storage for row in rows):
+        return torch.stack(list(rows))
+    return first.as_strided((len(rows), len(first)), (step // 4, 1))
