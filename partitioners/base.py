@@ -1,13 +1,21 @@
 """What every partitioner of this package is: a Flower partitioner that deals indices once, from a seed."""
 
+from __future__ import annotations
+
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset
-from flwr_datasets.partitioner import Partitioner
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import Partitioner
+else:
+    # Flower's own takes a second to import, which dealing does not need; `partitioners` registers with it
+    Partitioner = ABC
 
 Partition = list[NDArray[np.int64]]
 """The indices (int64, one dimension) of the examples of client 0, client 1, ..."""
@@ -31,6 +39,8 @@ class IndexPartitioner(Partitioner):
 
     def __init__(self, num_partitions: int, seed: int) -> None:
         super().__init__()
+        self._dataset: Dataset | None = None
+        self._labels: NDArray[np.int64] | None = None
         self._num_partitions = whole_number("clients", num_partitions, minimum=1)
         self._seed = whole_number("seed", seed, minimum=0)
 
@@ -39,10 +49,35 @@ class IndexPartitioner(Partitioner):
         """Number of clients."""
         return self._num_partitions
 
+    @property
+    def dataset(self) -> Dataset:
+        """The assigned data set."""
+        if self._dataset is None:
+            if self._labels is None:
+                raise AttributeError("assign a data set to the partitioner first")
+            self._dataset = labelled(self._labels)
+        return self._dataset
+
+    @dataset.setter
+    def dataset(self, value: Dataset) -> None:
+        self._assert_free()
+        self._dataset = value
+
+    def assign(self, labels: NDArray[np.integer]) -> None:
+        """Assign `labelled(labels)`, which is made only if somebody asks for the data set."""
+        self._assert_free()
+        self._labels = labels.astype(np.int64)
+
+    def is_dataset_assigned(self) -> bool:
+        """Whether a data set was assigned."""
+        return self._dataset is not None or self._labels is not None
+
     @cached_property
     def partition(self) -> Partition:
         """Every client's indices into the assigned data set, shuffled (but as they stand in a file)."""
-        labels = self.dataset.with_format("numpy")["label"][:]
+        labels = self._labels
+        if labels is None:
+            labels = self.dataset.with_format("numpy")["label"][:]
         if len(labels) < self.num_partitions:
             raise ValueError(
                 f"clients={self.num_partitions} is more than the {len(labels)} examples: lower clients"
@@ -56,9 +91,20 @@ class IndexPartitioner(Partitioner):
         """The rows of client `partition_id`, 0 <= partition_id < num_partitions."""
         return self.dataset.select(self.partition[partition_id])
 
+    def _assert_free(self) -> None:
+        if self.is_dataset_assigned():
+            raise ValueError("a data set is assigned to a partitioner only once")
+
     @abstractmethod
     def _deal(self, labels: NDArray[np.int64], rng: np.random.Generator) -> Partition:
         """Deal examples 0..n-1 with these labels, shape (n,), to `num_partitions` clients."""
+
+
+def labelled(labels: NDArray[np.integer]) -> Dataset:
+    """An in-memory data set of columns `index` and `label`."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"index": np.arange(len(labels)), "label": labels.astype(np.int64)})
 
 
 def whole_number(key: str, value: int, minimum: int) -> int:

@@ -1,15 +1,19 @@
 """Partitions as plain indices: dealing, checking, saving and loading them."""
 
+from __future__ import annotations
+
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset
-from flwr_datasets.partitioner import Partitioner
 from numpy.typing import NDArray
 
-from partitioners.base import IndexPartitioner, Partition
+from partitioners.base import IndexPartitioner, Partition, labelled
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
 
 def deal(partitioner: Partitioner, labels: NDArray[np.integer]) -> Partition:
@@ -28,11 +32,11 @@ def deal(partitioner: Partitioner, labels: NDArray[np.integer]) -> Partition:
     Raises:
         ValueError: an example is not dealt exactly once, a client is empty, or the partitioner refuses.
     """
-    columns = {"index": np.arange(len(labels)), "label": labels.astype(np.int64)}
-    partitioner.dataset = Dataset.from_dict(columns)
     if isinstance(partitioner, IndexPartitioner):  # Flower's way round takes a millisecond a client
+        partitioner.assign(labels)
         partition = partitioner.partition
     else:
+        partitioner.dataset = labelled(labels)
         parts = map(partitioner.load_partition, range(partitioner.num_partitions))
         partition = [part.with_format("numpy")["index"][:] for part in parts]
     check(partition, len(labels), source=type(partitioner).__name__)

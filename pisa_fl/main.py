@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from pisa_fl.config import CONF, ConfigurationError, explain, import_from, resolve
+from pisa_fl.config import CONF, ConfigurationError, check, explain, import_from, resolve
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
@@ -54,7 +54,21 @@ def main() -> None:
 
 def _task(config: DictConfig) -> None:
     """One run, of a single command or of a sweep."""
-    # heavy imports only now: --help and --cfg answer at once
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        if config.resume is not None:
+            _refuse_others("resume")
+        settings = resolve(config)
+        check(settings)
+        _run(settings, directory)
+    except (ConfigurationError, OSError) as error:
+        _give_up(WRONG, error)
+    finally:
+        _remove_if_empty(directory)
+
+
+def _run(settings: DictConfig, directory: Path) -> None:
+    # heavy imports only now: --help, --cfg and a wrong key or value are answered at once
     from rich.logging import RichHandler
 
     from pisa_fl.federation import RunError
@@ -63,19 +77,12 @@ def _task(config: DictConfig) -> None:
 
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
-    directory = Path(HydraConfig.get().runtime.output_dir)
     try:
-        if config.resume is not None:
-            _refuse_others("resume")
-        run(resolve(config), directory)
-    except (ConfigurationError, OSError) as error:
-        _give_up(WRONG, error)
+        run(settings, directory)
     except RunError as error:
         _give_up(FAILED, error)
     except (Interrupted, KeyboardInterrupt) as error:
         _give_up(INTERRUPTED, error)
-    finally:
-        _remove_if_empty(directory)
 
 
 def _import_from_config_dir(arguments: list[str]) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Metrics = Mapping[str, float]
 
@@ -94,6 +95,9 @@ def _cost(line: Metrics, cost: str) -> float:
 
 
 def _figure(columns: int, title: str) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow imports, that only pictures need
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(4.6 * columns, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)

@@ -2,7 +2,7 @@
 
 config.yaml           the resolved configuration
 partition.json        {"0": [indices], ...}; readable by partition=from_file
-partition.png         clients x classes
+partition.png         clients x classes, drawn after the first round
 initial.safetensors   weights of round 0, by PyTorch's names; readable by init=
 model.safetensors     final weights
 metrics.jsonl         one line a round, round 0 being the untrained model
@@ -26,13 +26,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save_file
-from torch import Tensor
 
 from pisa_fl.config import ConfigurationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Metrics = dict[str, float | int]
 """One line of metrics.jsonl."""
@@ -73,6 +74,8 @@ def write(path: Path, text: str) -> None:
 
 def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write weights as safetensors, complete or not at all."""
+    from safetensors.torch import save_file  # brings PyTorch, which reading metrics needs not
+
     temporary = path.with_name(f".{path.name}")
     save_file(dict(state), temporary)
     os.replace(temporary, path)

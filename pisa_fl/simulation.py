@@ -141,6 +141,8 @@ def _run(federation: Federation, config: DictConfig, path: Path | None, metrics:
             stopped = stop or (path is not None and (path / STOP).exists())
             if path is not None and (stopped or finished or federation.round % config.checkpoint.every == 0):
                 save_checkpoint(federation, path / "checkpoint", config.checkpoint.keep)
+            if path is not None and (stopped or finished or federation.round > 0):
+                _draw_partition(federation, path)
             if path is not None:
                 (path / STOP).unlink(missing_ok=True)  # heard, and not to be heard again after a resume
             if stopped and not finished:
@@ -157,11 +159,16 @@ def _run(federation: Federation, config: DictConfig, path: Path | None, metrics:
 def _write_start(federation: Federation, config: DictConfig, path: Path) -> None:
     rundir.write_config(path / "config.yaml", config)
     rundir.write_weights(path / "initial.safetensors", federation.model.state_dict())
-    if not federation.partition:
-        return
-    partitioners.save(federation.partition, path / "partition.json")
-    data = federation.data
-    partitioners.draw(federation.partition, data.train_labels, data.classes, path / "partition.png")
+    (path / "partition.png").unlink(missing_ok=True)  # of another run in this directory
+    if federation.partition:
+        partitioners.save(federation.partition, path / "partition.json")
+
+
+def _draw_partition(federation: Federation, path: Path) -> None:
+    """Draw the partition unless that is done: at the start, the first round would wait a second for it."""
+    picture, data = path / "partition.png", federation.data
+    if federation.partition and not picture.exists():
+        partitioners.draw(federation.partition, data.train_labels, data.classes, picture)
 
 
 def _write_round(federation: Federation, line: Metrics, path: Path) -> None:
@@ -184,6 +191,7 @@ def _last_failures(federation: Federation, config: DictConfig, path: Path | None
         if path is not None:
             _write_failures(federation, federation.round + 1, path)
             save_checkpoint(federation, path / "checkpoint", config.checkpoint.keep)
+            _draw_partition(federation, path)
         raise
 
 

@@ -1,6 +1,8 @@
 """Partitions as indices: dealing with anybody's partitioner, files, the picture, the configuration."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import flwr_datasets.partitioner as flower
@@ -72,6 +74,35 @@ def test_deal_checks_a_foreign_partitioner(parts, sentence):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         p.deal(Fixed(parts), np.zeros(4, dtype=int))
     assert str(error.value) == sentence
+
+
+def test_a_partitioner_deals_only_once():
+    for partitioner in (p.IidPartitioner(3, 0), flower.IidPartitioner(3)):
+        p.deal(partitioner, LABELS)
+        with pytest.raises(ValueError, match="only once"):
+            p.deal(partitioner, LABELS)
+
+
+def test_a_partitioner_without_data_says_so():
+    partitioner = p.IidPartitioner(3, 0)
+    assert not partitioner.is_dataset_assigned()
+    with pytest.raises(AttributeError, match="assign a data set"):
+        partitioner.load_partition(0)
+
+
+def test_the_names_are_flowers_partitioners_in_a_new_process():
+    program = """
+import partitioners, sys
+assert not {"datasets", "flwr_datasets"} & set(sys.modules)
+names = [name for name in partitioners.__all__ if name.endswith("Partitioner")]
+classes = [getattr(partitioners, name) for name in names]
+from flwr_datasets.partitioner import Partitioner
+assert len(classes) == 8 and all(issubclass(each, Partitioner) for each in classes)
+assert all(each.__name__ == name for each, name in zip(classes, names, strict=True))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    with pytest.raises(ImportError, match="Nonsense"):
+        from partitioners import Nonsense  # noqa: F401
 
 
 def test_deal_to_ten_thousand_clients():
@@ -220,6 +251,7 @@ def test_configuration_deals(file, tmp_path):
         config.partition.path = str(tmp_path / "partition.json")
         p.save(p.deal(p.IidPartitioner(10, 0), LABELS), config.partition.path)
     partitioner = instantiate(config.partition)
+    assert type(partitioner) is getattr(p, type(partitioner).__name__)
     assert isinstance(partitioner, flower.Partitioner)
     assert partitioner.num_partitions == len(p.deal(partitioner, LABELS)) == 10
 

@@ -240,6 +240,7 @@ def test_a_run_that_diverges_keeps_its_metrics(command, tmp_path):
     (metrics,) = lines_of((tmp_path / "run" / "metrics.jsonl").read_text())
     assert json.loads(metrics)["round"] == 0
     assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "partition.png").exists()
 
 
 def test_a_mistake_in_the_users_server_shows_its_traceback(tmp_path, command):

@@ -208,6 +208,18 @@ def test_pictures_show_something(sisa, name):
     assert pixels.std() > 10
 
 
+def test_the_partition_is_drawn_once_for_each_run(tmp_path):
+    picture = tmp_path / "partition.png"
+    simulate(tmp_path, "rounds=0", "checkpoint.every=1")
+    first = picture.read_bytes()
+    simulate(tmp_path, "rounds=0", "partition=iid")
+    second = picture.read_bytes()
+    assert second != first
+    picture.unlink()
+    pisa_fl.resume(tmp_path)
+    assert picture.read_bytes() == second
+
+
 def test_tensorboard_reads_the_curves(sisa):
     events = EventAccumulator(str(sisa)).Reload()
     assert set(events.Tags()["scalars"]) == (KEYS | RESIDUALS) - {"round"}
