@@ -81,19 +81,29 @@ class FlatModel:
         # one channel is first and last at once: only the strides say what is meant
         return images.contiguous().as_strided(images.shape, (images[0].numel(), 1, images.shape[3], 1))
 
-    @torch.no_grad()
     def evaluate(
         self, images: Tensor, labels: Tensor, rows: Tensor, data: ImageData, chunk: int
     ) -> tuple[float, float]:
         """Accuracy (0..1) and mean cross-entropy (nats) of the present weights on some rows of a set."""
+        return mean_score((self.score(images, labels, part, data) for part in rows.split(chunk)), len(rows))
+
+    @torch.no_grad()
+    def score(self, images: Tensor, labels: Tensor, rows: Tensor, data: ImageData) -> tuple[int, float]:
+        """Correct answers and the sum of the cross-entropies (nats), of some rows of a set read at once."""
         self.module.eval()
-        correct, loss = 0, 0.0
-        for part in rows.split(chunk):
-            y = labels[part].to(self.device)
-            logits = self.module(data.normalise(self.arrange(images[part].to(self.device))))
-            correct += int((logits.argmax(dim=1) == y).sum())
-            loss += float(F.cross_entropy(logits, y, reduction="sum"))
-        return correct / len(rows), loss / len(rows)
+        y = labels[rows].to(self.device)
+        logits = self.module(data.normalise(self.arrange(images[rows].to(self.device))))
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        return int((logits.argmax(dim=1) == y).sum()), float(loss)
+
+
+def mean_score(scores: Iterable[tuple[int, float]], examples: int) -> tuple[float, float]:
+    """Accuracy (0..1) and mean loss from what `FlatModel.score` gave of the parts of a set, in their order."""
+    correct, loss = 0, 0.0
+    for part_correct, part_loss in scores:
+        correct += part_correct
+        loss += part_loss
+    return correct / examples, loss / examples
 
 
 @dataclass(frozen=True)

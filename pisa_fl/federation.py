@@ -22,11 +22,12 @@ from pisa_fl.data import ImageData
 from pisa_fl.engines.base import ClientGrid
 from pisa_fl.engines.local import local_engine
 from pisa_fl.gateway import Gateway
-from pisa_fl.host import Clients, tensor
+from pisa_fl.host import Clients
 from pisa_fl.randomness import numpy_generator
 from pisa_fl.rundir import Metrics
+from pisa_fl.solver import TEST_PART, tensor
 from strategies import ClientHalf
-from strategies.messages import DIFFERENTIATED, LOSS, ROUND, WEIGHTS, record, vectors
+from strategies.messages import BUFFERS, DIFFERENTIATED, LOSS, ROUND, WEIGHTS, record, vectors
 
 # Flower's strategies report every round on their own; the run directory and the display do that here
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -180,9 +181,7 @@ class Federation:
 
     def _metrics(self, reported: Mapping[str, Any]) -> Metrics:
         """This round's line of metrics.jsonl; what the strategy reports beside it is added."""
-        self.load_weights()
-        images, labels = self._test
-        accuracy, loss = self.model.evaluate(images, labels, torch.arange(len(labels)), self.data, 1000)
+        accuracy, loss = self._evaluate()
         traffic = self.gateway.traffic
         metrics: Metrics = {
             "round": self.round,
@@ -200,6 +199,17 @@ class Federation:
         added = {key: value for key, value in reported.items() if key not in (ROUND, LOSS, DIFFERENTIATED)}
         named = {key.replace("-", "_"): value for key, value in added.items()}
         return {key: float(value) for key, value in named.items() if isinstance(value, int | float)} | metrics
+
+    def _evaluate(self) -> tuple[float, float]:
+        """Accuracy and mean loss of the server's present weights on the test set."""
+        arrays = vectors(self.arrays)
+        if len(self.gateway.buffers):
+            arrays[BUFFERS] = self.gateway.buffers
+        if (found := self.grid.test(arrays)) is not None:
+            return found
+        self.load_weights()
+        images, labels = self._test
+        return self.model.evaluate(images, labels, torch.arange(len(labels)), self.data, TEST_PART)
 
     def load_weights(self) -> None:
         """Put the server's present weights and running statistics into the model."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from flwr.app import ArrayRecord, Error, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from torch import Tensor
@@ -38,9 +38,11 @@ from strategies.messages import (
     STATE_LOST,
     WEIGHTS,
     Field,
+    arrays_of,
     config_of,
     fault,
     integer,
+    metrics_of,
     payload,
     real,
     record,
@@ -125,6 +127,9 @@ class Gateway(Grid):
         self._before = (buffers, self.traffic)
         self._nodes: list[int] = []
         self._tracebacks: set[int] = set()
+        self._asked: dict[
+            int, dict[str, Field]
+        ] = {}  # what is expected in answer to a content, by its identity
 
     def begin(self, round_number: int) -> None:
         """Start a round: other clients are drawn, the round's counters are cleared."""
@@ -164,6 +169,7 @@ class Gateway(Grid):
         """Send, receive, check, count, put in order; a client that stayed silent counts as failed."""
         sent = {message.metadata.dst_node_id: message for message in messages}
         self._add_buffers(sent.values())
+        self._asked = {}
         answers = self._exchange(sent, timeout)
         if again := self._with_state(sent, answers):
             sent |= again
@@ -184,8 +190,10 @@ class Gateway(Grid):
         """The first reply to each message; whatever else comes is refused."""
         sizes: dict[int, int] = {}
         for message in sent.values():
-            for arrays in message.content.array_records.values():
-                self.traffic.bytes_down += sizes.setdefault(id(arrays), payload(arrays))
+            content = message.content
+            if id(content) not in sizes:
+                sizes[id(content)] = sum(map(payload, content.array_records.values()))
+            self.traffic.bytes_down += sizes[id(content)]
         replies = self._grid.send_and_receive(sent.values(), timeout=timeout)
         asked = {message.metadata.message_id: node for node, message in sent.items()}
         answers: dict[int, Message] = {}
@@ -223,6 +231,8 @@ class Gateway(Grid):
 
     def _take_buffers(self, replies: Iterable[Message]) -> None:
         """Average the running statistics of the accepted replies, and take them out of the replies."""
+        if not len(self.buffers):
+            return
         total, examples = torch.zeros_like(self.buffers, dtype=torch.float64), 0
         for reply in replies:
             if reply.has_error() or BUFFERS not in reply.content.array_records.get(ARRAYS, {}):
@@ -246,11 +256,19 @@ class Gateway(Grid):
     def _fault_of(self, client: int, instruction: Message, reply: Message) -> str | None:
         if reply.has_error():
             return (reply.error.reason or "").strip() or f"error {reply.error.code} without a reason"
-        if set(reply.content.metric_records) != {METRICS}:
-            return f"metric records {sorted(reply.content.metric_records)}, expected ['{METRICS}']"
-        metrics = reply.content.metric_records[METRICS]
-        if instruction.metadata.message_type != MessageType.TRAIN:
+        content = reply.content
+        train = instruction.metadata.message_type == MessageType.TRAIN
+        for kind, records, expected in (
+            ("metric", MetricRecord, [METRICS]),
+            ("array", ArrayRecord, [ARRAYS] if train else None),
+            ("config", ConfigRecord, [] if train else None),
+        ):
+            names = sorted(name for name, one in content.items() if isinstance(one, records))
+            if expected is not None and names != expected:
+                return f"{kind} records {names}, expected {expected}"
+        if not train:
             return None
+        metrics = metrics_of(content)
         if set(metrics) != {ROUND, EXAMPLES, LOSS, DIFFERENTIATED}:
             return f"metrics {sorted(metrics)} are not those of a training reply"
         if not all(isinstance(v, int | float) and math.isfinite(v) for v in metrics.values()):
@@ -262,11 +280,9 @@ class Gateway(Grid):
         for name, least in ((EXAMPLES, 1), (DIFFERENTIATED, 0)):
             if not (isinstance(metrics[name], int) and least <= integer(metrics, name) < 2**40):
                 return f"impossible number of examples: {name} {metrics[name]}"
-        if reply.content.config_records:
-            return f"config records {sorted(reply.content.config_records)}, expected none"
-        if set(reply.content.array_records) != {ARRAYS}:
-            return f"array records {sorted(reply.content.array_records)}, expected ['{ARRAYS}']"
-        return fault(reply.content.array_records[ARRAYS], self._expected(instruction.content))
+        if id(instruction.content) not in self._asked:
+            self._asked[id(instruction.content)] = self._expected(instruction.content)
+        return fault(arrays_of(content), self._asked[id(instruction.content)])
 
     def _expected(self, instruction: RecordDict) -> dict[str, Field]:
         """What the arrays of a reply must be: flat vectors, or the tensors by name as they were sent."""
@@ -284,12 +300,12 @@ class Gateway(Grid):
             traffic.silent += reply is None or (reply.has_error() and reply.error.code not in _ANSWERS)
             self._refuse(client, str(reason))
             return
-        metrics = reply.content.metric_records[METRICS]
+        metrics = metrics_of(reply.content)
         traffic.clients_ok += 1
         traffic.examples += integer(metrics, EXAMPLES)
         traffic.loss_sum += real(metrics, LOSS) * integer(metrics, EXAMPLES)
         traffic.differentiated += integer(metrics, DIFFERENTIATED)
-        traffic.bytes_up += payload(reply.content.array_records[ARRAYS])
+        traffic.bytes_up += payload(arrays_of(reply.content))
 
     def _refuse(self, client: int, reason: str) -> None:
         """Note a failure, with the traceback of the client's code if it is a new one."""

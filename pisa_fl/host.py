@@ -9,7 +9,6 @@ that is not what the client half expects is refused, and changes nothing.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from pisa_fl.cohort import ClientData, FlatModel
 from pisa_fl.data import ImageData
-from pisa_fl.solver import InstructionError, Job, Outcome, Solver, failure_reason
+from pisa_fl.solver import InstructionError, Job, Outcome, Solver, failure_reason, tensor
 from strategies.client import ClientHalf
 from strategies.messages import (
     ACCEPTED,
@@ -109,13 +108,6 @@ class Clients:
             cohort = 1 if self.device.type == "cpu" or model.buffer_layout.size else 32
         solver = Solver(model, self.half, self.data, clients, self.seed, self.batch_size, chunk)
         return ClientHost(solver, cohort)
-
-
-def tensor(array: NDArray[Any], device: torch.device) -> Tensor:
-    """An array as a tensor on the device; on the CPU it shares the (perhaps memory-mapped) array's pages."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
-        return torch.from_numpy(array).to(device)
 
 
 @dataclass
@@ -225,6 +217,9 @@ class ClientHost:
                 if group is None:
                     groups.append(group := _Group(train, instruction))
                 group.messages.append((client, message))
+        for group in groups:
+            # clients of like size advance together, whoever was asked first: less of a cohort is padding
+            group.messages.sort(key=lambda one: (-len(self.clients[one[0]]), one[0]))
         parts = [
             _Group(group.train, group.instruction, group.messages[start : start + self._cohort])
             for group in groups
@@ -252,7 +247,8 @@ class ClientHost:
     def _job(self, group: _Group) -> Job:
         clients = [client for client, _ in group.messages]
         states = [self.states[client].accepted for client in clients] if group.train else []
-        return Job(group.train, clients, group.instruction.arrays, group.instruction.config, states)
+        kind: Literal["train", "evaluate"] = "train" if group.train else "evaluate"
+        return Job(kind, clients, group.instruction.arrays, group.instruction.config, states)
 
     def _replies(self, group: _Group, outcome: Outcome) -> Iterator[Message]:
         """Keep what the clients are to remember, and put their answers into messages."""

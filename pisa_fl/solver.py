@@ -7,11 +7,14 @@ of, and from nothing else, so that any process that has a solver can take any jo
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pisa_fl.cohort import ClientData, FlatModel, LocalCohort
@@ -20,6 +23,9 @@ from pisa_fl.data import ImageData
 from pisa_fl.randomness import torch_seed
 from strategies.client import ClientHalf, Instruction
 from strategies.messages import BUFFERS, DIFFERENTIATED, EXAMPLES, LOSS, ROUND, WEIGHTS, extent, integer
+
+TEST_PART = 1000
+"""Examples of a part of the test set, which are read at once."""
 
 
 class InstructionError(ValueError):
@@ -31,14 +37,15 @@ class Job:
     """The work of one cohort.
 
     Attributes:
-        train: Whether to solve the local problem, or only to evaluate the weights on the clients' own examples.
+        kind: `train`: to solve the local problem; `evaluate`: to evaluate the weights on the clients' own examples;
+            `test`: to do so on parts of the test set, which are no clients but take their place.
         clients: Their numbers.
         arrays: What the server sent, {name: (size,)}; jobs of one instruction share it.
         config: Numbers and texts that it sent.
         state: What each client remembers, {name: (size,)}; what is missing is zero.
     """
 
-    train: bool
+    kind: Literal["train", "evaluate", "test"]
     clients: Sequence[int]
     arrays: Mapping[str, Tensor]
     config: Mapping[str, Any]
@@ -87,6 +94,7 @@ class Solver:
     ) -> None:
         self.model, self.half, self.data, self.clients = model, half, data, clients
         self._seed, self._batch_size, self._chunk = seed, batch_size, chunk
+        self._instruction: tuple[Job, Instruction] | None = None
 
     def answer(self, job: Job) -> Outcome | str:
         """The outcome, or why there is none."""
@@ -98,7 +106,7 @@ class Solver:
     def run(self, job: Job) -> Outcome:
         """The outcome; whatever the client half raises is raised here."""
         versions = {name: array._version for name, array in job.arrays.items()}
-        outcome = self._train(job) if job.train else self._evaluate(job)
+        outcome = self._train(job) if job.kind == "train" else self._evaluate(job)
         for name, array in job.arrays.items():
             if array._version != versions[name]:
                 raise RuntimeError(
@@ -107,14 +115,12 @@ class Solver:
         return outcome
 
     def _train(self, job: Job) -> Outcome:
-        arrays, buffers = dict(job.arrays), job.arrays.get(BUFFERS)
-        arrays.pop(BUFFERS, None)
         round_number = integer(job.config, ROUND)
         cohort = LocalCohort(
             self.model,
             self.data,
             {client: self.clients[client] for client in job.clients},
-            buffers,
+            job.arrays.get(BUFFERS),
             round_number,
             self._seed,
             self._batch_size,
@@ -131,7 +137,7 @@ class Solver:
             torch.default_generator.manual_seed(seed)
             if on_gpu:
                 torch.cuda.manual_seed(seed)
-            update = self.half.solve(cohort, Instruction(arrays, job.config), state)
+            update = self.half.solve(cohort, self._instruction_of(job), state)
         answered = dict(update.arrays)
         if self.model.buffer_layout.size:
             answered[BUFFERS] = cohort.buffers
@@ -153,17 +159,51 @@ class Solver:
         return Outcome(metrics, arrays, rows if update.state else (), extents)
 
     def _evaluate(self, job: Job) -> Outcome:
-        """Loss and accuracy of the sent weights on the clients' own examples."""
+        """Loss and accuracy of the sent weights; of the test set, parts to be put together."""
         self.model.load(job.arrays[WEIGHTS], job.arrays.get(BUFFERS))
-        metrics = []
+        metrics: list[dict[str, int | float]] = []
         for client in job.clients:
-            own = self.clients[client]
-            accuracy, loss = self.model.evaluate(own.images, own.labels, own.rows, self.data, self._chunk)
-            metrics.append({EXAMPLES: len(own), "accuracy": accuracy, "loss": loss})
+            if job.kind == "test":
+                rows = torch.arange(client * TEST_PART, min((client + 1) * TEST_PART, len(self.test[1])))
+                correct, loss = self.model.score(*self.test, rows, self.data)
+                metrics.append({"correct": correct, "loss": loss})
+            else:
+                own = self.clients[client]
+                accuracy, loss = self.model.evaluate(own.images, own.labels, own.rows, self.data, self._chunk)
+                metrics.append({EXAMPLES: len(own), "accuracy": accuracy, "loss": loss})
         return Outcome(metrics)
+
+    @cached_property
+    def test(self) -> tuple[Tensor, Tensor]:
+        """Images and labels of the test set."""
+        device = self.model.device
+        return tensor(self.data.test_images, device), tensor(self.data.test_labels, device)
+
+    def examples(self, job: Job) -> int:
+        """How many examples a job has to do with, by which it can be told how long it takes."""
+        if job.kind == "test":
+            return TEST_PART * len(job.clients)
+        return sum(len(self.clients[client]) for client in job.clients)
+
+    def _instruction_of(self, job: Job) -> Instruction:
+        """The very same object for the jobs of one instruction: client halves may compute something from it once."""
+        if self._instruction is not None:
+            last, instruction = self._instruction
+            if last.arrays is job.arrays and last.config == job.config:
+                return instruction
+        arrays = {name: array for name, array in job.arrays.items() if name != BUFFERS}
+        self._instruction = job, Instruction(arrays, job.config)
+        return self._instruction[1]
 
     def _vector(self, held: Mapping[str, Tensor], name: str, size: int) -> Tensor:
         return held[name] if name in held else torch.zeros(size, device=self.model.device)
+
+
+def tensor(array: NDArray[Any], device: torch.device) -> Tensor:
+    """An array as a tensor on the device; on the CPU it shares the (perhaps memory-mapped) array's pages."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
+        return torch.from_numpy(array).to(device)
 
 
 def failure_reason(error: Exception) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class _Light:
 
     Attributes:
         position: Its position among the jobs.
-        train: As of the job.
+        kind: As of the job.
         clients: As of the job.
         config: As of the job.
         spans: The instruction's arrays.
@@ -64,7 +64,7 @@ class _Light:
     """
 
     position: int
-    train: bool
+    kind: Literal["train", "evaluate", "test"]
     clients: Sequence[int]
     config: Mapping[str, Any]
     spans: Spans
@@ -146,6 +146,7 @@ class Workers:
         self._slots = Slots(solver.clients, solver.half.state_sizes(), on_disk)
         self._exchange = torch.empty(0)
         self._workers: list[_Worker] = []
+        self._serial = 0
 
     def run(self, jobs: Sequence[Job], timeout: float | None = None) -> Iterator[tuple[int, Outcome | str]]:
         """The outcome of each job by its position, or why there is none, in the order in which they are done.
@@ -157,8 +158,9 @@ class Workers:
             timeout: Seconds after which the others are given up.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
+        self._serial += 1
         light = self._share(jobs)
-        examples = [sum(len(self._solver.clients[c]) for c in job.clients) for job in jobs]
+        examples = [self._solver.examples(job) for job in jobs]
         # the largest first, so that no worker is left with a large one in the end
         waiting = sorted(range(len(jobs)), key=lambda position: examples[position])
         strikes: Counter[int] = Counter()
@@ -195,7 +197,7 @@ class Workers:
         """End the workers."""
         for worker in self._workers:
             worker.connection.close()
-        for worker in self._workers:
+        for worker in list(self._workers):
             worker.process.join(1.0)
             self._end(worker)
 
@@ -213,10 +215,10 @@ class Workers:
         widths: dict[int, int] = {}
         light = []
         for position, job in enumerate(jobs):
-            width = widths.setdefault(id(job.config), self._width(job)) if job.train else 0
+            width = widths.setdefault(id(job.config), self._width(job)) if job.kind == "train" else 0
             slots = [self._slots.place(c, state) for c, state in zip(job.clients, job.state, strict=False)]
             spans = sent[id(job.arrays)][1]
-            light.append(_Light(position, job.train, job.clients, job.config, spans, slots, end, width))
+            light.append(_Light(position, job.kind, job.clients, job.config, spans, slots, end, width))
             end += len(job.clients) * width
         if end > len(self._exchange):
             self.close()
@@ -245,7 +247,7 @@ class Workers:
     def _send(self, worker: _Worker, task: list[int], light: Sequence[_Light]) -> None:
         worker.tasks.append(task)
         try:
-            worker.connection.send([light[position] for position in task])
+            worker.connection.send((self._serial, [light[position] for position in task]))
         except OSError:  # it has died: that is noticed where its answer is waited for
             log.debug("a worker takes no tasks any more")
 
@@ -296,24 +298,28 @@ class Workers:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         torch.set_num_threads(1)
+        serial = 0
+        read: dict[tuple[tuple[int, int], ...], dict[str, Tensor]] = {}  # arrays of this run's instructions
         try:
             while True:
-                task: list[_Light] = connection.recv()
-                read: dict[int, dict[str, Tensor]] = {}
+                run, task = connection.recv()
+                if run != serial:
+                    serial = run
+                    read.clear()
+                answers = []
                 for job in task:
-                    if id(job.spans) not in read:
-                        read[id(job.spans)] = {
-                            name: self._exchange[start:stop].clone()
-                            for name, (start, stop) in job.spans.items()
-                        }
-                connection.send([(job.position, self._solve(job, read[id(job.spans)])) for job in task])
+                    where = tuple(job.spans.values())
+                    if where not in read:
+                        read[where] = {n: self._exchange[a:b].clone() for n, (a, b) in job.spans.items()}
+                    answers.append((job.position, self._solve(job, read[where])))
+                connection.send(answers)
         except (EOFError, OSError):
             return
 
     def _solve(self, job: _Light, arrays: Mapping[str, Tensor]) -> _Answer | str:
         """Run a job, and write what it gives into the shared memory."""
         state = [self._slots(c, slot) for c, slot in zip(job.clients, job.slots, strict=False)]
-        outcome = self._solver.answer(Job(job.train, job.clients, arrays, job.config, state))
+        outcome = self._solver.answer(Job(job.kind, job.clients, arrays, job.config, state))
         if isinstance(outcome, str):
             return outcome
         ends = list(accumulate((stack.shape[1] for stack in outcome.arrays.values()), initial=0))

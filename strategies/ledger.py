@@ -11,8 +11,8 @@ from torch import Tensor
 from strategies.layout import Layout
 from strategies.memory import ROWS, Rows, stacked
 
-_TILE = 2**16
-"""Elements of a client-by-column tile: a few of them fit into a core's cache."""
+_TILE = 2**15
+"""Elements of a client-by-column tile: several of them fit into a core's cache."""
 
 
 class Ledger:

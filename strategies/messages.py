@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -150,6 +150,20 @@ def read(array: Array) -> NDArray[Any]:
 def extent(values: NDArray[Any]) -> tuple[float, float]:
     """Minimum and maximum, (0, 0) of no values; NaN if there is one."""
     return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+
+
+def arrays_of(content: RecordDict) -> ArrayRecord:
+    """The arrays of a message that was checked."""
+    arrays = content[ARRAYS]  # much cheaper than Flower's `array_records`
+    assert isinstance(arrays, ArrayRecord)
+    return arrays
+
+
+def metrics_of(content: RecordDict) -> MetricRecord:
+    """The metrics of a reply that was checked."""
+    metrics = content[METRICS]
+    assert isinstance(metrics, MetricRecord)
+    return metrics
 
 
 def config_of(content: RecordDict) -> dict[str, Any]:

@@ -28,6 +28,7 @@ Symbols: w `consensus`, w_i `weights`, pi_i `dual`, g_i `gradient`, g_i + pi_i `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -44,11 +45,12 @@ from strategies.messages import (
     ARRAYS,
     CONFIG,
     EXAMPLES,
-    METRICS,
     ROUND,
     WEIGHTS,
     Field,
+    arrays_of,
     integer,
+    metrics_of,
     record,
     vectors,
 )
@@ -124,8 +126,8 @@ class Pisa(Strategy):
         for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
             node = reply.metadata.src_node_id
             if not reply.has_error():
-                answers[node] = vectors(reply.content.array_records[ARRAYS])
-                examples[node] = integer(reply.content.metric_records[METRICS], EXAMPLES)
+                answers[node] = vectors(arrays_of(reply.content))
+                examples[node] = integer(metrics_of(reply.content), EXAMPLES)
         if not answers:
             return None, None
         weights = {node: arrays.pop(WEIGHTS) for node, arrays in answers.items()}
@@ -184,6 +186,23 @@ class Pisa(Strategy):
         return self.penalty.sigma_at(round_number, self.preconditioner.scale(self._shared))
 
 
+@dataclass(frozen=True)
+class _Common:
+    """What clients have in common in a round.
+
+    Attributes:
+        instruction: What it was made of.
+        held: The state of the common Q; empty if every client has its own.
+        sigma: The penalty; None in a round that only measures.
+        factors: Of the common Q; None if there is none, or nothing was observed of it yet.
+    """
+
+    instruction: Instruction
+    held: Mapping[str, Tensor]
+    sigma: Tensor | None
+    factors: Mapping[str, Tensor] | None
+
+
 class PisaClient(ClientHalf):
     """Client half: the preconditioned local steps and the replica of the dual.
 
@@ -215,6 +234,7 @@ class PisaClient(ClientHalf):
             raise ValueError(f"strategy.gradient must be mean, sum or batch, got {gradient}")
         self.layout, self.preconditioner, self.penalty = layout, preconditioner(layout), penalty
         self.align_every, self.local_steps, self.gradient = align_every, local_steps, gradient
+        self._common: _Common | None = None
         _check_alignment(align_every, penalty, self.preconditioner)
 
     def state_sizes(self) -> dict[str, int]:
@@ -235,38 +255,52 @@ class PisaClient(ClientHalf):
 
     def solve(self, cohort: Cohort, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """K local steps and the dual step; see the module's equations."""
-        preconditioner, penalty = self.preconditioner, self.penalty
-        round_number = integer(instruction.config, ROUND)
+        if self._common is None or self._common.instruction is not instruction:
+            self._common = self._prepare(instruction)
+        sigma, factors = self._common.sigma, self._common.factors
+        preconditioner, aligned = self.preconditioner, self.align_every > 0
         consensus, dual = instruction.arrays[WEIGHTS], state[DUAL]
-        held = {
-            name: instruction.arrays[name][None] if self.align_every else state[name]
-            for name in preconditioner.state_fields()
-        }
+        held: Mapping[str, Tensor] = self._common.held if aligned else state
         gradients = self._gradients(cohort)
         gradient, loss = gradients(consensus)
-        statistic = preconditioner.statistic(gradient, gradient + dual)
-        announced = statistic if _measures(round_number, self.align_every) else {}
-        scale = preconditioner.scale(held) if penalty.sigma is None else None
-        sigma = penalty.sigma_at(round_number, scale)
+        residual = gradient + dual
+        statistic = preconditioner.statistic(gradient, residual)
+        announced = statistic if _measures(integer(instruction.config, ROUND), self.align_every) else {}
         if sigma is None:
             weights = consensus.repeat(len(cohort.clients), 1)
             return Update({WEIGHTS: weights} | announced, loss, {DUAL: dual})
-        if not self.align_every or _nothing_observed(held):
+        if factors is None:
             held = preconditioner.accumulate(held, statistic)
-        sigma, rho = sigma.to(consensus.device), penalty.rho_value
-        weights = consensus
-        for step in range(self.local_steps):
-            if step:
-                gradient, _ = gradients(weights)
-                if not self.align_every:
-                    statistic = preconditioner.statistic(gradient, gradient + dual)
-                    held = preconditioner.accumulate(held, statistic)
+            factors = preconditioner.factor(held, sigma, self.penalty.rho_value)
+        direction = preconditioner.direction(held, gradient)
+        residual = residual if direction is gradient else direction + dual
+        weights = consensus - preconditioner.solve(factors, residual)
+        for _ in range(1, self.local_steps):
+            gradient, _ = gradients(weights)
+            if not aligned:
+                held = preconditioner.accumulate(held, preconditioner.statistic(gradient, gradient + dual))
+                factors = preconditioner.factor(held, sigma, self.penalty.rho_value)
             direction = preconditioner.direction(held, gradient)
             residual = direction + dual + sigma * (weights - consensus)
-            weights = weights - preconditioner.solve(held, residual, sigma, rho)
-        dual = dual + sigma * (weights - consensus)
-        kept = {} if self.align_every else held
+            weights = weights - preconditioner.solve(factors, residual)
+        # the ledger's own operations in their order, so that its dual has the same bits
+        dual = dual + (weights - consensus).mul_(sigma)
+        kept = {} if aligned else dict(held)
         return Update({WEIGHTS: weights} | announced, loss, {DUAL: dual} | kept)
+
+    def _prepare(self, instruction: Instruction) -> _Common:
+        """What all clients compute alike from an instruction."""
+        preconditioner, arrays = self.preconditioner, instruction.arrays
+        held = {name: arrays[name][None] for name in preconditioner.state_fields() if self.align_every}
+        scale = preconditioner.scale(held) if self.penalty.sigma is None else None
+        sigma = self.penalty.sigma_at(integer(instruction.config, ROUND), scale)
+        if sigma is None:
+            return _Common(instruction, held, None, None)
+        sigma = sigma.to(arrays[WEIGHTS].device)
+        observed = any(vector.any() for vector in held.values())
+        if preconditioner.state_fields() and not observed:
+            return _Common(instruction, held, sigma, None)
+        return _Common(instruction, held, sigma, preconditioner.factor(held, sigma, self.penalty.rho_value))
 
     def _gradients(self, cohort: Cohort) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """The stochastic gradient: at weights (d,) or (C, d), gradients (C, d) and losses (C,)."""
@@ -279,10 +313,6 @@ class PisaClient(ClientHalf):
 def _measures(round_number: int, align_every: int) -> bool:
     """Whether clients send the statistic in this round (counted from 1)."""
     return align_every > 0 and (round_number - 1) % align_every == 0
-
-
-def _nothing_observed(held: Mapping[str, Tensor]) -> bool:
-    return not any(vector.any() for vector in held.values())
 
 
 def _check_alignment(align_every: int, penalty: Penalty, preconditioner: Preconditioner) -> None:

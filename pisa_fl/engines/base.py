@@ -12,6 +12,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from torch import Tensor
 
 from pisa_fl.host import ClientState
 
@@ -52,6 +53,10 @@ class ClientGrid(Grid):
 
     def restore(self, states: Mapping[int, ClientState]) -> None:
         """Give the clients back what `states` gave."""
+
+    def test(self, arrays: Mapping[str, Tensor]) -> tuple[float, float] | None:
+        """Accuracy (0..1) and mean loss of weights on the test set; None where that is left to the server."""
+        return None
 
     def close(self) -> None:
         """Let go of processes and connections."""

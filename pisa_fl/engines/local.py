@@ -12,10 +12,13 @@ from functools import cached_property, partial
 from typing import Literal
 
 from flwr.app import Message
+from torch import Tensor
 
+from pisa_fl.cohort import mean_score
 from pisa_fl.config import ConfigurationError
 from pisa_fl.engines.base import ClientGrid, cores, set_threads
 from pisa_fl.host import ClientHost, Clients, ClientState
+from pisa_fl.solver import TEST_PART, Job
 from pisa_fl.workers import Workers, can_fork
 from strategies.messages import TensorArray
 
@@ -36,7 +39,7 @@ def local_engine(
             cannot be forked. The result does not depend on their number.
         cohort: Clients that advance together; `auto`: 1 on a CPU or for a model with running statistics, else 32.
         chunk: Examples differentiated at once where the number does not matter to the result.
-        threads: PyTorch's threads in this process, which aggregates and evaluates; `auto`: one per core, None leaves
+        threads: PyTorch's threads in this process; `auto`: one per core if it computes itself, else one; None leaves
             them. A worker has one.
         state: Where what clients remember is kept: in `memory`, or on `disk` (`strategies.memory.zeros`).
 
@@ -58,7 +61,7 @@ def local_engine(
         raise ConfigurationError(
             "state=disk needs worker processes, which device=cpu on Linux has: engine.workers=1"
         )
-    set_threads(threads)
+    set_threads(1 if threads == "auto" and workers else threads)
     return LocalGrid(clients.host(clients.rows, cohort, chunk), workers, state == "disk")
 
 
@@ -105,6 +108,19 @@ class LocalGrid(ClientGrid):
     def restore(self, states: Mapping[int, ClientState]) -> None:
         """Give the clients back what `states` gave."""
         self.host.states = {client: state.to(self.host.device) for client, state in states.items()}
+
+    def test(self, arrays: Mapping[str, Tensor]) -> tuple[float, float] | None:
+        """Accuracy and mean loss of weights on the test set, by the workers."""
+        if self._workers is None:
+            return None
+        examples = len(self.host.data.test_labels)
+        jobs = [Job("test", [part], arrays, {}, []) for part in range(-(-examples // TEST_PART))]
+        parts: list[tuple[int, float]] = [(0, 0.0)] * len(jobs)
+        for position, outcome in self._workers.run(jobs):
+            if isinstance(outcome, str):
+                raise RuntimeError(f"the test set cannot be evaluated: {outcome}")
+            parts[position] = int(outcome.metrics[0]["correct"]), float(outcome.metrics[0]["loss"])
+        return mean_score(parts, examples)
 
     def close(self) -> None:
         """End the workers."""

@@ -59,5 +59,12 @@ class Preconditioner(ABC):
         """
 
     @abstractmethod
-    def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
-        """(sigma I + rho Q)^-1 residual, (C, d), for a penalty sigma of shape (d,) or ()."""
+    def factor(self, state: State, sigma: Tensor, rho: float) -> dict[str, Tensor]:
+        """What `solve` needs of (sigma I + rho Q)^-1, for a penalty sigma of shape (d,) or ().
+
+        Clients that share a state share it too, so that it is worth some work.
+        """
+
+    @abstractmethod
+    def solve(self, factors: State, residual: Tensor) -> Tensor:
+        """(sigma I + rho Q)^-1 residual, (C, d)."""

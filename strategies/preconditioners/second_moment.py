@@ -98,9 +98,13 @@ class SecondMoment(Preconditioner):
             return None
         return self.layout.expand(self.layout.mean(self._moment_root(state)))[0]
 
-    def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
+    def factor(self, state: State, sigma: Tensor, rho: float) -> dict[str, Tensor]:
+        """`inverse`: 1 / (sigma + rho Q), (C, d)."""
+        return {"inverse": 1 / (sigma + rho * self.root(state))}
+
+    def solve(self, factors: State, residual: Tensor) -> Tensor:
         """Residual / (sigma + rho Q), element by element."""
-        return residual / (sigma + rho * self.root(state))
+        return residual * factors["inverse"]
 
     def _moment_root(self, state: State) -> Tensor:
         """sqrt(v^) + eps, (C, d)."""
