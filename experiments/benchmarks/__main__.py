@@ -7,12 +7,17 @@ make bench ARGS="--only device silo --peers PATH/TO/python"
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 from experiments.benchmarks.outcome import load, save
 from experiments.benchmarks.report import draw, markdown
 from experiments.benchmarks.works import WORKS, Bench
+from pisa_fl.engines.base import cores
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,10 +48,18 @@ def report(folder: Path) -> None:
     """Write `results.md` and `results.png` from what is in the folder, and print the table."""
     files = [path for name in WORKS if (path := folder / f"{name}.json").is_file()]
     outcomes = [outcome for file in files for outcome in load(file)]
-    table = markdown(outcomes)
+    table = f"{machine()}\n\n{markdown(outcomes)}"
     (folder / "results.md").write_text(table)
     draw(outcomes, folder / "results.png")
     print(table)
+
+
+def machine() -> str:
+    """What was measured with."""
+    python, system = platform.python_version(), f"{platform.system()} {platform.machine()}"
+    return (
+        f"{cores()} cores, {system}, Python {python}, PyTorch {torch.__version__}, Flower {version('flwr')}"
+    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,13 @@ PATIENCE = 60
 """Seconds that a side gets to end by itself."""
 
 
+Round = dict[str, Any]
+"""What a side says of a round: its `seconds`, the `examples` it differentiated, and more."""
+
+Rounds = dict[str, list[Round]]
+"""What each side said of each of its rounds; an empty list: it is not installed."""
+
+
 class SideError(RuntimeError):
     """A side ended before its time; the end of what it said."""
 
@@ -91,13 +98,13 @@ class Running:
         if "missing" in warm_up:
             raise MissingError(f"{side.name}: {warm_up['missing']} is not installed")
 
-    def round(self) -> dict[str, Any]:
-        """One round: its `seconds`, the `examples` it differentiated, and what else the side says."""
+    def round(self) -> Round:
+        """One round."""
         self._orders.write("\n")
         self._orders.flush()
         return self._answer()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> Round:
         if line := self._answers.readline():
             return json.loads(line)
         self._words.seek(0)
@@ -123,10 +130,6 @@ def start(side: Side) -> Iterator[Running]:
                 process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-Rounds = dict[str, list[dict[str, Any]]]
-"""What each side said of each of its rounds; an empty list: it is not installed."""
 
 
 def take_turns(sides: Sequence[Side], repeats: int) -> Rounds:

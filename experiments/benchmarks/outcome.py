@@ -64,10 +64,6 @@ class Outcome:
     parts: dict[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
-    def seconds(self, side: str) -> list[float]:
-        """Seconds of each of a side's rounds."""
-        return [round_["seconds"] for round_ in self.rounds[side]]
-
 
 def ratio(rounds: Rounds, over: str, under: str) -> list[float]:
     """Seconds of one side by those of another, turn by turn; empty if either is not installed."""

@@ -8,6 +8,7 @@ from statistics import median
 
 import matplotlib.pyplot as plt
 
+from experiments.benchmarks.measure import Round
 from experiments.benchmarks.outcome import Figure, Outcome
 
 
@@ -15,20 +16,16 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     """The figures, then the times behind them, then where the time goes."""
     lines = [_row("work", "figure", "median", "from .. to", "turns", "target", "met"), "| --- " * 7 + "|"]
     for outcome in outcomes:
-        work = f"**{outcome.name}** {outcome.title}"
-        lines += [_row(work, figure.name, *_cells(figure)) for figure in outcome.figures]
-        lines += [_row(work, note, *[""] * 5) for note in outcome.notes]
+        rows = [[figure.name, *_cells(figure)] for figure in outcome.figures]
+        lines += _block(outcome, rows + [[note, *[""] * 5] for note in outcome.notes])
     lines += ["", _row("work", "side", "ms a round, median", "it chose"), "| --- " * 4 + "|"]
     for outcome in outcomes:
-        for side, rounds in outcome.rounds.items():
-            if rounds:
-                milliseconds = f"{1000 * median(outcome.seconds(side)):,.0f}"
-                work = f"**{outcome.name}** {outcome.title}"
-                chosen = [f"{key} {rounds[-1][key]}" for key in ("threads", "batch") if key in rounds[-1]]
-                lines.append(_row(work, side, milliseconds, *(chosen or [""])))
+        lines += _block(
+            outcome, [[name, *_times(rounds)] for name, rounds in outcome.rounds.items() if rounds]
+        )
     for outcome in outcomes:
         if outcome.parts:
-            lines += ["", _row(f"**{outcome.name}** {outcome.title}", "share of the time"), "| --- | --- |"]
+            lines += ["", _row(_title(outcome), "share of the time"), "| --- | --- |"]
             lines += [_row(name, f"{share:.1%}") for name, share in outcome.parts.items()]
     return "\n".join(lines) + "\n"
 
@@ -73,6 +70,22 @@ def _target(figure: Figure) -> str:
     if figure.target is None:
         return ""
     return f"{'at most' if figure.at_least is None else 'at least'} {figure.target:g}"
+
+
+def _times(rounds: Sequence[Round]) -> list[str]:
+    """A side's columns behind its name."""
+    milliseconds = 1000 * median(one["seconds"] for one in rounds)
+    chosen = [f"{key} {rounds[-1][key]}" for key in ("threads", "batch") if key in rounds[-1]]
+    return [f"{milliseconds:,.0f}", "".join(chosen)]
+
+
+def _title(outcome: Outcome) -> str:
+    return f"**{outcome.name}** {outcome.title}"
+
+
+def _block(outcome: Outcome, rows: Sequence[Sequence[str]]) -> list[str]:
+    """An outcome's rows, the first of which names it."""
+    return [_row("" if i else _title(outcome), *row) for i, row in enumerate(rows)]
 
 
 def _row(*cells: object) -> str:

@@ -156,9 +156,9 @@ def gpu(bench: Bench, task: Task = COHORT) -> Iterator[Outcome]:
 
 
 def profile(bench: Bench, task: Task = MANY) -> Iterator[Outcome]:
-    """Where a round with very many clients goes, by the profiler, in one process of one thread."""
+    """Where a round with very many clients goes, by the profiler, in this process and one thread."""
     for name, strategy in (("SISA", SISA), ("FedAvg", FEDAVG)):
-        parts = shares(task, *strategy, "engine.workers=1", "engine.threads=1")
+        parts = shares(task, *strategy, "engine.workers=0", "engine.threads=1")
         yield Outcome("profile", f"{name}, {sizes(task)}, batch {task.batch}", parts=parts)
 
 
