@@ -11,6 +11,9 @@ import matplotlib.pyplot as plt
 from experiments.benchmarks.measure import Round
 from experiments.benchmarks.outcome import Figure, Outcome
 
+LEAST = 0.01
+"""Smaller shares are drawn as this one."""
+
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
     """The figures, then the times behind them, then where the time goes."""
@@ -43,6 +46,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     axes.set_yticks(range(len(measured)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
     axes.set_xlabel("times better than the target")
     canvas.savefig(path, dpi=150)
     plt.close(canvas)
@@ -53,7 +57,7 @@ def _margin(figure: Figure, value: float) -> float:
     if figure.at_least is not None:
         return value / figure.at_least
     assert figure.at_most is not None
-    return figure.at_most / value
+    return figure.at_most / max(value, LEAST)
 
 
 def _cells(figure: Figure) -> list[str]:

@@ -121,12 +121,10 @@ def memory(bench: Bench) -> Iterator[Outcome]:
     with start(ours(task, *SISA)) as side, Peak(side.pid) as peak:
         # from the second round on, clients hold an accepted and a pending dual
         rounds = [side.round() for _ in range(3)]
+    # the ledger's primal and dual, the clients' accepted and pending dual
     state = 4 * task.clients * PARAMETERS * 4
-    figure = Figure("(peak - 2 GB) / state", [(peak.bytes - 2e9) / state], at_most=1.3)
-    note = (
-        f"peak {peak.bytes / 1e9:.2f} GB; state {state / 1e9:.2f} GB: the ledger's primal and dual, the clients'"
-        f" accepted and pending dual"
-    )
+    figure = Figure("peak / (1.3 x state + 2 GB)", [peak.bytes / (1.3 * state + 2e9)], at_most=1)
+    note = f"peak {peak.bytes / 1e9:.2f} GB, state {state / 1e9:.2f} GB"
     yield Outcome("memory", f"SISA, {sizes(task)}", [figure], {OURS: rounds}, notes=[note])
 
 

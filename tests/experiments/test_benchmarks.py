@@ -124,7 +124,7 @@ def test_the_fastest_setting_is_chosen(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     pace = Pace(WHOLE, report, "threads", (1, 2))
     tried = []
-    for seconds in (0.1, 3.0, 5.0, 3.0, 2.0):  # the first does not count
+    for seconds in (0.1, 3.0, 2.5, 4.0, 2.0):  # the first does not count
         tried.append(pace.wait())
         pace.done(10, seconds=seconds)
     assert tried == [1, 1, 2, 1, 2]
