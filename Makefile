@@ -28,8 +28,8 @@ lint: install  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## what a SISA round costs beside one plain pass
-	$(BIN)/python -m experiments.benchmarks.sisa_round $(ARGS)
+bench: install  ## speed and memory: experiments/benchmarks/README.md
+	$(BIN)/python -m experiments.benchmarks $(ARGS)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

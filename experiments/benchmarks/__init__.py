@@ -1,1 +1,1 @@
-"""Speed, as ratios of two things measured in turn in one run."""
+"""Speed and memory, as ratios of two sides measured in turn in one run: `python -m experiments.benchmarks`."""
