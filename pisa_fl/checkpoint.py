@@ -1,9 +1,9 @@
 """Checkpoints: everything a run needs to go on with the same bits, complete or not there at all.
 
-`checkpoint/round-000050/` holds `server.safetensors` (weights, ledger and whatever else the strategy keeps),
-`clients.safetensors` (their states) and `state.json` (round, counters, and the SHA-256 of the other two). A folder
-is written under a temporary name and renamed; a damaged one is passed over for the one before it. Randomness
-needs no saving: every draw has an address (`pisa_fl.randomness`).
+`checkpoint/round-000050/` holds `server-*.safetensors` (weights, ledger and whatever else the strategy keeps),
+`clients-*.safetensors` (their states), in parts so that writing them takes little memory, and `state.json` (round,
+counters, and the SHA-256 of the other files). A folder is written under a temporary name and renamed; a damaged one is
+passed over for the one before it. Randomness needs no saving: every draw has an address (`pisa_fl.randomness`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.serverapp.strategy import Strategy
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pisa_fl.config import ConfigurationError
@@ -32,6 +31,9 @@ from pisa_fl.host import ClientState
 from strategies.messages import record, vectors
 
 log = logging.getLogger(__name__)
+
+PART = 2**28
+"""Bytes of a file, about."""
 
 
 def save_checkpoint(federation: Federation, folder: Path, keep: int) -> None:
@@ -46,22 +48,19 @@ def save_checkpoint(federation: Federation, folder: Path, keep: int) -> None:
         rounds[client] = (held.round, held.pending_round)
         clients |= {f"{client}.accepted.{name}": value for name, value in held.accepted.items()}
         clients |= {f"{client}.pending.{name}": value for name, value in held.pending.items()}
-    files = {"server.safetensors": _bytes(server), "clients.safetensors": _bytes(clients)}
+    target = folder / f"round-{federation.round:06d}"
+    temporary = folder / f".{target.name}"
+    for leftover in (temporary, target):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
     state = {
         "round": federation.round,
         "seconds": federation.seconds,
         "traffic": asdict(federation.gateway.traffic),
         "strategy": numbers,
         "clients": rounds,
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "sha256": _write(temporary, "server", server) | _write(temporary, "clients", clients),
     }
-    target = folder / f"round-{federation.round:06d}"
-    temporary = folder / f".{target.name}"
-    for leftover in (temporary, target):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, content in files.items():
-        (temporary / name).write_bytes(content)
     (temporary / "state.json").write_text(json.dumps(state))
     os.replace(temporary, target)
     for old in sorted(folder.glob("round-*"))[:-keep]:
@@ -77,22 +76,21 @@ def load_checkpoint(federation: Federation, folder: Path) -> None:
     for path in sorted(folder.glob("round-*"), reverse=True):
         try:
             state = json.loads((path / "state.json").read_text())
-            files = {name: (path / name).read_bytes() for name in state["sha256"]}
-            if any(
-                hashlib.sha256(content).hexdigest() != state["sha256"][name]
-                for name, content in files.items()
-            ):
+            if any(_digest(path / name) != digest for name, digest in state["sha256"].items()):
                 raise ValueError("its files are not what was written")
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("checkpoint %s is damaged (%s), trying the one before", path.name, error)
             continue
-        _restore(federation, state, files)
+        _restore(federation, state, path)
         return
     raise ConfigurationError(f"resume: {folder} holds no checkpoint that is whole")
 
 
-def _restore(federation: Federation, state: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-    server, clients = load_tensors(files["server.safetensors"]), load_tensors(files["clients.safetensors"])
+def _restore(federation: Federation, state: Mapping[str, Any], path: Path) -> None:
+    tensors: dict[str, dict[str, Tensor]] = {"server": {}, "clients": {}}
+    for name in state["sha256"]:
+        tensors[name.partition("-")[0]] |= load_file(path / name)
+    server, clients = tensors["server"], tensors["clients"]
     federation.arrays = record(_part(server, "arrays"))
     federation.gateway.buffers = server["buffers"]
     federation.gateway.traffic = Traffic(**state["traffic"])
@@ -145,8 +143,25 @@ def load_strategy_state(
         setattr(strategy, attribute, table)
 
 
-def _bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    return save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+def _write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write tensors in files of at most about `PART` bytes; the files' names and SHA-256."""
+    digests: dict[str, str] = {}
+    part: dict[str, Tensor] = {}
+    size, left = 0, len(tensors)
+    for key, tensor in tensors.items():
+        part[key] = tensor.detach().cpu().contiguous()
+        size, left = size + tensor.nbytes, left - 1
+        if size >= PART or not left:
+            file = folder / f"{name}-{len(digests):04d}.safetensors"
+            save_file(part, file)
+            digests[file.name] = _digest(file)
+            part, size = {}, 0
+    return digests
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

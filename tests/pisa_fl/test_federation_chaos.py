@@ -91,14 +91,15 @@ def test_killed_clients_are_gone_on_without_and_come_back(federation, tmp_path):
     assert told[-1]["test_loss"] < told[0]["test_loss"]
 
     # the ledger balances, and every client's replica of its dual is the ledger's
-    server = load_file(directory / "checkpoint" / f"round-{ROUNDS:06d}" / "server.safetensors")
+    server = load_file(directory / "checkpoint" / f"round-{ROUNDS:06d}" / "server-0000.safetensors")
     ledger = {name.removeprefix("strategy.ledger."): value for name, value in server.items()}
-    alpha = ledger["examples"] / ledger["examples"].sum()
+    alpha = ledger["shares"].double() / ledger["shares"].sum()
     left = server["arrays.weights"].double() * 20
-    right = alpha @ (20 * ledger["weights"].double() + ledger["duals"].double())
+    right = alpha @ (20 * ledger["weights.0"].double() + ledger["duals.0"].double())
     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
     for number in range(2):
         (file,) = (federation.disks / f"client-{number}" / "state").glob("*/client-*.safetensors")
         head, _, body = file.read_bytes().partition(b"\n")
         assert json.loads(head)["pending_round"] == ROUNDS
-        assert torch.equal(load(body)["pending.dual"], ledger["duals"][number])
+        row = ledger["clients"].tolist().index(number)
+        assert torch.equal(load(body)["pending.dual"], ledger["duals.0"][row])

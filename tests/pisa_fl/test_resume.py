@@ -205,7 +205,7 @@ def test_as_many_checkpoints_are_kept_as_asked_for(finished):
     ]
 
 
-@pytest.mark.parametrize("name", ["server.safetensors", "clients.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["server-0000.safetensors", "clients-0000.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", [truncate, flip, os.remove, lambda path: path.write_text("null")])
 def test_a_damaged_checkpoint_is_passed_over(copy, finished, caplog, name, damage):
     damage(copy / "checkpoint" / "round-000004" / name)
