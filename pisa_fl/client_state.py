@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from pisa_fl.config import ConfigurationError
 from pisa_fl.host import ClientState
@@ -71,11 +72,13 @@ class StateFile:
             if rounds["version"] != VERSION:
                 raise ValueError(f"it is of version {rounds['version']}")
             tensors = load_tensors(body)
-            state = ClientState(round=int(rounds["round"]), pending_round=rounds["pending_round"])
+            vectors: dict[str, dict[str, Tensor]] = {"accepted": {}, "pending": {}}
             for name, vector in tensors.items():
                 part, _, key = name.partition(".")
-                (state.accepted if part == "accepted" else state.pending)[key] = vector
-            return state
+                vectors[part][key] = vector
+            return ClientState(
+                int(rounds["round"]), vectors["accepted"], rounds["pending_round"], vectors["pending"]
+            )
         except FileNotFoundError:
             return ClientState()
         except Exception as error:  # whatever a damaged file makes the parsers raise

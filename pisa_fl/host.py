@@ -84,26 +84,32 @@ class Clients:
         """Training examples of every client, by client number."""
         return {number: len(rows) for number, rows in self.rows.items()}
 
-    def host(self, numbers: Iterable[int], cohort: int | Literal["auto"], chunk: int) -> ClientHost:
+    def host(
+        self, numbers: Iterable[int], cohort: int | Literal["auto"], chunk: int, normalised: bool = False
+    ) -> ClientHost:
         """A host of the clients with the given numbers.
 
         Args:
             numbers: Client numbers.
             cohort: Clients that advance together; `auto`: 1 on a CPU or for a model with running statistics, else 32.
             chunk: Examples differentiated at once where the number does not matter to the result.
+            normalised: Normalise the whole set of images now, instead of every image each time it is read.
         """
+        model = FlatModel(copy.deepcopy(self.model), self.device)
         images = tensor(self.data.train_images, self.device)
         labels = tensor(self.data.train_labels, self.device)
+        if normalised:
+            images = model.normalised(images, self.data)
         clients = {
             number: ClientData(
                 images,
                 labels,
                 torch.as_tensor(self.rows[number]),
                 self.noise_std.get(number, 0.0),
+                raw=not normalised,
             )
             for number in numbers
         }
-        model = FlatModel(copy.deepcopy(self.model), self.device)
         if cohort == "auto":
             cohort = 1 if self.device.type == "cpu" or model.buffer_layout.size else 32
         solver = Solver(model, self.half, self.data, clients, self.seed, self.batch_size, chunk)
@@ -122,9 +128,9 @@ class ClientState:
     """
 
     round: int = 0
-    accepted: dict[str, Tensor] = field(default_factory=dict)
+    accepted: Mapping[str, Tensor] = field(default_factory=dict)
     pending_round: int | None = None
-    pending: dict[str, Tensor] = field(default_factory=dict)
+    pending: Mapping[str, Tensor] = field(default_factory=dict)
 
     def settle(self, accepted_round: int) -> bool:
         """Go to the state of the round that the server accepted; False, and nothing changes, if it is not here."""
@@ -242,7 +248,9 @@ class ClientHost:
             yield from self._answer(alone, run)
 
     def _run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome | str]]:
-        yield from ((position, self.solver.answer(job)) for position, job in enumerate(jobs))
+        on_gpu = self.device.type == "cuda"
+        with torch.random.fork_rng(devices=[self.device] if on_gpu else []):
+            yield from ((position, self.solver.answer(job)) for position, job in enumerate(jobs))
 
     def _job(self, group: _Group) -> Job:
         clients = [client for client, _ in group.messages]
@@ -259,10 +267,10 @@ class ClientHost:
                 if outcome.state:
                     state = self.states[client]
                     state.pending_round = integer(group.instruction.config, ROUND)
-                    state.pending = dict(outcome.state[row])
+                    state.pending = outcome.state[row]
                 arrays = ArrayRecord()
                 for name, stack in outcome.arrays.items():
-                    arrays[name] = TensorArray(stack[row], outcome.extents[name][row])
+                    arrays[name] = TensorArray(stack[row], outcome.norms[name][row])
                 content[ARRAYS] = self._by_name(vectors(arrays), names) if names else arrays
             content[METRICS] = MetricRecord(dict(outcome.metrics[row]))
             yield Message(content, reply_to=message)

@@ -6,6 +6,7 @@ of, and from nothing else, so that any process that has a solver can take any jo
 
 from __future__ import annotations
 
+import math
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from pisa_fl.config import ConfigurationError
 from pisa_fl.data import ImageData
 from pisa_fl.randomness import torch_seed
 from strategies.client import ClientHalf, Instruction
-from strategies.messages import BUFFERS, DIFFERENTIATED, EXAMPLES, LOSS, ROUND, WEIGHTS, extent, integer
+from strategies.messages import BUFFERS, DIFFERENTIATED, EXAMPLES, LOSS, ROUND, WEIGHTS, integer
 
 TEST_PART = 1000
 """Examples of a part of the test set, which are read at once."""
@@ -60,13 +61,13 @@ class Outcome:
         metrics: Numbers of each client.
         arrays: What they answer, {name: (C, size)}.
         state: What each is to remember if the server accepts that, {name: (size,)}; empty if there is no such thing.
-        extents: Minimum and maximum of each client's row of each of the arrays.
+        norms: Euclidean norm of each client's row of each of the arrays.
     """
 
     metrics: Sequence[Mapping[str, int | float]]
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
     state: Sequence[Mapping[str, Tensor]] = ()
-    extents: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    norms: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 class Solver:
@@ -97,7 +98,7 @@ class Solver:
         self._instruction: tuple[Job, Instruction] | None = None
 
     def answer(self, job: Job) -> Outcome | str:
-        """The outcome, or why there is none."""
+        """The outcome, or why there is none; PyTorch's global generators are left somewhere else."""
         try:
             return self.run(job)
         except Exception as error:
@@ -130,14 +131,12 @@ class Solver:
             name: torch.stack([self._vector(held, name, size) for held in job.state])
             for name, size in self.half.state_sizes().items()
         }
-        # dropout and its like draw from PyTorch's global generator: give them an address of their own
-        on_gpu = self.model.device.type == "cuda"
-        with torch.random.fork_rng(devices=[self.model.device] if on_gpu else []):
-            seed = torch_seed(self._seed, "model", round_number, job.clients[0])
-            torch.default_generator.manual_seed(seed)
-            if on_gpu:
-                torch.cuda.manual_seed(seed)
-            update = self.half.solve(cohort, self._instruction_of(job), state)
+        # dropout and its like draw from PyTorch's global generators: give them an address of their own
+        seed = torch_seed(self._seed, "model", round_number, job.clients[0])
+        torch.default_generator.manual_seed(seed)
+        if self.model.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        update = self.half.solve(cohort, self._instruction_of(job), state)
         answered = dict(update.arrays)
         if self.model.buffer_layout.size:
             answered[BUFFERS] = cohort.buffers
@@ -155,8 +154,8 @@ class Solver:
         rows = [{name: stack[row] for name, stack in update.state.items()} for row in range(len(job.clients))]
         if len(rows) > 1:  # a row of many would keep them all in memory
             rows = [{name: vector.clone() for name, vector in row.items()} for row in rows]
-        extents = {name: [extent(row) for row in stack.numpy()] for name, stack in arrays.items()}
-        return Outcome(metrics, arrays, rows if update.state else (), extents)
+        norms = {name: [math.sqrt(row @ row) for row in stack] for name, stack in arrays.items()}
+        return Outcome(metrics, arrays, rows if update.state else (), norms)
 
     def _evaluate(self, job: Job) -> Outcome:
         """Loss and accuracy of the sent weights; of the test set, parts to be put together."""
@@ -169,7 +168,9 @@ class Solver:
                 metrics.append({"correct": correct, "loss": loss})
             else:
                 own = self.clients[client]
-                accuracy, loss = self.model.evaluate(own.images, own.labels, own.rows, self.data, self._chunk)
+                accuracy, loss = self.model.evaluate(
+                    own.images, own.labels, own.rows, self.data, self._chunk, own.raw
+                )
                 metrics.append({EXAMPLES: len(own), "accuracy": accuracy, "loss": loss})
         return Outcome(metrics)
 

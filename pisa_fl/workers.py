@@ -80,13 +80,13 @@ class _Answer:
     Attributes:
         metrics: As of the outcome.
         spans: The answer's arrays, within each client's part.
-        extents: As of the outcome.
+        norms: As of the outcome.
         state: Whether there is a new state, in the other slot of each client.
     """
 
     metrics: Sequence[Mapping[str, int | float]]
     spans: Spans
-    extents: Mapping[str, Sequence[tuple[float, float]]]
+    norms: Mapping[str, Sequence[float]]
     state: bool
 
 
@@ -102,21 +102,24 @@ class Slots:
     def __init__(self, clients: Iterable[int], sizes: Mapping[str, int], on_disk: bool) -> None:
         self._rows = {client: row for row, client in enumerate(clients)}
         self._sizes = sizes
+        self._views: dict[tuple[int, int], Mapping[str, Tensor]] = {}
         self._memory = zeros(len(self._rows) * 2 * sum(sizes.values()), on_disk).view(len(self._rows), 2, -1)
 
-    def __call__(self, client: int, slot: int) -> dict[str, Tensor]:
+    def __call__(self, client: int, slot: int) -> Mapping[str, Tensor]:
         """The vectors in a client's slot; none for slot -1."""
         if slot < 0:
             return {}
-        vectors = self._memory[self._rows[client], slot].split(list(self._sizes.values()))
-        return dict(zip(self._sizes, vectors, strict=True))
+        if (client, slot) not in self._views:
+            vectors = self._memory[self._rows[client], slot].split(list(self._sizes.values()))
+            self._views[client, slot] = dict(zip(self._sizes, vectors, strict=True))
+        return self._views[client, slot]
 
     def place(self, client: int, state: Mapping[str, Tensor]) -> int:
         """The slot that holds a state; it is copied into the first if it lies elsewhere."""
         if not state:
             return -1
         for slot in (0, 1):
-            if all(state[name].data_ptr() == held.data_ptr() for name, held in self(client, slot).items()):
+            if state is self._views.get((client, slot)):
                 return slot
         for name, held in self(client, 0).items():
             held.copy_(state[name]) if name in state else held.zero_()
@@ -252,12 +255,16 @@ class Workers:
             log.debug("a worker takes no tasks any more")
 
     def _outcome(self, job: _Light, answer: _Answer) -> Outcome:
-        rows = self._rows(self._exchange, job)
-        arrays = {name: rows[:, start:stop] for name, (start, stop) in answer.spans.items()}
-        state: list[dict[str, Tensor]] = []
+        arrays = {
+            name: self._exchange.as_strided(
+                (len(job.clients), stop - start), (job.width, 1), job.start + start
+            )
+            for name, (start, stop) in answer.spans.items()
+        }
+        state: list[Mapping[str, Tensor]] = []
         if answer.state:
             state = [self._slots(c, other(slot)) for c, slot in zip(job.clients, job.slots, strict=True)]
-        return Outcome(answer.metrics, arrays, state, answer.extents)
+        return Outcome(answer.metrics, arrays, state, answer.norms)
 
     def _start(self) -> None:
         """Fork a worker."""
@@ -326,20 +333,14 @@ class Workers:
         if ends[-1] > job.width:
             return f"the client half answers {ends[-1]} numbers where its reply_fields say {job.width}"
         spans = dict(zip(outcome.arrays, pairwise(ends), strict=True))
-        rows = self._rows(self._exchange, job)
+        end = job.start + len(job.clients) * job.width
+        rows = self._exchange[job.start : end].view(len(job.clients), -1)
         for name, (start, stop) in spans.items():
             rows[:, start:stop] = outcome.arrays[name]
         for client, slot, vectors in zip(job.clients, job.slots, outcome.state, strict=False):
             for name, held in self._slots(client, other(slot)).items():
                 held.copy_(vectors[name])
-        return _Answer(outcome.metrics, spans, outcome.extents, bool(outcome.state))
-
-    @staticmethod
-    def _rows(exchange: Tensor, job: _Light) -> Tensor:
-        """Where a job's answer lies, (C, width)."""
-        return exchange[job.start : job.start + len(job.clients) * job.width].view(
-            len(job.clients), job.width
-        )
+        return _Answer(outcome.metrics, spans, outcome.norms, bool(outcome.state))
 
 
 def other(slot: int) -> int:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from strategies.layout import Layout
-from strategies.memory import ROWS, Rows, stacked
+from strategies.memory import ROWS, Rows
 
-_TILE = 2**15
-"""Elements of a client-by-column tile: several of them fit into a core's cache."""
+_THREADS = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="ledger")
+
+
+@dataclass
+class _Sums:
+    """Sums over some clients, of vectors in single precision."""
+
+    primal: Tensor
+    dual: Tensor
+    spread: float = 0.0
+
+    def add(self, share: float, gap: Tensor, dual: Tensor) -> None:
+        """Add share times (w_i - c), pi_i and |w_i - c|^2."""
+        self.primal.add_(gap, alpha=share)
+        self.dual.add_(dual, alpha=share)
+        self.spread += share * float(gap @ gap)
 
 
 class Ledger:
@@ -26,6 +44,10 @@ class Ledger:
     are kept in double precision, c being the consensus of the round last accepted, and only the rows of those who
     answered are taken out and put in again. They are put together afresh when everybody answers.
 
+    Memory is what limits all this, not arithmetic: a client's rows are worked on one after the other while they are in
+    a core's cache, by one thread a core. Clients are summed in blocks, and blocks in their order, so that the sums do
+    not depend on the number of threads.
+
     Args:
         layout: Layout of the model's parameters.
         uniform: Weigh clients equally (alpha_i = 1/N) instead of by examples (alpha_i = n_i/n).
@@ -33,16 +55,14 @@ class Ledger:
     """
 
     def __init__(self, layout: Layout, uniform: bool, on_disk: bool = False) -> None:
-        self._uniform = uniform
+        self._layout, self._uniform = layout, uniform
         self._empty = partial(Rows, layout.size, on_disk)
         self._weights, self._duals = self._empty(), self._empty()
         self._rows: dict[int, int] = {}
-        self._rounds: list[int] = []
-        self._shares = torch.empty(0)
+        self._rounds: dict[int, int] = {}
+        self._shares: dict[int, float] = {}
         self._centre = torch.zeros(layout.size)
-        self._primal = torch.zeros(layout.size, dtype=torch.float64)
-        self._spread = torch.zeros((), dtype=torch.float64)
-        self._dual = torch.zeros(layout.size, dtype=torch.float64)
+        self._sums = self._nothing(torch.float64)
 
     @property
     def clients(self) -> list[int]:
@@ -67,28 +87,38 @@ class Ledger:
             sigma: Penalty, () or (d,); None in a round that only measures, which leaves the duals as they are.
         """
         self._admit(weights)
-        order = sorted(weights, key=self._rows.__getitem__)
-        rows = [self._rows[client] for client in order]
         self._shift(consensus)
-        if len(order) < len(self._rows):
-            for start, stop in _runs(rows):
-                self._count(slice(rows[start], rows[start] + stop - start), -1.0)
-        else:
-            for total in (self._primal, self._spread, self._dual):
-                total.zero_()
+        order = sorted(weights, key=self._rows.__getitem__)
+        everybody = len(order) == len(self._rows)
+        shares = {client: 1.0 if self._uniform else float(examples[client]) for client in order}
         step = None if sigma is None else sigma.expand_as(consensus)
-        for start, stop in _runs(rows):
-            here = slice(rows[start], rows[start] + stop - start)
-            incoming = stacked([weights[client] for client in order[start:stop]])
-            self._shares[here] = torch.tensor(
-                [1.0 if self._uniform else float(examples[client]) for client in order[start:stop]]
-            )
-            self._write(here, incoming, step)
-            self._rounds[here] = [round_number] * (stop - start)
+
+        def write(clients: Sequence[int]) -> _Sums:
+            sums, gap, move = self._nothing(), torch.empty_like(consensus), torch.empty_like(consensus)
+            for client in clients:
+                primal, dual = self.primal(client), self.dual(client)
+                if not everybody:
+                    torch.sub(primal, consensus, out=gap)
+                    sums.add(-self._shares[client], gap, dual)
+                torch.sub(weights[client], consensus, out=gap)
+                primal.copy_(weights[client])
+                if step is not None:
+                    dual += torch.mul(gap, step, out=move)
+                sums.add(shares[client], gap, dual)
+            return sums
+
+        if everybody:
+            self._sums = self._nothing(torch.float64)
+        for sums in _THREADS.map(write, _blocks(order)):
+            self._sums.primal += sums.primal
+            self._sums.dual += sums.dual
+            self._sums.spread += sums.spread
+        self._shares |= shares
+        self._rounds |= dict.fromkeys(order, round_number)
 
     def accepted_round(self, client: int) -> int:
         """Round of the client's last accepted reply; 0 if there is none."""
-        return self._rounds[self._rows[client]] if client in self._rows else 0
+        return self._rounds.get(client, 0)
 
     def primal(self, client: int) -> Tensor:
         """The client's primal w_i, (d,)."""
@@ -100,29 +130,33 @@ class Ledger:
 
     def average(self, vectors: Mapping[int, Tensor]) -> Tensor:
         """Average of one vector (k,) of each of some clients, by their alpha_i among themselves."""
-        clients = list(vectors)
-        shares = self._shares[torch.tensor([self._rows[client] for client in clients])]
-        total = torch.zeros_like(vectors[clients[0]], dtype=torch.float64)
-        for start in range(0, len(clients), ROWS):
-            part = slice(start, start + ROWS)
-            total += shares[part] @ stacked([vectors[client] for client in clients[part]])
-        return (total / shares.sum(dtype=torch.float64)).float()
+
+        def add(clients: Sequence[int]) -> Tensor:
+            total = torch.zeros_like(vectors[clients[0]])
+            for client in clients:
+                total.add_(vectors[client], alpha=self._shares[client])
+            return total
+
+        total = torch.stack(list(_THREADS.map(add, _blocks(vectors)))).sum(dim=0, dtype=torch.float64)
+        return (total / sum(self._shares[client] for client in vectors)).float()
 
     def consensus(self, sigma: Tensor, lambda_: float) -> Tensor:
         """w = sum alpha_i (sigma w_i + pi_i) / (sigma + lambda), (d,)."""
         total = self._total
-        primal, sigma = self._centre + self._primal / total, sigma.double()
-        return ((sigma * primal + self._dual / total) / (sigma + lambda_)).float()
+        primal, sigma = self._centre + self._sums.primal / total, sigma.double()
+        return ((sigma * primal + self._sums.dual / total) / (sigma + lambda_)).float()
 
     def primal_residual(self, consensus: Tensor) -> float:
         """sqrt(sum alpha_i |w_i - w|^2)."""
         shift = self._centre.double() - consensus
-        squares = self._spread + 2 * (shift @ self._primal) + self._total * shift.square().sum()
-        return float((squares / self._total).clamp(min=0).sqrt())
+        squares = self._sums.spread + float(
+            2 * shift @ self._sums.primal + self._total * shift.square().sum()
+        )
+        return math.sqrt(max(0.0, squares) / self._total)
 
     def dual_residual(self, consensus: Tensor, lambda_: float) -> float:
         """|sum alpha_i pi_i - lambda w|."""
-        return float((self._dual / self._total - lambda_ * consensus).norm())
+        return float((self._sums.dual / self._total - lambda_ * consensus).norm())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the ledger holds; its rows as they lie, block by block."""
@@ -130,20 +164,22 @@ class Ledger:
         rows = {"weights": self._weights.blocks(known), "duals": self._duals.blocks(known)}
         return {f"{name}.{i}": block for name, blocks in rows.items() for i, block in enumerate(blocks)} | {
             "clients": torch.tensor(list(self._rows), dtype=torch.int64),
-            "rounds": torch.tensor(self._rounds, dtype=torch.int64),
-            "shares": self._shares,
+            "rounds": torch.tensor([self._rounds[client] for client in self._rows], dtype=torch.int64),
+            "shares": torch.tensor([self._shares[client] for client in self._rows], dtype=torch.float64),
             "centre": self._centre,
-            "primal": self._primal,
-            "spread": self._spread,
-            "dual": self._dual,
+            "primal": self._sums.primal,
+            "dual": self._sums.dual,
+            "spread": torch.tensor(self._sums.spread, dtype=torch.float64),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave."""
-        self._rows = {client: row for row, client in enumerate(state["clients"].tolist())}
-        self._rounds = state["rounds"].tolist()
-        for name in ("shares", "centre", "primal", "spread", "dual"):
-            setattr(self, f"_{name}", state[name].clone())
+        clients = state["clients"].tolist()
+        self._rows = {client: row for row, client in enumerate(clients)}
+        self._rounds = dict(zip(clients, state["rounds"].tolist(), strict=True))
+        self._shares = dict(zip(clients, state["shares"].tolist(), strict=True))
+        self._centre = state["centre"].clone()
+        self._sums = _Sums(state["primal"].clone(), state["dual"].clone(), float(state["spread"]))
         self._weights, self._duals = self._empty(), self._empty()
         for name, rows in (("weights", self._weights), ("duals", self._duals)):
             rows.grow(len(self._rows))
@@ -151,62 +187,31 @@ class Ledger:
                 block.copy_(state[f"{name}.{i}"])
 
     @property
-    def _total(self) -> Tensor:
-        return self._shares.sum(dtype=torch.float64)
+    def _total(self) -> float:
+        return sum(self._shares.values())
 
-    def _admit(self, clients: Mapping[int, Tensor]) -> None:
+    def _nothing(self, dtype: torch.dtype = torch.float32) -> _Sums:
+        size = self._layout.size
+        return _Sums(torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype))
+
+    def _admit(self, clients: Iterable[int]) -> None:
         """Make room for clients that the ledger does not know yet."""
         for client in clients:
-            self._rows.setdefault(client, len(self._rows))
-        new = len(self._rows) - len(self._rounds)
-        self._rounds += [0] * new
-        self._shares = torch.cat([self._shares, torch.zeros(new)])
+            if client not in self._rows:
+                self._rows[client], self._shares[client] = len(self._rows), 0.0
         self._weights.grow(len(self._rows))
         self._duals.grow(len(self._rows))
 
     def _shift(self, centre: Tensor) -> None:
         """Take the sums relative to another c."""
-        total, shift = self._total, self._centre.double() - centre
-        self._spread += 2 * (shift @ self._primal) + total * shift.square().sum()
-        self._primal += total * shift
+        shift = self._centre.double() - centre
+        self._sums.spread += float(2 * shift @ self._sums.primal + self._total * shift.square().sum())
+        self._sums.primal += self._total * shift
         self._centre = centre
 
-    def _count(self, rows: slice, sign: float) -> None:
-        """Add what some rows hold to the sums, or take it out."""
-        weights, duals = self._weights.run(rows.start, rows.stop), self._duals.run(rows.start, rows.stop)
-        shares = self._shares[rows] * sign
-        for columns in _tiles(*weights.shape):
-            self._add(shares, columns, weights[:, columns] - self._centre[columns], duals[:, columns])
 
-    def _write(self, rows: slice, incoming: Tensor, sigma: Tensor | None) -> None:
-        """Write rows, and add them to the sums."""
-        weights, duals = self._weights.run(rows.start, rows.stop), self._duals.run(rows.start, rows.stop)
-        shares = self._shares[rows]
-        for columns in _tiles(*weights.shape):
-            weights[:, columns] = incoming[:, columns]
-            gap = incoming[:, columns] - self._centre[columns]
-            if sigma is not None:
-                duals[:, columns] += gap * sigma[columns]
-            self._add(shares, columns, gap, duals[:, columns])
-
-    def _add(self, shares: Tensor, columns: slice, gaps: Tensor, duals: Tensor) -> None:
-        self._primal[columns] += shares @ gaps
-        self._dual[columns] += shares @ duals
-        self._spread += shares.double() @ gaps.square().sum(dim=1).double()
-
-
-def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Positions, from and up to, of ascending row numbers that follow one another within a block."""
-    start = 0
-    for position in range(1, len(rows) + 1):
-        whole = position < len(rows) and rows[position] == rows[position - 1] + 1 and rows[position] % ROWS
-        if not whole:
-            yield start, position
-            start = position
-
-
-def _tiles(rows: int, columns: int) -> Iterator[slice]:
-    """Columns, cut so that some of them in all the rows make a tile."""
-    width = max(1, _TILE // rows)
-    for start in range(0, columns, width):
-        yield slice(start, min(start + width, columns))
+def _blocks(clients: Iterable[int]) -> Iterator[Sequence[int]]:
+    """Clients in parts of as many as a block has rows."""
+    rest = list(clients)
+    for start in range(0, len(rest), ROWS):
+        yield rest[start : start + ROWS]

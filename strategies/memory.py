@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,26 +49,8 @@ class Rows:
         """One row, (width,)."""
         return self._blocks[row // ROWS][row % ROWS]
 
-    def run(self, start: int, stop: int) -> Tensor:
-        """Rows from `start` up to `stop` of one block, (stop - start, width)."""
-        return self._blocks[start // ROWS][start % ROWS : start % ROWS + stop - start]
-
     def blocks(self, rows: int) -> list[Tensor]:
         """The first rows, block by block."""
-        return [self.run(start, min(start + ROWS, rows)) for start in range(0, rows, ROWS)]
-
-
-def stacked(rows: Sequence[Tensor]) -> Tensor:
-    """Vectors (d,) as the rows of a matrix, without a copy where they lie at equal distances in one storage."""
-    first = rows[0]
-    if len(rows) == 1:
-        return first.unsqueeze(0)
-    addresses = [row.data_ptr() for row in rows]
-    step = addresses[1] - addresses[0]
-    if step < 4 * len(first) or first.dtype != torch.float32 or any(not row.is_contiguous() for row in rows):
-        return torch.stack(list(rows))
-    storage = first.untyped_storage().data_ptr()
-    regular = all(address == addresses[0] + step * i for i, address in enumerate(addresses))
-    if step % 4 or not regular or any(row.untyped_storage().data_ptr() != storage for row in rows):
-        return torch.stack(list(rows))
-    return first.as_strided((len(rows), len(first)), (step // 4, 1))
+        return [
+            block[: rows - start] for start, block in zip(range(0, rows, ROWS), self._blocks, strict=False)
+        ]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Literal
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
 from pisa_fl.cohort import mean_score
@@ -21,6 +21,9 @@ from pisa_fl.host import ClientHost, Clients, ClientState
 from pisa_fl.solver import TEST_PART, Job
 from pisa_fl.workers import Workers, can_fork
 from strategies.messages import TensorArray
+
+NORMALISED = 2**30
+"""Bytes that a set of images may take, all processes together, to be normalised once instead of every time."""
 
 
 def local_engine(
@@ -62,7 +65,8 @@ def local_engine(
             "state=disk needs worker processes, which device=cpu on Linux has: engine.workers=1"
         )
     set_threads(1 if threads == "auto" and workers else threads)
-    return LocalGrid(clients.host(clients.rows, cohort, chunk), workers, state == "disk")
+    normalised = on_cpu and clients.data.train_images.size * 4 <= NORMALISED
+    return LocalGrid(clients.host(clients.rows, cohort, chunk, normalised), workers, state == "disk")
 
 
 class LocalGrid(ClientGrid):
@@ -129,8 +133,8 @@ class LocalGrid(ClientGrid):
 
     def _lend(self, replies: Iterable[Message]) -> None:
         """Note the arrays that lie in memory which the workers will write to again."""
-        records = (record for r in replies if r.has_content() for record in r.content.array_records.values())
-        arrays = (array for record in records for array in record.values())
+        records = (record for reply in replies if reply.has_content() for record in reply.content.values())
+        arrays = (array for record in records if isinstance(record, ArrayRecord) for array in record.values())
         self._lent = [weakref.ref(array) for array in arrays if isinstance(array, TensorArray)]
 
     def _take_back(self) -> None:
