@@ -7,9 +7,11 @@ vectorised over the client axis, which is the fastest on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,9 +32,17 @@ class FlatModel:
     Args:
         model: Any module; it is moved to `device` and its parameters re-bound.
         device: Where it computes.
+        precision: `float32`, or `bfloat16`: mixed, by PyTorch's autocast, for the gradients.
+        compiled: Have PyTorch compile the gradients of cohorts.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        compiled: bool = False,
+    ) -> None:
         self.module = model.to(device)
         self.layout = Layout.of_parameters(model)
         self.buffer_layout = Layout.of_buffers(model)
@@ -48,11 +58,53 @@ class FlatModel:
         # oneDNN's convolutions, and PyTorch's pooling even more, are faster on images with channels last
         convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
         self._channels_last = convolves and device.type == "cpu"
+        self._mixed, self._compiled = precision == "bfloat16", compiled
 
     @property
     def buffers(self) -> Tensor:
         """Running statistics as one vector (b,)."""
         return self.buffer_layout.flatten(dict(self.module.named_buffers())).to(self.device)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which losses are computed."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed)
+
+    @cached_property
+    def gradients(self) -> dict[bool, Callable[..., tuple[Tensor, Tensor]]]:
+        """Gradients and summed losses of a cohort's batches: at one point for all (True), or each at its own (False).
+
+        They take weights (d,) or (C, d), and images, labels and the examples' weights with a leading client axis.
+        """
+        of_one = grad(self._weighted_loss, has_aux=True)
+        of_all = {
+            shared: vmap(of_one, in_dims=(None if shared else 0, 0, 0, 0), randomness="different")
+            for shared in (True, False)
+        }
+        return {shared: torch.compile(f) for shared, f in of_all.items()} if self._compiled else of_all
+
+    def _weighted_loss(
+        self, weights: Tensor, images: Tensor, labels: Tensor, shares: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with self.autocast():
+            logits = functional_call(self.module, self.layout.views(weights), (images,))
+        loss = F.cross_entropy(logits.float(), labels, reduction="none")
+        return (shares * loss).sum(), torch.where(shares > 0, loss, 0.0).sum()
+
+    def example_bytes(self, images: Tensor) -> int:
+        """Bytes that a pass over one example, (1, channels, height, width), keeps for the way back."""
+        kept = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.nbytes if tensor.untyped_storage().data_ptr() != own else 0
+            return tensor
+
+        own, training = self.weights.untyped_storage().data_ptr(), self.module.training
+        self.module.eval()  # running statistics stay as they are
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            self.module(images)
+        self.module.train(training)
+        return kept
 
     @torch.no_grad()
     def load(self, weights: Tensor, buffers: Tensor | None = None) -> None:
@@ -186,6 +238,9 @@ class LocalCohort:
         self._batch_size, self._chunk = batch_size, chunk
         # running statistics and random draws depend on which examples are read together
         self._disturbed = data.augment is not None or any(e.noise_std for e in self._examples)
+        first = self._examples[0]
+        one_set = all(e.images is first.images and e.labels is first.labels for e in self._examples)
+        self._alone = self._disturbed or len(self._examples) == 1 or not one_set
         self._draws = [
             torch_generator(seed, "augmentation", round_number, c) if self._disturbed else None
             for c in examples
@@ -239,6 +294,20 @@ class LocalCohort:
     def _batch(self, chosen: list[Tensor], shares: list[Tensor]) -> Batch:
         """Gather, normalise, disturb and augment the chosen examples of each client."""
         device = self._model.device
+        images, labels = self._read_alone(chosen) if self._alone else self._read_together(chosen)
+        counts = [len(c) for c in chosen]
+        self.differentiated = [d + n for d, n in zip(self.differentiated, counts, strict=True)]
+        return Batch(
+            images=images,
+            labels=labels,
+            weights=_padded(shares).to(device),
+            active=torch.tensor([float(n > 0) for n in counts], device=device),
+            examples=counts,
+        )
+
+    def _read_alone(self, chosen: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Images and labels of every client by itself, (C, B, ...), padded with zeros."""
+        device = self._model.device
         images, labels = [], []
         for client, (rows, examples) in enumerate(zip(chosen, self._examples, strict=True)):
             rows = examples.rows[rows].to(examples.images.device)
@@ -253,25 +322,24 @@ class LocalCohort:
                 x = self._data.augment(x, draw)
             images.append(x)
             labels.append(examples.labels.index_select(0, rows))
-            self.differentiated[client] += len(rows)
-        counts = [len(c) for c in chosen]
-        return Batch(
-            images=_padded(images),
-            labels=_padded(labels),
-            weights=_padded(shares).to(device),
-            active=torch.tensor([float(n > 0) for n in counts], device=device),
-            examples=counts,
+        return _padded(images), _padded(labels)
+
+    def _read_together(self, chosen: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Images and labels of all clients at once, (C, B, ...), padded with whatever; its weight is zero."""
+        whole = self._examples[0]
+        rows = _padded([e.rows[c] for c, e in zip(chosen, self._examples, strict=True)]).to(
+            whole.images.device
         )
+        x = self._model.take(whole.images, rows.flatten())
+        if whole.raw:
+            x = self._data.normalise(x)
+        return x.unflatten(0, rows.shape), whole.labels[rows]
 
     def _differentiate(self, weights: Tensor, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
         """Sums over batches of the gradients (C, d) of the weighted losses, and of the plain losses (C,)."""
         if len(self.clients) == 1:
             return self._backward(weights.reshape(-1), batches)
-        gradients_of = vmap(
-            grad(self._weighted_loss, has_aux=True),
-            in_dims=(None if weights.dim() == 1 else 0, 0, 0, 0),
-            randomness="different",
-        )
+        gradients_of = self._model.gradients[weights.dim() == 1]
         total = torch.zeros(len(self.clients), self.layout.size, device=self._model.device)
         losses = total.new_zeros(len(self.clients))
         for batch in batches:
@@ -280,22 +348,32 @@ class LocalCohort:
             losses += loss
         return total, losses
 
-    def _weighted_loss(
-        self, weights: Tensor, images: Tensor, labels: Tensor, shares: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        logits = functional_call(self._model.module, self.layout.views(weights), (images,))
-        loss = F.cross_entropy(logits, labels, reduction="none")
-        return (shares * loss).sum(), torch.where(shares > 0, loss, 0.0).sum()
-
     def _backward(self, weights: Tensor, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
         self._model.load(weights)
         self._model.gradient.zero_()
         total = weights.new_zeros(1)
         for batch in batches:
-            loss = F.cross_entropy(self._model.module(batch.images[0]), batch.labels[0], reduction="none")
+            with self._model.autocast():
+                logits = self._model.module(batch.images[0])
+            loss = F.cross_entropy(logits.float(), batch.labels[0], reduction="none")
             (batch.weights[0] * loss).sum().backward()
             total += loss.detach().sum()
         return self._model.gradient.clone().unsqueeze(0), total
+
+
+def fitting_cohort(model: FlatModel, images: Tensor, batch_size: int, chunk: int, free: int) -> int:
+    """How many clients can advance together in the memory of a GPU.
+
+    Args:
+        model: Their model.
+        images: One example, (1, channels, height, width).
+        batch_size: Examples of a mini-batch of each.
+        chunk: Examples differentiated at once where the number does not matter to the result.
+        free: Bytes of memory that are free; half of them are used.
+    """
+    # what a pass keeps is held beside its gradient; a client's vectors are its weights, gradient, dual, answer, ...
+    example, client = 2 * model.example_bytes(images), 16 * 4 * model.layout.size
+    return max(1, (free // 2 - chunk * example) // (client + batch_size * example))
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,8 @@ from flwr.app import ArrayRecord, Error, Message, MessageType, MetricRecord, Rec
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pisa_fl.cohort import ClientData, FlatModel
+from pisa_fl.cohort import ClientData, FlatModel, fitting_cohort
+from pisa_fl.config import ConfigurationError
 from pisa_fl.data import ImageData
 from pisa_fl.solver import InstructionError, Job, Outcome, Solver, failure_reason, tensor
 from strategies.client import ClientHalf
@@ -85,19 +86,42 @@ class Clients:
         return {number: len(rows) for number, rows in self.rows.items()}
 
     def host(
-        self, numbers: Iterable[int], cohort: int | Literal["auto"], chunk: int, normalised: bool = False
+        self,
+        numbers: Iterable[int],
+        cohort: int | Literal["auto"] = "auto",
+        chunk: int | Literal["auto"] = "auto",
+        precision: Literal["float32", "bfloat16"] = "float32",
+        compiled: bool = False,
+        normalised: bool = False,
     ) -> ClientHost:
         """A host of the clients with the given numbers.
 
         Args:
             numbers: Client numbers.
-            cohort: Clients that advance together; `auto`: 1 on a CPU or for a model with running statistics, else 32.
-            chunk: Examples differentiated at once where the number does not matter to the result.
+            cohort: Clients that advance together; `auto`: 1 on a CPU or for a model with running statistics, else as
+                many as half of the GPU's free memory holds.
+            chunk: Examples differentiated at once where the number does not matter to the result; `auto`: 250 on a
+                CPU, about what its cache holds, else 8192.
+            precision: `float32`, or `bfloat16`: mixed, by PyTorch's autocast.
+            compiled: Have PyTorch compile the gradients of cohorts.
             normalised: Normalise the whole set of images now, instead of every image each time it is read.
+
+        Raises:
+            ConfigurationError: An option is impossible.
         """
-        model = FlatModel(copy.deepcopy(self.model), self.device)
+        if precision not in ("float32", "bfloat16"):
+            raise ConfigurationError(f"engine.precision must be float32 or bfloat16, got {precision}")
+        model = FlatModel(copy.deepcopy(self.model), self.device, precision, compiled)
         images = tensor(self.data.train_images, self.device)
         labels = tensor(self.data.train_labels, self.device)
+        on_cpu = self.device.type == "cpu"
+        if chunk == "auto":
+            chunk = 250 if on_cpu else 8192
+        if cohort == "auto" and (on_cpu or model.buffer_layout.size):
+            cohort = 1
+        elif cohort == "auto":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            cohort = fitting_cohort(model, self.data.normalise(images[:1]), self.batch_size, chunk, free)
         if normalised:
             images = model.normalised(images, self.data)
         clients = {
@@ -110,8 +134,6 @@ class Clients:
             )
             for number in numbers
         }
-        if cohort == "auto":
-            cohort = 1 if self.device.type == "cpu" or model.buffer_layout.size else 32
         solver = Solver(model, self.half, self.data, clients, self.seed, self.batch_size, chunk)
         return ClientHost(solver, cohort)
 

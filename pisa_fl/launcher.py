@@ -87,7 +87,7 @@ class FlowerRun:
         connection: Name of a SuperLink in Flower's config.toml; None simulates on this machine.
         cpus: Processors that Flower's simulation reserves for a client.
         gpus: Share of a GPU that Flower's simulation reserves for a client.
-        chunk: Examples differentiated at once where the number does not matter to the result.
+        chunk: Examples differentiated at once where the number does not matter to the result, or `auto`.
         threads: PyTorch's threads in each process.
         state: Folder of the clients' state files, on their hosts.
         experiment: Name of the experiment in the clients' state files.
@@ -100,7 +100,7 @@ class FlowerRun:
     connection: str | None
     cpus: int
     gpus: float
-    chunk: int
+    chunk: int | Literal["auto"]
     threads: int | Literal["auto"]
     state: str | None
     experiment: str | None

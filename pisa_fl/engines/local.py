@@ -30,7 +30,9 @@ def local_engine(
     clients: Clients,
     workers: int | Literal["auto"] = "auto",
     cohort: int | Literal["auto"] = "auto",
-    chunk: int = 250,
+    chunk: int | Literal["auto"] = "auto",
+    precision: Literal["float32", "bfloat16"] = "float32",
+    compiled: bool = False,
     threads: int | Literal["auto"] | None = None,
     state: Literal["memory", "disk"] = "memory",
 ) -> LocalGrid:
@@ -40,8 +42,10 @@ def local_engine(
         clients: What the clients are made of.
         workers: Processes that compute, 0 for this one; `auto`: one per core, but 0 with a GPU and where processes
             cannot be forked. The result does not depend on their number.
-        cohort: Clients that advance together; `auto`: 1 on a CPU or for a model with running statistics, else 32.
-        chunk: Examples differentiated at once where the number does not matter to the result.
+        cohort: As for `Clients.host`, and so are `chunk`, `precision` and `compiled`.
+        chunk: See there.
+        precision: See there.
+        compiled: See there.
         threads: PyTorch's threads in this process; `auto`: one per core if it computes itself, else one; None leaves
             them. A worker has one.
         state: Where what clients remember is kept: in `memory`, or on `disk` (`strategies.memory.zeros`).
@@ -66,7 +70,9 @@ def local_engine(
         )
     set_threads(1 if threads == "auto" and workers else threads)
     normalised = on_cpu and clients.data.train_images.size * 4 <= NORMALISED
-    return LocalGrid(clients.host(clients.rows, cohort, chunk, normalised), workers, state == "disk")
+    return LocalGrid(
+        clients.host(clients.rows, cohort, chunk, precision, compiled, normalised), workers, state == "disk"
+    )
 
 
 class LocalGrid(ClientGrid):

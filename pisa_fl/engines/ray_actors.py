@@ -61,8 +61,7 @@ class Host:
 
     Args:
         clients: What the clients are made of, in the object store.
-        cohort: Clients that advance together.
-        chunk: Examples differentiated at once where the number does not matter to the result.
+        options: Of `Clients.host`.
         threads: PyTorch's threads.
         path: Folders to import from, as the server process has them.
     """
@@ -70,21 +69,20 @@ class Host:
     def __init__(
         self,
         clients: Sequence[ray.ObjectRef],
-        cohort: int | Literal["auto"],
-        chunk: int,
+        options: Mapping[str, Any],
         threads: int,
         path: Sequence[str],
     ) -> None:
         sys.path[:0] = [folder for folder in path if folder not in sys.path]
         set_threads(threads)
         identify()
-        self._clients, self._cohort, self._chunk = clients, cohort, chunk
+        self._clients, self._options = clients, options
 
     @cached_property
     def host(self) -> ClientHost:
         """The clients' host; whatever making it raises is raised in the task that asked for it."""
         clients: Clients = ray.get(self._clients[0])
-        return clients.host(clients.rows, self._cohort, self._chunk)
+        return clients.host(clients.rows, **self._options)
 
     def ready(self) -> None:
         """Make the host."""
@@ -183,8 +181,10 @@ class RayGrid(ClientGrid):
         actors: Processes that host the clients; `auto`: as many as there is room for, never more than clients.
         cpus: Cores of an actor, by Ray's accounts.
         gpus: GPUs of an actor; below 1, a share of one.
-        cohort: Clients of an actor that advance together; `auto` as in `Clients.host`.
-        chunk: Examples differentiated at once where the number does not matter to the result.
+        cohort: Clients of an actor that advance together, as for `Clients.host`, and so are the three others.
+        chunk: See there.
+        precision: See there.
+        compiled: See there.
         threads: PyTorch's threads in this process and in every actor; `auto`: one per core, None leaves them.
 
     Raises:
@@ -199,7 +199,9 @@ class RayGrid(ClientGrid):
         cpus: float = 1.0,
         gpus: float = 0.0,
         cohort: int | Literal["auto"] = "auto",
-        chunk: int = 250,
+        chunk: int | Literal["auto"] = "auto",
+        precision: Literal["float32", "bfloat16"] = "float32",
+        compiled: bool = False,
         threads: int | Literal["auto"] | None = 1,
     ) -> None:
         if not _INSTALLED:
@@ -217,7 +219,8 @@ class RayGrid(ClientGrid):
                 start_ray(address)
             count = self._count(actors)
             # in a list, or Ray would read it before the actor has set its path
-            parts = ([_put(clients)], cohort, chunk, torch.get_num_threads(), sys.path)
+            options = {"cohort": cohort, "chunk": chunk, "precision": precision, "compiled": compiled}
+            parts = ([_put(clients)], options, torch.get_num_threads(), sys.path)
             host: Any = ray.remote(Host)
             actor = host.options(num_cpus=cpus, num_gpus=gpus)
             self._shards = [Shard(lambda: actor.remote(*parts)) for _ in range(count)]

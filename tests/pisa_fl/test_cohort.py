@@ -1,6 +1,7 @@
 """Cohorts against plain autograd: one client or many, in chunks or at once, with running statistics and noise."""
 
 import copy
+import shutil
 from zlib import crc32
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pisa_fl.cohort import ClientData, FlatModel, LocalCohort
+from pisa_fl.cohort import ClientData, FlatModel, LocalCohort, fitting_cohort
 from pisa_fl.data import ImageData
 from pisa_fl.data.augment import CropFlip
 from strategies import Instruction, LocalSgd
@@ -284,3 +285,52 @@ def test_state_dict_round_trips():
     assert torch.equal(target.weights, weights)  # parameters are views of the flat vector
     assert torch.equal(target.buffers, buffers)
     assert set(source.state_dict()) == set(normed().state_dict())
+
+
+def test_images_normalised_beforehand_give_the_same_bits():
+    data = image_data()
+    model = network()
+    ready = FlatModel(model, CPU).normalised(torch.from_numpy(data.train_images), data)
+    for client, own in clients(data).items():
+        given = ClientData(ready, own.labels, own.rows, raw=False)
+        gradients = [
+            cohort({client: one}, data).full_gradient(points(1)[0], "mean")[0] for one in (own, given)
+        ]
+        assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_mixed_precision_is_near(together):
+    data = image_data()
+    own = clients(data) if together else {0: clients(data)[0]}
+    exact, loss = cohort(own, data).full_gradient(points(1)[0], "mean")
+    flat = FlatModel(network(), CPU, "bfloat16")
+    mixed, mixed_loss = LocalCohort(flat, data, own, None, ROUND, SEED, BATCH, 1000).full_gradient(
+        points(1)[0], "mean"
+    )
+    assert mixed.dtype == torch.float32
+    assert 0 < (mixed - exact).norm() <= 0.02 * exact.norm()
+    torch.testing.assert_close(mixed_loss, loss, rtol=0.02, atol=0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler for PyTorch to use")
+def test_compiled_gradients_are_the_same_to_rounding():
+    data = image_data()
+    make = nn.Sequential(nn.Flatten(), nn.Linear(72, 5))
+    flat = FlatModel(copy.deepcopy(make), CPU, compiled=True)
+    assert hasattr(flat.gradients[False], "_torchdynamo_orig_callable")
+    at = flat.weights.repeat(3, 1) + torch.tensor([[0.0], [0.1], [0.2]])
+    plain = cohort(clients(data), data, copy.deepcopy(make))
+    compiled = LocalCohort(flat, data, clients(data), None, ROUND, SEED, BATCH, 1000)
+    torch.testing.assert_close(compiled.full_gradient(at, "mean"), plain.full_gradient(at, "mean"))
+
+
+def test_what_a_pass_keeps_and_how_many_clients_fit():
+    flat = FlatModel(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), CPU)
+    # the input, and the hidden layer twice: for the rectifier and for the layer after it
+    assert flat.example_bytes(torch.randn(1, 4)) == 4 * (4 + 3 + 3)
+    client, example = 16 * 4 * 23, 2 * 40
+    free = 2 * (100 * example + 7 * (client + 5 * example))
+    assert fitting_cohort(flat, torch.randn(1, 4), batch_size=5, chunk=100, free=free) == 7
+    assert fitting_cohort(flat, torch.randn(1, 4), batch_size=5, chunk=100, free=free - 1) == 6
+    assert fitting_cohort(flat, torch.randn(1, 4), batch_size=5, chunk=100, free=0) == 1
