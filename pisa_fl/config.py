@@ -113,12 +113,14 @@ def check(config: DictConfig) -> None:
         )
     if not all(isinstance(t, int | float) and 0 <= t <= 1 for t in config.targets):
         raise ConfigurationError(f"targets must be accuracies between 0 and 1, got {list(config.targets)}")
+    if config.state not in ("memory", "disk"):
+        raise ConfigurationError(f"state must be memory or disk, got {config.state}")
     for key in ("engine.cohort", "engine.chunk", "engine.threads"):
         value = OmegaConf.select(config, key, default=1)
-        automatic = value == "auto" and key != "engine.chunk"
+        automatic = value == "auto"
         if not automatic and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigurationError(
-                f"{key} must be a whole number of at least 1 (or auto, but for chunk), got {value}"
+                f"{key} must be a whole number of at least 1 or auto, got {value}"
             )
 
 
