@@ -119,9 +119,7 @@ def check(config: DictConfig) -> None:
         value = OmegaConf.select(config, key, default=1)
         automatic = value == "auto"
         if not automatic and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigurationError(
-                f"{key} must be a whole number of at least 1 or auto, got {value}"
-            )
+            raise ConfigurationError(f"{key} must be a whole number of at least 1 or auto, got {value}")
 
 
 def build(node: DictConfig, **available: Any) -> Any:

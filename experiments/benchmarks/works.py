@@ -28,6 +28,7 @@ SISA = ("strategy=sisa",)
 DEVICE = Task(200, 50, 10, drawn=50)
 SILO = Task(10, 1_000, 64)
 MANY = Task(1_000, 10, 10)
+SMALL = Task(200, 10, 10)
 COHORT = Task(100, 50, 10)
 
 OURS = "pisa-fl"
@@ -138,6 +139,19 @@ def workers(bench: Bench, tasks: Sequence[Task] = (DEVICE, SILO)) -> Iterator[Ou
         yield Outcome("workers", f"{name}, {sizes(task)}", [figure], rounds)
 
 
+def together(bench: Bench, task: Task = SMALL) -> Iterator[Outcome]:
+    """Whether clients of a CPU should advance one by one, as they do, or together in chunks that fit its cache."""
+    for name, strategy in (("SISA", SISA), ("FedAvg", FEDAVG)):
+        one, chunk = "one by one", "25 together"
+        sides = [
+            ours(task, *strategy, f"engine.cohort={cohort}", name=side)
+            for side, cohort in ((one, 1), (chunk, 25))
+        ]
+        rounds = take_turns(sides, bench.repeats)
+        figure = Figure(f"{chunk} / {one}", ratio(rounds, chunk, one))
+        yield Outcome("together", f"{name}, {sizes(task)}, batch {task.batch}", [figure], rounds)
+
+
 def gpu(bench: Bench, task: Task = COHORT) -> Iterator[Outcome]:
     """What it is worth on a GPU that clients advance together."""
     title = f"FedAvg, {sizes(task)}, batch {task.batch}"
@@ -161,7 +175,8 @@ def profile(bench: Bench, task: Task = MANY) -> Iterator[Outcome]:
 
 
 WORKS: dict[str, Callable[[Bench], Iterator[Outcome]]] = {
-    work.__name__: work for work in (device, silo, sisa, many, clients, memory, workers, gpu, profile)
+    work.__name__: work
+    for work in (device, silo, sisa, many, clients, memory, workers, together, gpu, profile)
 }
 """All of them by name."""
 
