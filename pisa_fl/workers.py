@@ -171,8 +171,7 @@ class Workers:
             while waiting or any(worker.tasks for worker in self._workers):
                 for worker in self._workers:
                     while waiting and len(worker.tasks) < QUEUED:
-                        alone = bool(strikes)
-                        self._send(worker, self._cut(waiting, examples, alone), light)
+                        self._send(worker, self._cut(waiting, examples, alone=bool(strikes)), light)
                 busy = {w.connection: w for w in self._workers if w.tasks}
                 left = None if timeout is None else max(0.0, deadline - time.monotonic())
                 ready = wait(list(busy), left)
@@ -187,10 +186,8 @@ class Workers:
                         continue
                     worker.tasks.pop(0)
                     for position, result in results:
-                        yield (
-                            position,
-                            result if isinstance(result, str) else self._outcome(light[position], result),
-                        )
+                        failed = isinstance(result, str)
+                        yield position, result if failed else self._outcome(light[position], result)
         finally:
             for worker in [worker for worker in self._workers if worker.tasks]:
                 self._end(worker)  # too slow, or nobody wants to know any more
@@ -218,11 +215,14 @@ class Workers:
         widths: dict[int, int] = {}
         light = []
         for position, job in enumerate(jobs):
-            width = widths.setdefault(id(job.config), self._width(job)) if job.kind == "train" else 0
+            if id(job.config) not in widths:
+                widths[id(job.config)] = self._width(job) if job.kind == "train" else 0
             slots = [self._slots.place(c, state) for c, state in zip(job.clients, job.state, strict=False)]
             spans = sent[id(job.arrays)][1]
-            light.append(_Light(position, job.kind, job.clients, job.config, spans, slots, end, width))
-            end += len(job.clients) * width
+            light.append(
+                _Light(position, job.kind, job.clients, job.config, spans, slots, end, widths[id(job.config)])
+            )
+            end += len(job.clients) * widths[id(job.config)]
         if end > len(self._exchange):
             self.close()
             self._exchange = zeros(end, self._on_disk)
