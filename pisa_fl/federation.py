@@ -205,9 +205,9 @@ class Federation:
         arrays = vectors(self.arrays)
         if len(self.gateway.buffers):
             arrays[BUFFERS] = self.gateway.buffers
+        self.load_weights()
         if (found := self.grid.test(arrays)) is not None:
             return found
-        self.load_weights()
         images, labels = self._test
         return self.model.evaluate(images, labels, torch.arange(len(labels)), self.data, TEST_PART)
 

@@ -245,9 +245,10 @@ class ClientHost:
                 if group is None:
                     groups.append(group := _Group(train, instruction))
                 group.messages.append((client, message))
-        for group in groups:
-            # clients of like size advance together, whoever was asked first: less of a cohort is padding
-            group.messages.sort(key=lambda one: (-len(self.clients[one[0]]), one[0]))
+        if self._cohort > 1:
+            for group in groups:
+                # clients of like size advance together, whoever was asked first: less of a cohort is padding
+                group.messages.sort(key=lambda one: (-len(self.clients[one[0]]), one[0]))
         parts = [
             _Group(group.train, group.instruction, group.messages[start : start + self._cohort])
             for group in groups
@@ -301,7 +302,8 @@ class ClientHost:
         """Read and check what a message says; arrays that another one has too are read once."""
         try:
             self._check_arrays(content)
-            if message.metadata.message_type != MessageType.EVALUATE:
+            train = message.metadata.message_type != MessageType.EVALUATE
+            if train:
                 self._check_rounds(content)
             sent = content.array_records[ARRAYS]
             if id(sent) not in arrays:
@@ -309,7 +311,7 @@ class ClientHost:
             flat, names = arrays[id(sent)]
             config = config_of(content)
             accepted = config.pop(ACCEPTED, None)
-            supplied = content.array_records.get(STATE)
+            supplied = content.array_records.get(STATE) if train else None
             state = None if supplied is None else vectors(supplied, self._model.device)
             return _Instruction(flat, names, config, accepted, state)
         except Exception as error:  # whatever a stranger's message makes the checks raise

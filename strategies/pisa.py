@@ -193,14 +193,14 @@ class _Common:
     Attributes:
         instruction: What it was made of.
         held: The state of the common Q; empty if every client has its own.
+        observed: Whether anything was observed of it yet.
         sigma: The penalty; None in a round that only measures.
-        factors: Of the common Q; None if there is none, or nothing was observed of it yet.
     """
 
     instruction: Instruction
     held: Mapping[str, Tensor]
+    observed: bool
     sigma: Tensor | None
-    factors: Mapping[str, Tensor] | None
 
 
 class PisaClient(ClientHalf):
@@ -257,7 +257,7 @@ class PisaClient(ClientHalf):
         """K local steps and the dual step; see the module's equations."""
         if self._common is None or self._common.instruction is not instruction:
             self._common = self._prepare(instruction)
-        sigma, factors = self._common.sigma, self._common.factors
+        sigma, rho = self._common.sigma, self.penalty.rho_value
         preconditioner, aligned = self.preconditioner, self.align_every > 0
         consensus, dual = instruction.arrays[WEIGHTS], state[DUAL]
         held: Mapping[str, Tensor] = self._common.held if aligned else state
@@ -269,20 +269,18 @@ class PisaClient(ClientHalf):
         if sigma is None:
             weights = consensus.repeat(len(cohort.clients), 1)
             return Update({WEIGHTS: weights} | announced, loss, {DUAL: dual})
-        if factors is None:
+        if not (aligned and self._common.observed):
             held = preconditioner.accumulate(held, statistic)
-            factors = preconditioner.factor(held, sigma, self.penalty.rho_value)
         direction = preconditioner.direction(held, gradient)
         residual = residual if direction is gradient else direction + dual
-        weights = consensus - preconditioner.solve(factors, residual)
+        weights = consensus - preconditioner.solve(held, residual, sigma, rho)
         for _ in range(1, self.local_steps):
             gradient, _ = gradients(weights)
             if not aligned:
                 held = preconditioner.accumulate(held, preconditioner.statistic(gradient, gradient + dual))
-                factors = preconditioner.factor(held, sigma, self.penalty.rho_value)
             direction = preconditioner.direction(held, gradient)
             residual = direction + dual + sigma * (weights - consensus)
-            weights = weights - preconditioner.solve(factors, residual)
+            weights = weights - preconditioner.solve(held, residual, sigma, rho)
         # the ledger's own operations in their order, so that its dual has the same bits
         dual = dual + (weights - consensus).mul_(sigma)
         kept = {} if aligned else dict(held)
@@ -294,13 +292,9 @@ class PisaClient(ClientHalf):
         held = {name: arrays[name][None] for name in preconditioner.state_fields() if self.align_every}
         scale = preconditioner.scale(held) if self.penalty.sigma is None else None
         sigma = self.penalty.sigma_at(integer(instruction.config, ROUND), scale)
-        if sigma is None:
-            return _Common(instruction, held, None, None)
-        sigma = sigma.to(arrays[WEIGHTS].device)
-        observed = any(vector.any() for vector in held.values())
-        if preconditioner.state_fields() and not observed:
-            return _Common(instruction, held, sigma, None)
-        return _Common(instruction, held, sigma, preconditioner.factor(held, sigma, self.penalty.rho_value))
+        if sigma is not None:
+            sigma = sigma.to(arrays[WEIGHTS].device)
+        return _Common(instruction, held, any(vector.any() for vector in held.values()), sigma)
 
     def _gradients(self, cohort: Cohort) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """The stochastic gradient: at weights (d,) or (C, d), gradients (C, d) and losses (C,)."""

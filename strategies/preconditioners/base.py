@@ -15,7 +15,8 @@ drift", arXiv 2602.19271), and so would their steps.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -30,6 +31,7 @@ class Preconditioner(ABC):
     """Q, as a function of an explicit state; a state of zeros is one that has observed nothing."""
 
     layout: Layout
+    _factored: tuple[State, Tensor, float, Any] | None = None
 
     @abstractmethod
     def state_fields(self) -> dict[str, Field]:
@@ -59,12 +61,18 @@ class Preconditioner(ABC):
         """
 
     @abstractmethod
-    def factor(self, state: State, sigma: Tensor, rho: float) -> dict[str, Tensor]:
-        """What `solve` needs of (sigma I + rho Q)^-1, for a penalty sigma of shape (d,) or ().
+    def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
+        """(sigma I + rho Q)^-1 residual, (C, d), for a penalty sigma of shape (d,) or ()."""
 
-        Clients that share a state share it too, so that it is worth some work.
+    def factored(self, state: State, sigma: Tensor, rho: float, make: Callable[[], Any]) -> Any:
+        """What `make` computes from a state and penalties: once for as long as it is asked about the very same ones.
+
+        Clients that share Q are solved for one after the other; what they have in common is most of the work.
         """
-
-    @abstractmethod
-    def solve(self, factors: State, residual: Tensor) -> Tensor:
-        """(sigma I + rho Q)^-1 residual, (C, d)."""
+        if self._factored is not None:
+            known, own_sigma, own_rho, factors = self._factored
+            if known is state and own_sigma is sigma and own_rho == rho:
+                return factors
+        factors = make()
+        self._factored = state, sigma, rho, factors
+        return factors

