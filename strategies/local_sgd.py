@@ -59,7 +59,7 @@ class LocalSgd(ClientHalf):
         start = instruction.arrays[WEIGHTS]
         mu = real(instruction.config, "proximal-mu", 0.0)
         weights = start.repeat(len(cohort.clients), 1)
-        buffer = torch.zeros_like(weights)
+        buffer = torch.zeros_like(weights) if self.momentum else None
         loss = weights.new_zeros(len(cohort.clients))
         examples = torch.zeros_like(loss)
         for batch in cohort.batches(self.local_epochs):
@@ -68,8 +68,10 @@ class LocalSgd(ClientHalf):
                 gradient.add_(weights, alpha=self.weight_decay)
             if mu:
                 gradient.add_(weights - start, alpha=mu)
-            buffer.mul_(self.momentum).add_(gradient)
-            weights.sub_(buffer * (self.lr * batch.active)[:, None])
+            step = gradient if buffer is None else buffer.mul_(self.momentum).add_(gradient)
+            if len(cohort.clients) > 1:  # some may have no batch any more
+                step = step * batch.active[:, None]
+            weights.sub_(step, alpha=self.lr)
             seen = torch.tensor(batch.examples, dtype=loss.dtype, device=loss.device)
             loss += batch_loss * seen
             examples += seen
