@@ -57,12 +57,12 @@ def place(file: str) -> str:
     """Where a file's time is booked."""
     path = Path(file)
     parts = path.parts
-    if path.is_relative_to(ROOT):
-        name = str(path.relative_to(ROOT))
-    elif "site-packages" in parts:
+    if "site-packages" in parts:  # before anything else: an environment may lie within the checkout
         name = "/".join(parts[parts.index("site-packages") + 1 :])
+    elif path.is_relative_to(ROOT):
+        name = str(path.relative_to(ROOT))
     else:
         return "Python"
     if name.startswith(GRADIENTS) or name == "experiments/benchmarks/task.py":
         return "gradients"
-    return name if path.is_relative_to(ROOT) else name.split("/")[0]
+    return name.split("/")[0] if "site-packages" in parts else name
