@@ -149,20 +149,21 @@ class Shard:
         return not ray.wait([self.ready], timeout=0)[0]
 
     def send(self, shared: Mapping[int, ray.ObjectRef]) -> None:
-        """Give the actor its messages if it is free; arrays go by reference, from the id of the record."""
+        """Give the actor its messages if it is free, each alone if they were sent before; arrays go by reference."""
         if self.replies is not None or not self.unsent:
             return
+        task = self.unsent[:1] if self.again else self.unsent
         positions: dict[int, int] = {}
         light: list[tuple[Message, int | None]] = []
-        for message in self.unsent:
+        for message in task:
             arrays = message.content.array_records.get(ARRAYS)
             rest = copy.copy(message)
             rest.content = RecordDict({k: v for k, v in message.content.items() if v is not arrays})
             light.append((rest, None if arrays is None else positions.setdefault(id(arrays), len(positions))))
         records = [shared[i] for i in positions]
         self.replies = self.actor.handle.options(num_returns="streaming").remote(light, *records)
-        self.asked = {message.metadata.message_id: message for message in self.unsent}
-        self.unsent = []
+        self.asked = {message.metadata.message_id: message for message in task}
+        self.unsent = self.unsent[len(task) :]
 
     def __str__(self) -> str:
         numbers = [str(client) for client in sorted(self.clients)]
@@ -329,7 +330,10 @@ class RayGrid(ClientGrid):
         return [] if awaited is None else [reply]
 
     def _replace(self, shard: Shard, why: str) -> list[Message]:
-        """Replace an actor and send once more what it left unanswered; at its second end, errors are the replies."""
+        """Replace an actor and send what it left unanswered once more; what ends a second one is answered by an error.
+
+        Which of them ended it cannot be told, for the last replies before that may be lost: each is sent alone.
+        """
         log.warning("the actor of %s ended (%s) and was replaced", shard, why)
         ray.kill(shard.actor)
         shard.start()
@@ -338,8 +342,7 @@ class RayGrid(ClientGrid):
             error = Error(ACTOR_DIED, f"its actor ended a second time: {why}")
             return [Message(error, reply_to=message) for message in unanswered]
         if unanswered:
-            # the one that it worked on may be what ended it: the others come first
-            shard.unsent, shard.again = unanswered[1:] + unanswered[:1], True
+            shard.unsent, shard.again = unanswered + shard.unsent, True
         return []
 
     def _make_do(self) -> None:
