@@ -227,14 +227,15 @@ class ClientHost:
             messages: The messages.
             run: Runs the jobs in place of this host's own solver.
         """
-        contents: dict[int, _Instruction] = {}
+        contents: dict[tuple[int, bool], _Instruction] = {}
         arrays: _Arrays = {}
         groups: list[_Group] = []
         for client, message in messages:
             content = message.content if message.has_content() else RecordDict()
-            if id(content) not in contents:
-                contents[id(content)] = self._read(message, content, arrays)
-            instruction, train = contents[id(content)], message.metadata.message_type != MessageType.EVALUATE
+            train = message.metadata.message_type != MessageType.EVALUATE
+            if (id(content), train) not in contents:
+                contents[id(content), train] = self._read(content, train, arrays)
+            instruction = contents[id(content), train]
             if instruction.refused is not None:
                 yield Message(Error(CLIENT_FAILED, instruction.refused), reply_to=message)
             elif train and not self._settle(client, instruction):
@@ -298,11 +299,10 @@ class ClientHost:
             content[METRICS] = MetricRecord(dict(outcome.metrics[row]))
             yield Message(content, reply_to=message)
 
-    def _read(self, message: Message, content: RecordDict, arrays: _Arrays) -> _Instruction:
+    def _read(self, content: RecordDict, train: bool, arrays: _Arrays) -> _Instruction:
         """Read and check what a message says; arrays that another one has too are read once."""
         try:
             self._check_arrays(content)
-            train = message.metadata.message_type != MessageType.EVALUATE
             if train:
                 self._check_rounds(content)
             sent = content.array_records[ARRAYS]

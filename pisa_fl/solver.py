@@ -95,7 +95,7 @@ class Solver:
     ) -> None:
         self.model, self.half, self.data, self.clients = model, half, data, clients
         self._seed, self._batch_size, self._chunk = seed, batch_size, chunk
-        self._instruction: tuple[Job, Instruction] | None = None
+        self._last: tuple[Mapping[str, Tensor], Instruction] | None = None
 
     def answer(self, job: Job) -> Outcome | str:
         """The outcome, or why there is none; PyTorch's global generators are left somewhere else."""
@@ -188,13 +188,13 @@ class Solver:
 
     def _instruction_of(self, job: Job) -> Instruction:
         """The very same object for the jobs of one instruction: client halves may compute something from it once."""
-        if self._instruction is not None:
-            last, instruction = self._instruction
-            if last.arrays is job.arrays and last.config == job.config:
+        if self._last is not None:
+            arrays, instruction = self._last
+            if arrays is job.arrays and instruction.config == job.config:
                 return instruction
-        arrays = {name: array for name, array in job.arrays.items() if name != BUFFERS}
-        self._instruction = job, Instruction(arrays, job.config)
-        return self._instruction[1]
+        own = {name: array for name, array in job.arrays.items() if name != BUFFERS}
+        self._last = job.arrays, Instruction(own, job.config)
+        return self._last[1]
 
     def _vector(self, held: Mapping[str, Tensor], name: str, size: int) -> Tensor:
         return held[name] if name in held else torch.zeros(size, device=self.model.device)

@@ -209,3 +209,14 @@ def test_evaluation_is_of_the_clients_own_examples():
         assert metrics["num-examples"] == len(own)
         assert metrics["loss"] == pytest.approx(float(cross_entropy(logits, labels)), rel=1e-5)
         assert metrics["accuracy"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+
+
+def test_what_is_said_to_train_is_checked_even_if_the_same_was_said_to_evaluate():
+    host = make_host()
+    content = RecordDict(
+        {"arrays": record({"weights": torch.zeros(host._model.layout.size)}), "config": ConfigRecord()}
+    )
+    messages = [Message(content, 0, "evaluate"), Message(content, 1, "train")]
+    evaluated, trained = LocalGrid(host).send_and_receive(messages)
+    assert not evaluated.has_error()
+    assert trained.error.reason == "instruction refused: server-round is None"
