@@ -47,6 +47,8 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
+    for write in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        write("{x:g}")
     axes.set_xlabel("times better than the target")
     canvas.savefig(path, dpi=150)
     plt.close(canvas)
