@@ -8,7 +8,6 @@ passed over for the one before it. Randomness needs no saving: every draw has an
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from pisa_fl.config import ConfigurationError
 from pisa_fl.federation import Federation
+from pisa_fl.files import digest
 from pisa_fl.gateway import Traffic
 from pisa_fl.host import ClientState
 from strategies.messages import record, vectors
@@ -76,7 +76,7 @@ def load_checkpoint(federation: Federation, folder: Path) -> None:
     for path in sorted(folder.glob("round-*"), reverse=True):
         try:
             state = json.loads((path / "state.json").read_text())
-            if any(_digest(path / name) != digest for name, digest in state["sha256"].items()):
+            if any(digest(path / name) != known for name, known in state["sha256"].items()):
                 raise ValueError("its files are not what was written")
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("checkpoint %s is damaged (%s), trying the one before", path.name, error)
@@ -154,14 +154,9 @@ def _write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, 
         if size >= PART or not left:
             file = folder / f"{name}-{len(digests):04d}.safetensors"
             save_file(part, file)
-            digests[file.name] = _digest(file)
+            digests[file.name] = digest(file)
             part, size = {}, 0
     return digests
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -19,13 +19,14 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from omegaconf import DictConfig, OmegaConf
 
-from pisa_fl import rundir, simulation
+from pisa_fl import simulation
 from pisa_fl.assembly import one_client
 from pisa_fl.client_state import StateFile
 from pisa_fl.config import ConfigurationError, compose, first_line
 from pisa_fl.engines.base import set_threads
 from pisa_fl.engines.flower import FlowerGrid
 from pisa_fl.federation import RunError
+from pisa_fl.files import write
 from pisa_fl.host import CLIENT_FAILED, ClientHost
 from pisa_fl.solver import failure_reason
 from strategies.messages import CONFIG
@@ -166,6 +167,6 @@ def _some_nodes(grid: Grid) -> list[int]:
 def _leave(directory: Path, error: Exception) -> None:
     """Tell the launcher why the run ended."""
     if directory.is_dir():
-        rundir.write(
+        write(
             directory / simulation.OUTCOME, json.dumps({"kind": type(error).__name__, "reason": str(error)})
         )

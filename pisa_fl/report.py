@@ -20,8 +20,9 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from pisa_fl.files import write
 from pisa_fl.plots import draw_comparison, draw_sweep
-from pisa_fl.rundir import Metrics, read_metrics, write
+from pisa_fl.rundir import Metrics, read_metrics
 
 IGNORED = {"seed", "name", "resume", "progress", "checkpoint", "targets"}
 """Keys, of whatever group, that do not tell what a run studies."""

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from pisa_fl.config import ConfigurationError
+from pisa_fl.files import write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,20 +66,11 @@ def claimed(directory: Path | None) -> Iterator[None]:
         os.close(handle)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text file that is either complete or not there."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write weights as safetensors, complete or not at all."""
-    from safetensors.torch import save_file  # brings PyTorch, which reading metrics needs not
+    from safetensors.torch import save  # brings PyTorch, which reading metrics needs not
 
-    temporary = path.with_name(f".{path.name}")
-    save_file(dict(state), temporary)
-    os.replace(temporary, path)
+    write(path, save(dict(state)))
 
 
 def write_config(path: Path, config: DictConfig) -> None:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pisa_fl
-from pisa_fl import rundir
+from pisa_fl import files, rundir
 
 KEYS = {
     "round",
@@ -279,7 +279,7 @@ def test_rewinding_takes_out_later_rounds_everywhere(tmp_path):
 def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path):
     (tmp_path / "summary.json").write_text("old")
     with pytest.raises(UnicodeEncodeError):
-        rundir.write(tmp_path / "summary.json", "new \ud800")
+        files.write(tmp_path / "summary.json", "new \ud800")
     assert (tmp_path / "summary.json").read_text() == "old"
 
 
