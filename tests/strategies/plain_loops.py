@@ -1,6 +1,6 @@
 """The algorithms once more, as slow loops over clients and tensors in double precision.
 
-Nothing of `strategies` or `pisa_fl` is used but the model class and the stored images: autograd, dictionaries
+Nothing of `strategies` or `pisa_fl` is used but a model's layers and the stored images: autograd, dictionaries
 and the papers' formulas. Symbols as in `strategies.pisa`.
 """
 
@@ -12,7 +12,8 @@ from zlib import crc32
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch.nn.functional import cross_entropy
+from torch import tanh
+from torch.nn.functional import avg_pool2d, cross_entropy
 
 from pisa_fl import compose, prepare
 from pisa_fl.data.mnist import mnist_mini
@@ -35,9 +36,21 @@ def few_digits(mean, std, augment=None):
     )
 
 
-def small_cnn():
-    """Two convolutions, a wide, a tall and a square linear layer."""
-    return SimpleCNN((1, 28, 28), 10, channels=[2, 3], kernel=5, hidden=[6, 10])
+class SmoothCNN(SimpleCNN):
+    """Two convolutions, a wide, a tall and a square linear layer, with tanh and average pools.
+
+    Where an activation or a maximum is about to change, the gradient of ReLU and max pool jumps: two trajectories that
+    differ by rounding alone end up on different sides of it, and then are different trajectories. Here the gradient
+    changes as little as the weights do, so that a deviation is somebody's fault, on whatever processor.
+    """
+
+    def __init__(self):
+        super().__init__((1, 28, 28), 10, channels=[2, 3], kernel=5, hidden=[6, 10])
+
+    def forward(self, images):
+        features = avg_pool2d(tanh(self.conv1(images)), 2)
+        features = avg_pool2d(tanh(self.conv2(features)), 2)
+        return self.fc3(tanh(self.fc2(tanh(self.fc1(features.flatten(1))))))
 
 
 @dataclass
@@ -76,7 +89,7 @@ class Problem:
         """The framework's own run of this problem: its federation after the rounds, and their metrics."""
         federation = prepare(
             compose(
-                *("data=few", "model=simple_cnn", "model.channels=[2,3]", "model.hidden=[6,10]"),
+                *("data=few", "model=smooth"),
                 *(
                     "partition=from_file",
                     f"partition.path={self.folder}/partition.json",
@@ -95,9 +108,11 @@ class Problem:
 def make_problem(folder):
     """Write a problem's files into a folder: configuration, partition and initial weights."""
     torch.manual_seed(3)
-    model = small_cnn()
+    model = SmoothCNN()
     save_file(model.state_dict(), folder / "initial.safetensors")
     (folder / "data").mkdir()
+    (folder / "model").mkdir()
+    (folder / "model" / "smooth.yaml").write_text("_target_: plain_loops.SmoothCNN\n")
     (folder / "data" / "few.yaml").write_text(
         f"_target_: plain_loops.few_digits\nmean: [{MEAN}]\nstd: [{STD}]\naugment: null\n"
     )

@@ -120,8 +120,9 @@ def test_admm_follows_the_plain_loop(problem, variant):
     rounds = 8
     expected, duals = admm(problem, rounds, rule(list(problem.start), **settings), **options)
     federation, _ = problem.run(rounds, *overrides)
-    # the last layer's Gram matrix is singular, and the root of a rounded zero is 3e-4 of the largest root
-    share = 1e-3 if rule is SpectralRule else 1e-4
+    # what single precision rounds is magnified: the last layer's Gram matrix is singular, and the root of a rounded
+    # zero is 3e-4 of the largest root; five steps of the quintic multiply small singular values by 3.4445^5 = 485
+    share = 1e-3 if rule in (SpectralRule, NewtonSchulzRule) else 1e-4
     assert_moved_alike(federation, expected, problem.start, share)
     ledger = federation.strategy.ledger
     for client, dual in duals.items():
