@@ -16,10 +16,11 @@ A second call makes only what is missing, so it adds clients; scripts are writte
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import re
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -44,6 +45,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from pisa_fl.files import replace
+
 Made = TypeVar("Made")
 
 WRONG = 2
@@ -61,10 +64,17 @@ CLOCKS = timedelta(days=1)
 LONGEST = 36500
 """Days that a certificate may be valid, at most."""
 
+DIRECT = """\
+no_proxy="${no_proxy:-${NO_PROXY:-}}"  # no proxy leads to this host
+[[ $no_proxy == "*" || $no_proxy == 127.0.0.1,* ]] || no_proxy="127.0.0.1,localhost,::1${no_proxy:+,$no_proxy}"
+export no_proxy NO_PROXY="$no_proxy\""""
+"""How a host's own processes reach each other where HTTP has to go through a proxy."""
+
 ENVIRONMENT = """\
 # What Flower's commands need in a shell that talks to this SuperLink:  . environment.sh
 export FLWR_HOME="$(cd "$(dirname "${{BASH_SOURCE[0]:-$0}}")" && pwd)/flwr"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
+{direct}
 mkdir -p "$FLWR_HOME"
 cat >"$FLWR_HOME/config.toml.$$" <<END
 [superlink]
@@ -85,6 +95,8 @@ set -euo pipefail
 cd "$(dirname "${{BASH_SOURCE[0]}}")"
 umask 077
 . ./environment.sh
+unset FORCE_COLOR CLICOLOR_FORCE PY_COLORS TTY_COMPATIBLE TTY_INTERACTIVE COLUMNS  # what is read below is bare
+export NO_COLOR=1 TERM=dumb PYTHONUTF8=1
 for _ in {{1..60}}; do
     (: </dev/tcp/{local.host}/{local.port}) 2>/dev/null && break
     kill -0 $PPID 2>/dev/null || exit 1  # started by start.sh, and the SuperLink has ended
@@ -134,7 +146,14 @@ chmod 700 .
 chmod 600 client-{client}
 export FLWR_HOME="$PWD/flwr" PISA_FL_STATE="${{PISA_FL_STATE:-$PWD/state}}"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
-exec {command}
+{direct}
+# the SuperNode gives the client's work to who knows this secret, and not to any process of this host
+rm -f superexec-secret
+head -c 32 /dev/urandom >superexec-secret
+flower-superexec --insecure --runtime-api-address 127.0.0.1:{port} --parent-pid $$ \\
+    --superexec-auth-secret-file superexec-secret &
+exec {command} \\
+    --isolation process --superexec-auth-secret-file superexec-secret
 """
 
 OWN_DATA = '${data:+ data=\\"$data\\"}'
@@ -202,7 +221,8 @@ class Address:
 def make(folder: Path, address: Address, clients: int, name: str, days: int) -> list[Path]:
     """Make what is missing of a federation's credentials, and the scripts that use them.
 
-    Nothing is written before what is there has been read and fits. No key is ever replaced.
+    Nothing is written before what is there has been read and fits. No key is ever replaced. A call waits for
+    another one in the same folder.
 
     Args:
         folder: Where they are, or will be.
@@ -217,18 +237,42 @@ def make(folder: Path, address: Address, clients: int, name: str, days: int) -> 
     Raises:
         ValueError: What is there does not fit, or cannot be read.
     """
-    _check(folder, address)
+    with _locked(folder):
+        _check(folder, address)
+        return _make(folder, address, clients, name, days)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other calls out of a folder, which is made if it is not there."""
+    if not folder.exists():
+        folder.mkdir(mode=FOLDER, parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _make(folder: Path, address: Address, clients: int, name: str, days: int) -> list[Path]:
+    """Make what is missing in a folder that was checked, and that is ours alone; what is new."""
     there = _clients_in(folder)
     if clients < there:
         raise ValueError(f"{folder} has {there} clients: --clients {clients} would not remove any")
-    folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(FOLDER)
     new = _make_certificates(folder, address, days)
     for client in range(clients):
         new += _make_client_keys(folder, client)
 
     superlink, authority = folder / "superlink", (folder / "ca.crt").read_bytes()
-    values = {"address": address, "local": address.local, "name": name, "command": superlink_command(address)}
+    values = {
+        "address": address,
+        "local": address.local,
+        "name": name,
+        "command": superlink_command(address),
+        "direct": DIRECT,
+    }
     _write(superlink / "ca.crt", authority, PUBLIC)
     _write(superlink / "environment.sh", ENVIRONMENT.format(**values).encode(), PUBLIC)
     _write(superlink / "register.sh", REGISTER.format(**values).encode(), SCRIPT)
@@ -237,7 +281,10 @@ def make(folder: Path, address: Address, clients: int, name: str, days: int) -> 
         home = _private_key(folder, client).parent
         if home.exists():  # it need not be kept here once it is on its host
             start = START_CLIENT.format(
-                client=client, command=client_command(address, client, clients, OWN_DATA)
+                client=client,
+                port=SUPERNODE_PORT + client,
+                direct=DIRECT,
+                command=client_command(address, client, clients, OWN_DATA),
             )
             _write(home / "ca.crt", authority, PUBLIC)
             _write(home / "start.sh", start.encode(), SCRIPT)
@@ -294,7 +341,8 @@ def _check(folder: Path, address: Address) -> None:
     _read(folder / "superlink" / "server.key", _pem)
     for client in range(_clients_in(folder)):
         _read(_private_key(folder, client), _ssh)
-    if key is None and ca is None and folder.exists() and any(folder.iterdir()):
+    others = [path for path in folder.iterdir() if path != _unfinished(folder / "ca.key")]
+    if key is None and ca is None and others:
         raise ValueError(f"{folder} holds other files: give a new folder")
     if key is not None and ca is not None and key.public_key() != ca.public_key():
         raise ValueError(f"{folder / 'ca.key'} is not the key of {authority}")
@@ -380,16 +428,21 @@ def _ssh(content: bytes) -> EllipticCurvePrivateKey:
 def _write(path: Path, content: bytes, mode: int) -> None:
     """Write a file that is either complete or not there, into a folder that is its owner's alone."""
     path.parent.mkdir(mode=FOLDER, parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = _unfinished(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE), "wb") as file:
             file.write(content)
-            os.fchmod(descriptor, mode)
-            os.fsync(descriptor)
-        os.replace(temporary, path)
+            os.fchmod(file.fileno(), mode)
+        replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def _unfinished(path: Path) -> Path:
+    """Where a file is written before it is complete; a call that is killed leaves it, and the next one takes it."""
+    return path.with_name(f".{path.name}.new")
 
 
 # --- certificates

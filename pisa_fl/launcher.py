@@ -19,7 +19,6 @@ import sysconfig
 import tempfile
 import time
 import tomllib
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -47,8 +46,18 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "NO_COLOR": "1",
+    "TERM": "dumb",
+    "PYTHONUTF8": "1",
 }
-"""Environment of everything that is started: nothing phones home, nothing is installed."""
+"""Environment of everything that is started: nothing phones home, nothing is installed, and words are bare."""
+
+LOUD = {"FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"}
+"""What would have Flower's commands colour or fold what is read of them; Jupyter sets some."""
+
+PROXIES = {"http_proxy", "https_proxy", "all_proxy"}
+HERE = "127.0.0.1,localhost,::1"
+"""Where no proxy leads to."""
 
 START = 60.0
 """Seconds that a SuperLink has to start."""
@@ -164,9 +173,7 @@ class FlowerRun:
         with ExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pisa-fl-")))
             output = stack.enter_context((directory / "flower.log").open("a"))
-            # Flower's commands find each other by PATH, which an environment that is not activated is not in
-            path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}"
-            environment = os.environ | QUIET | {"PATH": path}
+            environment = _environment()
             connection = self.connection
             if connection is None:
                 environment["FLWR_HOME"] = str(work / "home")
@@ -214,6 +221,24 @@ class FlowerRun:
         return int(answer["run-id"])
 
 
+def _environment() -> dict[str, str]:
+    """Environment of everything that is started."""
+    own = {name: value for name, value in os.environ.items() if name not in LOUD and _usable(name, value)}
+    direct = own.get("no_proxy") or own.get("NO_PROXY") or ""
+    if direct != "*":
+        direct = f"{HERE},{direct}".rstrip(",")
+    # Flower's commands find each other by PATH, which an environment that is not activated is not in
+    path = f"{sysconfig.get_path('scripts')}{os.pathsep}{own.get('PATH', '')}"
+    return own | QUIET | {"PATH": path, "no_proxy": direct, "NO_PROXY": direct}
+
+
+def _usable(name: str, value: str) -> bool:
+    """Whether a variable is no proxy of a kind that stops Flower's HTTP client even where it is not asked."""
+    return (
+        name.lower() not in PROXIES or "://" not in value or value.lower().startswith(("http://", "https://"))
+    )
+
+
 def _check_connection(name: str) -> None:
     """Look a SuperLink's name up in Flower's own configuration.
 
@@ -242,7 +267,7 @@ def _superlink(home: Path, connection: str, environment: dict[str, str], output:
         f'[superlink]\ndefault = "{connection}"\n\n'
         f'[superlink.{connection}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    line = ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+    line = ["pisa-fl-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
     line += ["--disable-runtime-dependency-installation"]
     process = _start(*line, env=environment, output=output)
     try:
@@ -257,10 +282,11 @@ def _superlink(home: Path, connection: str, environment: dict[str, str], output:
 
 
 def _healthy(port: int) -> bool:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+        with direct.open(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
             return answer.status == 200
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
 
 
@@ -277,7 +303,8 @@ def _ask(line: list[str], environment: dict[str, str]) -> dict[str, Any]:
         [_command(line[0], environment), *line[1:]],
         env=environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
     )
     try:

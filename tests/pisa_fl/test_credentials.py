@@ -7,11 +7,14 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from itertools import count
+from pathlib import Path
+from threading import Barrier, Thread
 
 import pytest
 from cryptography import x509
 from flwr.cli.flower_config import read_superlink_connection
 from flwr.common.config import parse_config_args
+from hosts import wait_for
 
 from pisa_fl import credentials
 
@@ -229,6 +232,46 @@ def test_a_call_that_is_broken_off_anywhere_leaves_what_the_next_one_completes(c
     assert done > 10
 
 
+def test_a_call_that_is_killed_anywhere_leaves_what_the_next_one_completes(tmp_path):
+    address, replace = credentials.Address.parse(ADDRESS), os.replace
+    for done in count():
+        folder, left = tmp_path / str(done), [None] * done
+        child = os.fork()
+        if child == 0:
+            os.replace = lambda *names, left=left: (
+                (left.pop(), replace(*names)) if left else os.kill(os.getpid(), 9)
+            )
+            credentials.make(folder, address, 2, "federation", 30)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status == 0:
+            break
+        assert os.WTERMSIG(status) == 9
+        whole = {name: text for name, text in contents(folder).items() if not Path(name).name.startswith(".")}
+        assert len(whole) == done
+        credentials.make(folder, address, 2, "federation", 30)
+        assert whole.items() <= contents(folder).items()
+        assert not list(folder.rglob(".*"))
+        assert handshake(folder, folder / "client-1" / "ca.crt", "192.0.2.1") == "TLSv1.3"
+    assert done > 10
+
+
+def test_calls_at_the_same_time_make_one_federation(tmp_path):
+    address, start, new = credentials.Address.parse(ADDRESS), Barrier(4), []
+
+    def call():
+        start.wait()
+        new.extend(credentials.make(tmp_path / "made", address, 5, "federation", 30))
+
+    threads = [Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(new) == len(set(new)) == 4 + 2 * 5, "no key or certificate was made twice"
+    assert handshake(tmp_path / "made", tmp_path / "made" / "ca.crt", "192.0.2.1") == "TLSv1.3"
+
+
 # --- what is wrong
 
 
@@ -324,6 +367,8 @@ def play(tmp_path):
     """Runs a script of a folder that was carried elsewhere, from a third folder."""
     commands = tmp_path / "commands"
     commands.mkdir()
+    (commands / "flower-superexec").write_text('#!/bin/sh\nprintf "%s\\n" "$@" >superexec\n')
+    (commands / "flower-superexec").chmod(0o755)
     for name in ("pisa-fl-superlink", "flower-supernode", "flwr"):
         (commands / name).write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\nenv | grep -E "^(FLWR|PISA)_"\n')
         (commands / name).chmod(0o755)
@@ -372,7 +417,17 @@ def test_a_clients_script(carried, play, tmp_path):
             "--root-certificates": "ca.crt",
             "--auth-supernode-private-key": "client-1",
             "--port": "9095",
+            "--isolation": "process",
+            "--superexec-auth-secret-file": "superexec-secret",
         }
+        secret = carried / "client-1" / "superexec-secret"
+        assert (len(secret.read_bytes()), secret.stat().st_mode & 0o777) == (32, 0o600)
+        superexec = carried / "client-1" / "superexec"
+        wait_for(lambda: superexec.is_file() and superexec.read_text().endswith("-secret\n"), str)  # noqa: B023
+        lines = superexec.read_text().splitlines()
+        superexec.unlink()
+        assert lines[1:4] == ["--runtime-api-address", "127.0.0.1:9095", "--parent-pid"]
+        assert lines[5:] == ["--superexec-auth-secret-file", "superexec-secret"]
     assert (carried / "client-1").stat().st_mode & 0o777 == 0o700
     assert (carried / "client-1" / "client-1").stat().st_mode & 0o777 == 0o600
 
