@@ -140,6 +140,7 @@ class Federation:
         disks: A folder for each host's own files.
         superlink: The SuperLink's host.
         clients: The clients' hosts, by client number.
+        stranger: A host that has no business here.
         port: Where the SuperLink listens.
     """
 
@@ -147,6 +148,7 @@ class Federation:
     disks: Path
     superlink: Host
     clients: Sequence[Host]
+    stranger: Host
     port: int = 9092
 
     @property
@@ -204,8 +206,8 @@ class Federation:
 def federation_of_three(folder: Path) -> Iterator[Federation]:
     """A SuperLink and two clients, online, whose files are below a folder."""
     (folder / "disks").mkdir()
-    with network("superlink", "client-0", "client-1") as (superlink, *clients):
-        federation = Federation(folder / "credentials", folder / "disks", superlink, clients)
+    with network("superlink", "client-0", "client-1", "stranger") as (superlink, *clients, stranger):
+        federation = Federation(folder / "credentials", folder / "disks", superlink, clients, stranger)
         federation.make(2)
         for name in ("superlink", "client-0", "client-1"):
             federation.copy(name)

@@ -3,11 +3,14 @@
 import json
 import shutil
 import sqlite3
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
 import pytest
-from hosts import Federation, federation_of_three, wait_for, why_not
+from hosts import Federation, federation_of_three, ip, wait_for, why_not
 
 import pisa_fl
 from pisa_fl.launcher import BUNDLE
@@ -25,6 +28,14 @@ for connection in (
     except (http.client.HTTPException, OSError):
         print("refused")
 """
+ACQUIRE = """
+import ssl, urllib.error, urllib.request
+request = urllib.request.Request({url!r}, b"", {{"content-type": "application/protobuf"}})
+try:
+    print(urllib.request.urlopen(request, context=ssl.create_default_context(cafile={ca!r})).status)
+except urllib.error.HTTPError as refused:
+    print(refused.code)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +50,8 @@ def federation(tmp_path_factory) -> Iterator[Federation]:
 @pytest.fixture
 def strangers(federation, tmp_path) -> Federation:
     """Credentials that others made for the same address."""
-    others = Federation(tmp_path / "strangers", tmp_path, federation.superlink, federation.clients)
+    hosts = federation.superlink, federation.clients, federation.stranger
+    others = Federation(tmp_path / "strangers", tmp_path, *hosts)
     others.make(2)
     return others
 
@@ -119,21 +131,109 @@ def test_a_client_speaks_to_no_superlink_of_another_authority(federation, strang
     assert federation.status() == ONLINE
 
 
-def test_the_superlinks_own_host_alone_registers_keys_and_starts_runs(federation, strangers, tmp_path):
+def test_the_superlinks_user_alone_registers_keys_and_starts_runs(federation, strangers, tmp_path):
     """Whoever starts a run runs code on every host; a client's host has all that a stranger could have."""
-    (tmp_path / "flwr").mkdir()
-    ca = federation.credentials / "ca.crt"
-    text = f"[superlink.there]\naddress = '{federation.address}'\nroot-certificates = '{ca}'\n"
-    (tmp_path / "flwr" / "config.toml").write_text(text)
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "pyproject.toml").write_text(BUNDLE.format(version="1.0.0"))
-    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_HOME": f"{tmp_path}/flwr"}
     key = strangers.credentials / "superlink" / "keys" / "client-0.pub"
-    for line in (["supernode", "register", key], ["run", tmp_path / "app"], ["ls"], ["supernode", "list"]):
-        ended = federation.clients[0].run("flwr", *line, "there", **quiet)
-        assert (ended.returncode, "403 Forbidden" in ended.stderr) == (1, True), ended
+    lines = ["supernode", "register", key], ["run", tmp_path / "app"], ["ls"]
+    for host, address, tried in (
+        (federation.clients[0], federation.address, lines),
+        (federation.superlink, f"127.0.0.1:{federation.port}", lines[:2]),
+    ):
+        home = tmp_path / host.address
+        home.mkdir()
+        ca = federation.credentials / "ca.crt"
+        (home / "config.toml").write_text(
+            f"[superlink.there]\naddress = '{address}'\nroot-certificates = '{ca}'\n"
+        )
+        quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_HOME": str(home)}
+        for line in tried:
+            ended = host.run("flwr", *line, "there", **quiet)
+            assert (ended.returncode, "403 Forbidden" in ended.stderr) == (1, True), ended
     assert federation.status() == ONLINE
     assert json.loads(federation.flwr("ls", "--format", "json").stdout)["runs"] == []
+    for name in ("credentials.yaml", "superexec-secret"):
+        assert (federation.home / "flwr" / name).stat().st_mode & 0o777 == 0o600
+
+
+def test_no_other_process_takes_the_work_of_a_run_or_of_a_client(federation):
+    ca, url = federation.credentials / "ca.crt", "/v1/runtime/acquire-task"
+    for host, address, scheme in (
+        (federation.superlink, f"127.0.0.1:{federation.port}", "https"),
+        (federation.clients[0], "127.0.0.1:9094", "http"),
+        (federation.clients[1], "127.0.0.1:9095", "http"),
+    ):
+        asked = host.run("python", "-c", ACQUIRE.format(url=f"{scheme}://{address}{url}", ca=str(ca)))
+        assert asked.stdout.strip() in ("401", "403"), asked
+
+
+@pytest.fixture
+def stranger(federation):
+    """Runs functions of hostile.py on the stranger's host; what they return."""
+
+    def call(name, *arguments):
+        script = Path(__file__).with_name("hostile.py")
+        said = [federation.address, str(federation.credentials), *map(str, arguments)]
+        ended = federation.stranger.run("python", script, name, *said, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        return json.loads(ended.stdout)
+
+    return call
+
+
+def superlink(federation):
+    """The SuperLink's folder in /proc."""
+    for pid in ip("netns", "pids", federation.superlink.namespace).split():
+        if b"pisa-fl-superlink" in Path("/proc", pid, "cmdline").read_bytes():
+            return Path("/proc", pid)
+    raise AssertionError("there is no SuperLink")
+
+
+def memory(federation):
+    """Resident memory of the SuperLink, in pages."""
+    return int((superlink(federation) / "statm").read_text().split()[1])
+
+
+def test_nothing_long_is_read_of_strangers(federation, stranger):
+    rest = memory(federation)
+    assert stranger("bodies") == {
+        "without headers": 401,
+        "headers of no form": 401,
+        "a key of its own, long": 413,
+        "a key of its own, without end": 413,
+        "a client's key, signed by another": 401,
+        "a path for the host": 400,
+        "an upgrade": 401,
+        "a client, long": 413,
+        "a client, a part too long": 413,
+    }
+    assert memory(federation) < 1.2 * rest
+    assert federation.status() == ONLINE
+
+
+def test_no_spelling_of_a_path_leads_past_the_door(stranger):
+    assert set(stranger("paths").values()) <= {400, 403}
+
+
+def test_idle_connections_lock_nobody_out(federation, stranger):
+    rest, before = memory(federation), lives(federation)
+    files = len(list((superlink(federation) / "fd").iterdir()))
+    with ThreadPoolExecutor() as pool:
+        attack = pool.submit(stranger, "connections", 1000)
+        most = most_files = 0
+        told: dict[str, str] = {}
+        while not attack.done():
+            most = max(most, memory(federation))
+            most_files = max(most_files, len(list((superlink(federation) / "fd").iterdir())))
+            if files + 200 < most_files and not told:
+                told = federation.status()
+            time.sleep(0.1)
+    assert told == ONLINE
+    assert attack.result() == 0, "after a while all are closed"
+    assert files + 200 < most_files < files + 256 + 20
+    assert most < 2 * rest
+    wait_for(lambda: all(lives(federation)[node] > before[node] for node in before if before[node]), str, 90)
 
 
 def test_a_client_that_is_added_joins_and_once_removed_never_returns(federation):
