@@ -1,14 +1,11 @@
 """The Flower app: `server`, a ServerApp around a run of this package, and `client`, a ClientApp around one client.
 
-Both are made from one configuration, which the launcher sends as the run-config key `hydra`; with an empty key
-(`flwr run .`) they compose the defaults, with as many clients as there are nodes and, of few, more classes each.
+Both are made from one configuration, which the launcher sends as the run-config key `hydra`.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from datetime import datetime
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from pisa_fl import simulation
 from pisa_fl.assembly import one_client
 from pisa_fl.client_state import StateFile
-from pisa_fl.config import ConfigurationError, compose, first_line
+from pisa_fl.config import ConfigurationError, first_line
 from pisa_fl.engines.base import set_threads
 from pisa_fl.engines.flower import FlowerGrid
 from pisa_fl.federation import RunError
@@ -38,16 +35,11 @@ client = ClientApp()
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation, and leave in the run directory how it ended."""
-    config = configuration(context, None if context.run_config.get("hydra") else len(_some_nodes(grid)))
+    config = configuration(context)
     set_threads(config.engine.threads)
-    if config.engine.directory is None:
-        directory = Path("runs", f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{config.name}").resolve()
-    else:
-        directory = Path(config.engine.directory)
-        if not (directory / "config.yaml").is_file():
-            raise ConfigurationError(
-                f"{directory} is not to be seen here: start pisa-fl on the SuperLink's host"
-            )
+    directory = Path(str(config.engine.directory))
+    if not (directory / "config.yaml").is_file():
+        raise ConfigurationError(f"{directory} is not to be seen here: start pisa-fl on the SuperLink's host")
     try:
         simulation.run(config, directory, lambda clients: FlowerGrid(clients, grid))
     except (ConfigurationError, RunError, OSError) as error:
@@ -95,21 +87,13 @@ def answer(message: Message, context: Context) -> Message:
         return Message(Error(CLIENT_FAILED, failure_reason(error)), reply_to=message)
 
 
-def configuration(context: Context, nodes: int | None = None) -> DictConfig:
-    """The run's configuration; without one, the defaults with as many clients as there are nodes.
+def configuration(context: Context) -> DictConfig:
+    """The run's configuration.
 
     Raises:
         ConfigurationError: It is none.
     """
     text = str(context.run_config.get("hydra", ""))
-    if not text:
-        count = context.node_config.get("num-partitions") if nodes is None else nodes
-        if type(count) is not int or count < 1:
-            raise ConfigurationError(
-                f"node-config needs num-partitions, the number of clients, and has {count}"
-            )
-        classes = max(2, -(-10 // count))
-        return compose("engine=flower", f"clients={count}", f"partition.classes_per_client={classes}")
     try:
         config = OmegaConf.create(text)
     except Exception as error:  # whatever the text makes the YAML parser raise
@@ -155,13 +139,6 @@ def hosted(text: str, number: int, folder: str | None, name: str) -> ClientHost:
     set_threads(config.engine.threads)
     clients = one_client(config, number, folder, StateFile(config.engine.state, name, number))
     return clients.host([number], 1, config.engine.chunk)
-
-
-def _some_nodes(grid: Grid) -> list[int]:
-    """The nodes that are online, at least one."""
-    while not (nodes := list(grid.get_node_ids())):
-        time.sleep(1)
-    return nodes
 
 
 def _leave(directory: Path, error: Exception) -> None:

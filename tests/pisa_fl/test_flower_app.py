@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from test_flower_grid import write_digits
 
 import partitioners
-from pisa_fl import ConfigurationError, compose, flower_app, prepare
+from pisa_fl import compose, flower_app, prepare
 from pisa_fl.client_state import StateFile
 from pisa_fl.engines.base import identify
 from pisa_fl.engines.local import LocalGrid
@@ -318,6 +318,7 @@ def test_a_node_that_is_configured_wrong_says_so(configure, node_config, words):
         "[1, 2]",
         "words",
         "{a: [",
+        "",
         "12",
         "\0",
         "a: ${b",
@@ -395,30 +396,6 @@ def test_an_instruction_that_is_refused_is_an_error_reply(configure):
         assert reply.error.code == CLIENT_FAILED
         assert reply.error.reason.startswith("instruction refused: ")
         assert "\n" not in reply.error.reason
-
-
-# --- defaults
-
-
-@pytest.mark.parametrize("nodes", [1, 2, 7, 10, 25])
-def test_an_empty_key_composes_defaults_that_can_be_dealt(nodes):
-    at_server = flower_app.configuration(context_of(""), nodes)
-    at_client = flower_app.configuration(context_of("", **{"num-partitions": nodes}))
-    assert at_server == at_client
-    assert at_server.clients == nodes
-    federation = prepare(at_server, lambda clients: LocalGrid(clients.host([], 1, 250)))
-    assert len(federation.partition) == nodes
-    dealt = np.sort(np.concatenate(federation.partition))
-    assert np.array_equal(dealt, np.arange(len(federation.data.train_labels)))
-
-
-@pytest.mark.parametrize("number", [None, 0, -2, "two", 2.5, True])
-def test_an_empty_key_needs_the_number_of_clients(number):
-    node_config = {} if number is None else {"num-partitions": number}
-    with pytest.raises(ConfigurationError, match=r"^node-config needs num-partitions"):
-        flower_app.configuration(context_of("", **node_config))
-    reason = refusal(context_of("", **node_config, **{"partition-id": 0}))
-    assert reason.startswith("node-config needs num-partitions")
 
 
 def test_weights_of_the_first_message_are_not_touched(configure):

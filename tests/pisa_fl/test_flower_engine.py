@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,12 +13,11 @@ import pytest
 import yaml
 
 import pisa_fl
-from pisa_fl.launcher import QUIET, _show_news
+from pisa_fl.launcher import _show_news
 
 if find_spec("ray") is None:  # imported here, it would not read what the ray engine has it read
     pytest.skip("Flower's simulation needs Ray", allow_module_level=True)
 
-FLWR = Path(sys.executable).with_name("flwr")
 ROUNDS = 5
 COMMON = (f"rounds={ROUNDS}", "engine.threads=1", "progress=false")
 METHODS = {
@@ -243,48 +241,3 @@ def test_a_superlink_that_does_not_answer_fails_the_run(command, tmp_path, monke
     assert ended.status == 1
     assert ended.err.startswith("pisa-fl: Flower did not start the run: ")
     assert len(ended.err.splitlines()) == 1
-
-
-def test_flwr_run_works_in_a_checkout(tmp_path):
-    """With the key `hydra` empty: the defaults, and as many clients as there are nodes."""
-    checkout = Path(pisa_fl.__file__).resolve().parent.parent
-    if not (checkout / "pyproject.toml").is_file():
-        pytest.skip("this is no checkout")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
-    path = f"{FLWR.parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | QUIET | {"FLWR_HOME": str(home), "OMP_NUM_THREADS": "1", "PATH": path}
-    serve = [str(FLWR.with_name("flower-superlink")), "--insecure", "--simulation"]
-    serve += ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
-    superlink = subprocess.Popen(
-        serve, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        end, started = time.monotonic() + 120, None
-        while started is None and time.monotonic() < end:
-            asked = subprocess.run(
-                [FLWR, "run", ".", "--format", "json"],
-                cwd=checkout,
-                env=environment,
-                capture_output=True,
-                text=True,
-            )
-            started = json.loads(asked.stdout[asked.stdout.find("{") :] or "{}").get("run-id")
-        found = []
-        while not found and time.monotonic() < end:
-            found = [p for p in tmp_path.glob("runs/*/*/metrics.jsonl") if p.read_text().count("\n") > 2]
-            time.sleep(0.2)
-        directory = found[0].parent
-        assert [line["clients_ok"] for line in metrics_of(directory)[:3]] == [0, 2, 2]
-        assert yaml.safe_load((directory / "config.yaml").read_text())["clients"] == 2
-        assert yaml.safe_load((directory / "config.yaml").read_text())["name"] == "sisa"
-    finally:
-        os.killpg(superlink.pid, signal.SIGKILL)
-        for pid in processes(str(home)) + processes("flwr-simulation", f":{port}"):
-            os.kill(pid, signal.SIGKILL)
