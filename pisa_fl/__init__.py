@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from pisa_fl.namesakes import find_own_first
+
 if TYPE_CHECKING:
     from pisa_fl.assembly import prepare
     from pisa_fl.config import ConfigurationError, compose
@@ -34,6 +36,8 @@ __all__ = [
 # PyTorch's threads wait for each other busily unless told otherwise, before it is loaded: with another process on
 # the same cores a round then takes many times as long
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+find_own_first()
 
 _HOMES = {
     "ConfigurationError": "config",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
@@ -16,41 +18,58 @@ from torch import nn
 import partitioners
 from partitioners import Partition
 from pisa_fl.client_state import StateFile
-from pisa_fl.config import ConfigurationError, build, check, explain
+from pisa_fl.config import ConfigurationError, build, resolve, settle
 from pisa_fl.data import ImageData
 from pisa_fl.engines.base import ClientGrid
+from pisa_fl.explain import explain
 from pisa_fl.federation import Federation, seeded
 from pisa_fl.host import Clients
-from strategies import Layout
+from pisa_fl.models.check import check_model
+from pisa_fl.surroundings import own_surroundings
+from strategies import ClientHalf, Layout
 
 Engine = Callable[[Clients], ClientGrid]
 """Makes the grid that reaches the clients from what they are made of."""
 
 
+@runtime_checkable
+class Partitioner(Protocol):
+    """What deals examples: anything like `flwr_datasets`' class of this name, whose import takes a second."""
+
+    def load_partition(self, partition_id: int) -> Any:
+        """The examples of a client."""
+
+
+@own_surroundings()
 def prepare(config: DictConfig, engine: Engine | None = None) -> Federation:
     """Build everything a configuration names, without writing anything.
 
     Args:
-        config: Resolved configuration, as `compose` gives it.
+        config: As `compose` gives it; it is resolved here.
         engine: In place of the configuration's.
 
     Raises:
         ConfigurationError: Something in it is impossible or missing.
     """
+    config = settle(config)
     try:
-        check(config)
-        return _prepare(config, engine or (lambda clients: build(config.engine, clients=clients)))
+        return _prepare(config, engine or (lambda clients: build(config.engine, ClientGrid, clients=clients)))
     except (ValueError, OSError) as error:
         raise ConfigurationError(explain(error)) from error
 
 
 def _prepare(config: DictConfig, engine: Engine) -> Federation:
-    data = build(config.data)
+    data = build(config.data, ImageData)
     partition: Partition = []
     noise_std = None
     if deals(config):
-        partitioner = build(config.partition)
+        partitioner = build(config.partition, Partitioner)
         partition = partitioners.deal(partitioner, data.train_labels)
+        if len(partition) != config.clients:
+            raise ConfigurationError(
+                f"partition deals to {len(partition)} clients but clients={config.clients}:"
+                f" set clients={len(partition)}"
+            )
         noise_std = getattr(partitioner, "noise_std", None)
     model, layout = _model(config, data)
     if config.init is not None:
@@ -59,8 +78,8 @@ def _prepare(config: DictConfig, engine: Engine) -> Federation:
         data,
         partition,
         model,
-        build(config.strategy.server, layout=layout, seed=config.seed),
-        build(config.strategy.client, layout=layout, seed=config.seed),
+        build(config.strategy.server, Strategy, layout=layout, seed=config.seed),
+        build(config.strategy.client, ClientHalf, layout=layout, seed=config.seed),
         engine,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -74,11 +93,12 @@ def _prepare(config: DictConfig, engine: Engine) -> Federation:
     )
 
 
+@own_surroundings()
 def one_client(config: DictConfig, number: int, folder: str | None, file: StateFile) -> Clients:
     """What one client of a real federation is made of, on its own machine.
 
     Args:
-        config: Resolved configuration.
+        config: Configuration of the run.
         number: Client number.
         folder: The client's own data folder; None takes its part of the configuration's data set.
         file: Where it keeps which part that is, so that it is dealt only once.
@@ -86,6 +106,7 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: StateF
     Raises:
         ConfigurationError: Something is impossible or missing here.
     """
+    config = resolve(config)
     try:
         own = not deals(config)
         if own != (folder is not None):
@@ -93,15 +114,14 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: StateF
                 "partition=own and `data` in the node-config go together: one is there without the other"
             )
         if folder is not None:
-            config = config.copy()
             config.data[_folder_key(config)] = folder
-        data = build(config.data)
+        data = build(config.data, ImageData)
         noise: dict[int, float] = {}
         rows: NDArray[np.integer]
         if own:
             rows = np.arange(len(data.train_labels))
         else:
-            partitioner = build(config.partition)
+            partitioner = build(config.partition, Partitioner)
             source = OmegaConf.to_yaml(config.data) + OmegaConf.to_yaml(config.partition)
             rows = file.rows(
                 source, lambda: _share(partitioners.deal(partitioner, data.train_labels), number)
@@ -109,7 +129,8 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: StateF
             if hasattr(partitioner, "noise_std"):
                 noise = {number: partitioner.noise_std(number)}
         model, layout = _model(config, data)
-        half = build(config.strategy.client, layout=layout, seed=config.seed)
+        check_model(model, data)
+        half = build(config.strategy.client, ClientHalf, layout=layout, seed=config.seed)
         device = _device(str(config.device))
         return Clients(data, {number: rows}, model, half, config.seed, config.batch_size, device, noise)
     except (ValueError, OSError) as error:
@@ -149,7 +170,8 @@ def _share(partition: Partition, number: int) -> NDArray[np.integer]:
 
 
 def _model(config: DictConfig, data: ImageData) -> tuple[nn.Module, Layout]:
-    model = seeded(config.seed, lambda: build(config.model, shape=data.shape, classes=len(data.classes)))
+    given = {"shape": data.shape, "classes": len(data.classes)}
+    model = seeded(config.seed, lambda: build(config.model, nn.Module, **given))
     return model, Layout.of_parameters(model)
 
 
@@ -180,8 +202,10 @@ def _initialise(model: nn.Module, path: Path) -> None:
     """Load initial weights.
 
     Raises:
-        ConfigurationError: There is no such file, or it is of another model.
+        ConfigurationError: There is no such file, or it is of another model, or holds what are no weights.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ConfigurationError(f"init={path} is no file: give the path of a .safetensors file")
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -192,6 +216,15 @@ def _initialise(model: nn.Module, path: Path) -> None:
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             raise ConfigurationError(
                 f"init={path} is of another model: {name} is {found} there and {tuple(tensor.shape)} in the model"
+            )
+        if tensors[name].is_floating_point() != tensor.is_floating_point():
+            raise ConfigurationError(
+                f"init={path} is of another model: {name} is {tensors[name].dtype} there and {tensor.dtype} in the"
+                " model"
+            )
+        if not tensors[name].to(tensor.dtype).isfinite().all():
+            raise ConfigurationError(
+                f"init={path} holds numbers in {name} that are not finite in {tensor.dtype}"
             )
     if extra := sorted(tensors.keys() - own.keys()):
         raise ConfigurationError(

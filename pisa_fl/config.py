@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import inspect
-import re
+import math
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from pisa_fl.checks import fault
+from pisa_fl.explain import explain, first_line, mistake_in
 
 _PACKAGE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
 """The configuration groups: beside the package in a checkout, inside it when installed from a wheel."""
 
+
+_COMPOSING = threading.RLock()
 
 imported_folders: list[Path] = []
 """Folders of the user's own modules, which other hosts need as well."""
@@ -27,26 +34,27 @@ class ConfigurationError(ValueError):
 
 
 def import_from(folder: str | Path) -> None:
-    """Let configuration in a user's folder name classes that lie beside it."""
+    """Let configuration in a user's folder name classes that lie beside it; what is installed is found first."""
     path = Path(folder).resolve()
     if path not in imported_folders:
         imported_folders.append(path)
-        sys.path.insert(0, str(path))
+        sys.path.append(str(path))
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None) -> DictConfig:
     """The configuration that `pisa-fl <overrides>` would run.
+
+    What follows from other keys does so until the run begins: `config.clients = 5` deals to five clients.
 
     Args:
         overrides: As on the command line, `"strategy=fedavg"`, `"rounds=5"`.
         config_dir: A folder of your own groups, as `--config-dir`; modules in it can be imported.
 
     Raises:
-        hydra.errors.HydraException: An override names something that does not exist.
-        ConfigurationError: There is no such folder, or a mandatory value is missing.
+        ConfigurationError: An override names something that does not exist, there is no such folder, a file in it
+            cannot be read, or a mandatory value is missing.
     """
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
 
     searched = []
@@ -55,14 +63,68 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> DictConfig
             raise ConfigurationError(f"config_dir={config_dir} is not a folder")
         import_from(config_dir)
         searched = [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra_compose("config", [*overrides, *searched], return_hydra_config=True)
-    HydraConfig.instance().set_config(config)  # `name` asks for the strategy that was chosen
-    return resolve(config)
+    with _hydra():
+        try:
+            config = hydra_compose("config", [*overrides, *searched], return_hydra_config=True)
+            HydraConfig.instance().set_config(config)
+            own = _own_part(config)
+        except Exception as error:
+            raise ConfigurationError(explain_composition(error, overrides, config_dir)) from error
+    resolve(own)
+    return own
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra with our groups, for one thread at a time; an application around gets back the state that it had."""
+    from hydra import initialize_config_dir, version
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    with _COMPOSING:
+        application, chosen = GlobalHydra.instance(), HydraConfig.instance()
+        hydra, settings, base = application.hydra, chosen.cfg, version.VersionBase.instance().getbase()
+        application.clear()
+        try:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                yield
+        finally:
+            GlobalHydra.set_instance(application)
+            application.hydra, chosen.cfg = hydra, settings
+            version.VersionBase.instance().version_base = base
+
+
+def _own_part(config: DictConfig) -> DictConfig:
+    """A composed configuration without Hydra's part, and with what asks for that replaced; other keys do not fit."""
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    _replace_hydras(own)
+    OmegaConf.set_struct(own, True)
+    return own
+
+
+def _replace_hydras(node: DictConfig) -> None:
+    """Replace the values that ask for something of Hydra's, which only a configuration just composed can answer."""
+    for key, value in OmegaConf.to_container(node).items():  # type: ignore[union-attr]
+        if isinstance(value, dict):
+            _replace_hydras(node[key])
+        elif isinstance(value, str) and "${hydra:" in value:
+            node[key] = node[key]
+
+
+def settle(config: DictConfig) -> DictConfig:
+    """The configuration that a run goes by: resolved, and found possible.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    config = resolve(config)
+    if (words := fault(config)) is not None:
+        raise ConfigurationError(words)
+    return config
 
 
 def resolve(config: DictConfig) -> DictConfig:
-    """The configuration without Hydra's own part and with every interpolation replaced.
+    """A copy without Hydra's own part and with every interpolation replaced.
 
     Raises:
         ConfigurationError: A mandatory value is missing, or an interpolation leads nowhere.
@@ -75,100 +137,104 @@ def resolve(config: DictConfig) -> DictConfig:
         return own
     except OmegaConfBaseException as error:
         raise ConfigurationError(f"{error.full_key or 'configuration'}: {first_line(error)}") from error
+    except RecursionError as error:
+        raise ConfigurationError(explain(error)) from error
 
 
-def check(config: DictConfig) -> None:
-    """Check the root keys.
+def explain_composition(
+    error: Exception, overrides: Iterable[str], config_dir: str | Path | None = None
+) -> str:
+    """One sentence for what composing a configuration raised: a mistake in a file of the user's is named."""
+    if config_dir is not None and Path(config_dir).is_dir() and (words := mistake_in(Path(config_dir))):
+        return words
+    if str(error).startswith("Config group override must be"):
+        from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    Raises:
-        ConfigurationError: One of them has an impossible value.
-    """
-    whole = {
-        "seed": 0,
-        "clients": 1,
-        "rounds": 0,
-        "batch_size": 1,
-        "min_clients": 1,
-        "checkpoint.every": 1,
-        "checkpoint.keep": 1,
-    }
-    for key, least in whole.items():
-        value = OmegaConf.select(config, key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigurationError(f"{key} must be a whole number of at least {least}, got {value}")
-    share = config.participation
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-        raise ConfigurationError(f"participation must be above 0 and at most 1, got {share}")
-    for key in ("progress", "accept_failures"):
-        if not isinstance(config[key], bool):
-            raise ConfigurationError(f"{key} must be true or false, got {config[key]}")
-    for key in ("round_timeout", "patience"):
-        value = config[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise ConfigurationError(f"{key} must be a number of seconds, got {value}")
-    drawn = max(1, round(share * config.clients))
-    if config.min_clients > drawn:
-        raise ConfigurationError(
-            f"min_clients={config.min_clients} is more than the {drawn} drawn for a round"
-        )
-    if not all(isinstance(t, int | float) and 0 <= t <= 1 for t in config.targets):
-        raise ConfigurationError(f"targets must be accuracies between 0 and 1, got {list(config.targets)}")
-    if config.state not in ("memory", "disk"):
-        raise ConfigurationError(f"state must be memory or disk, got {config.state}")
-    for key in ("engine.cohort", "engine.chunk", "engine.threads"):
-        value = OmegaConf.select(config, key, default=1)
-        automatic = value == "auto"
-        if not automatic and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigurationError(f"{key} must be a whole number of at least 1 or auto, got {value}")
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            group, value = override.key_or_group, override.value()
+            if not isinstance(value, str | list) and (
+                not group or (CONF / group).is_dir() or group == "hydra"
+            ):
+                return f"{override.input_line}: a group is chosen by its name, as in strategy=sisa"
+    return explain(error)
 
 
-def build(node: DictConfig, **available: Any) -> Any:
+def build(node: DictConfig, kind: type = object, **available: Any) -> Any:
     """Instantiate a node's `_target_`, handing it those of the available objects that it has a parameter for.
 
     So a class of the user's may ask for `layout`, `shape` or `classes` by naming it in its signature, or not.
 
     Args:
         node: Configuration with a `_target_`.
+        kind: What it must give.
         available: Objects by parameter name; what the node itself says comes first.
 
     Raises:
-        ConfigurationError: The target cannot be found, or refuses its arguments.
+        ConfigurationError: The target cannot be found, refuses its arguments, or gives something else.
     """
-    from hydra.errors import InstantiationException
-    from hydra.utils import get_object, instantiate
+    from hydra.utils import instantiate
 
     if "_target_" not in node:
         raise ConfigurationError(
             f"a part of the configuration names no _target_: {OmegaConf.to_yaml(node).strip()}"
         )
+    target = _target(node)
+    _check_values(node)
+    named = f"{node._get_full_key('_target_')}={node._target_}"
     try:
-        _check_numbers(node)
-        parameters = inspect.signature(get_object(node._target_)).parameters
+        parameters = inspect.signature(target).parameters
         extra = {key: value for key, value in available.items() if key in parameters and key not in node}
-        return instantiate(node, _partial_=True, _convert_="all")(**extra)
-    except InstantiationException as error:
-        raise ConfigurationError(_cause(error)) from error
-    except (TypeError, ImportError, AttributeError) as error:
-        target = f"{node._get_full_key('_target_')}={node._target_}"
-        raise ConfigurationError(f"{target}: {' '.join(str(error).split())}") from error
+        built = instantiate(node, _partial_=True, _convert_="all")(**extra)
+    except (Exception, SystemExit) as error:
+        raise ConfigurationError(_cause(error, named)) from error
+    if not isinstance(built, kind):
+        what = f"the class {built.__name__}" if inspect.isclass(built) else f"a {type(built).__name__}"
+        raise ConfigurationError(f"{named} must give a {kind.__name__} and gives {what}")
+    return built
 
 
-def _check_numbers(node: DictConfig) -> None:
-    """Check, in a node and those below it, what its targets' signatures say is a number.
+def _target(node: DictConfig) -> Any:
+    """What a node's `_target_` names.
+
+    Raises:
+        ConfigurationError: It names nothing that can be called.
+    """
+    from hydra.utils import get_object
+
+    name = node._target_
+    named = f"{node._get_full_key('_target_')}={name}"
+    try:
+        target = get_object(name)
+    except (Exception, SystemExit) as error:
+        top = str(name).partition(".")[0]
+        for folder in imported_folders:
+            if path := next((p for p in (folder / f"{top}.py", folder / top) if p.exists()), None):
+                found = getattr(sys.modules.get(top), "__file__", None) or "Python's own"
+                if not Path(found).is_relative_to(folder):
+                    raise ConfigurationError(
+                        f"{named}: {path} is hidden by another module `{top}` ({found}): rename it"
+                    ) from error
+        raise ConfigurationError(f"{named}: {' '.join(str(error).split())}") from error
+    if not callable(target):
+        raise ConfigurationError(f"{named} is a {type(target).__name__}: name a class or a function")
+    return target
+
+
+def _check_values(node: DictConfig) -> None:
+    """Check, in a node and those below it, what its targets' signatures say of a value.
 
     Raises:
         ConfigurationError: Something else is there.
     """
-    from hydra.utils import get_object
-
-    hints = _annotations(get_object(node._target_)) if "_target_" in node else {}
+    hints = _annotations(_target(node)) if "_target_" in node else {}
     for key in node:
         value = None if OmegaConf.is_missing(node, key) else node[key]
+        if key in hints and not any(_fits(value, kind) for kind in _members(hints[key])):
+            words = [_words(kind) for kind in _members(hints[key])]
+            listed = " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+            raise ConfigurationError(f"{_origin(node, str(key))} must be {listed}, got {value}")
         if isinstance(value, DictConfig):
-            _check_numbers(value)
-        elif key in hints and not any(_fits(value, kind) for kind in _members(hints[key])):
-            words = " or ".join(_words(kind) for kind in _members(hints[key]))
-            raise ConfigurationError(f"{_origin(node, str(key))} must be {words}, got {value}")
+            _check_values(value)
 
 
 def _annotations(target: Any) -> dict[Any, Any]:
@@ -180,23 +246,29 @@ def _annotations(target: Any) -> dict[Any, Any]:
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    """The kinds that a type allows; a literal's values are kinds of their own."""
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(kind for member in get_args(hint) for kind in _members(member))
+    return get_args(hint) if get_origin(hint) is Literal else (hint,)
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind; kinds other than numbers, lists of them and null are not judged."""
+    """Whether a value is of a kind; kinds other than numbers, texts, lists of them and null are not judged."""
     if get_origin(kind) is Sequence:
         (inner,) = get_args(kind)
-        return isinstance(value, ListConfig) and all(_fits(v, inner) for v in value)
+        return isinstance(value, ListConfig) and all(any(_fits(v, k) for k in _members(inner)) for v in value)
     if kind is float:
-        return isinstance(value, int | float)
-    return not (kind is int or kind is NoneType) or isinstance(value, kind)
+        return type(value) in (int, float) and math.isfinite(value)
+    if kind in (int, bool, NoneType) or kind is str:
+        return type(value) is kind
+    return value == kind if isinstance(kind, str) else True
 
 
 def _words(kind: Any) -> str:
     if get_origin(kind) is Sequence:
         return f"a list with {_words(get_args(kind)[0])} in each place"
-    return {float: "a number", int: "a whole number", NoneType: "null"}.get(kind, str(kind))
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a text", NoneType: "null"}
+    return kind if isinstance(kind, str) else names.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def _origin(node: DictConfig, key: str) -> str:
@@ -207,41 +279,14 @@ def _origin(node: DictConfig, key: str) -> str:
     return min((n for n in names if OmegaConf.select(root, n, default=...) == node[key]), key=len)
 
 
-def explain(error: BaseException) -> str:
-    """One sentence for an exception that a wrong configuration raised."""
-    text = str(error).strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'file'}: {error.strerror}"
-    if override := getattr(error, "override", None):
-        return f"{override} cannot be read as key=value: quote a value that holds special characters"
-    if text.startswith("Ambiguous value"):
-        return f"{lines[0]}: add --multirun to sweep over it, or quote it"
-    if match := re.match(r"Could not override '(.+?)'", text):
-        return f"{match[1]} is no key of the configuration: `pisa-fl --cfg job` prints those there are"
-    if match := re.search(r"Could not find '(.+?)/([^/]+?)'", text):
-        options = ", ".join(
-            line for line in lines[lines_after(lines, "Available options") :] if " " not in line
-        )
-        return f"{match[1]}={match[2]} does not exist: choose one of {options}"
-    return " ".join(lines[0].split()) if lines else type(error).__name__
+def _cause(error: BaseException, named: str) -> str:
+    """The sentence of the exception that made a target fail; what it raised by mistake has its name before it."""
+    from hydra.errors import InstantiationException
 
-
-def lines_after(lines: list[str], start: str) -> int:
-    """Position behind the first line that starts so; the end if none does."""
-    return next((i + 1 for i, line in enumerate(lines) if line.startswith(start)), len(lines))
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's text up to its first line break."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _cause(error: BaseException) -> str:
-    """The sentence of the exception that made Hydra's instantiation fail."""
-    cause = error.__cause__
-    while cause is not None and cause.__cause__ is not None:
+    cause = error
+    while isinstance(cause, InstantiationException | KeyError) and cause.__cause__ is not None:
         cause = cause.__cause__
-    if isinstance(cause, ValueError | OSError):
-        return " ".join(str(cause).split())
-    return " ".join(f"{first_line(error)} {first_line(cause) if cause else ''}".split())
+    text = " ".join(str(cause).split())
+    if isinstance(cause, ValueError | OSError) and text:
+        return text
+    return f"{named}: {f'{type(cause).__name__}: {text}' if text else type(cause).__name__}"

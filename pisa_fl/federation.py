@@ -6,7 +6,6 @@ for metrics in Federation(...).rounds(50):
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,15 +22,13 @@ from pisa_fl.engines.base import ClientGrid
 from pisa_fl.engines.local import local_engine
 from pisa_fl.gateway import Gateway
 from pisa_fl.host import Clients
-from pisa_fl.randomness import numpy_generator
+from pisa_fl.models.check import check_model
+from pisa_fl.randomness import global_generators, numpy_generator
 from pisa_fl.rundir import Metrics
 from pisa_fl.solver import TEST_PART, tensor
+from pisa_fl.surroundings import own_surroundings
 from strategies import ClientHalf
 from strategies.messages import BUFFERS, DIFFERENTIATED, LOSS, ROUND, WEIGHTS, record, vectors
-
-# Flower's strategies report every round on their own; the run directory and the display do that here
-logging.getLogger("flwr").setLevel(logging.ERROR)
-
 
 WAIT = 1.0
 """Seconds between looks for clients while there are too few."""
@@ -47,8 +44,7 @@ class TooFewClientsError(RunError):
 
 def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
     """A model whose random initial weights follow from the seed alone; global random state is untouched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(numpy_generator(seed, "initial weights").integers(2**63)))
+    with global_generators(int(numpy_generator(seed, "initial weights").integers(2**63))):
         return make()
 
 
@@ -75,6 +71,7 @@ class Federation:
         accept_failures: Go on with those who answered if some clients failed.
     """
 
+    @own_surroundings()
     def __init__(
         self,
         data: ImageData,
@@ -96,6 +93,7 @@ class Federation:
     ) -> None:
         if not len(data.test_images):
             raise ValueError("data: there are no test images, which the server needs")
+        check_model(model, data)
         device = torch.device(device)
         self.strategy, self.data, self.partition = strategy, data, partition
         rows = dict(enumerate(partition))
@@ -124,6 +122,7 @@ class Federation:
         while self.round < count:
             yield self._metrics(self._train())
 
+    @own_surroundings()
     def _train(self) -> Mapping[str, Any]:
         """One round of training; the metrics that the strategy made of it."""
         start = time.perf_counter()
@@ -179,6 +178,7 @@ class Federation:
         if messages:
             self.strategy.aggregate_evaluate(number, self.gateway.send_and_receive(messages))
 
+    @own_surroundings()
     def _metrics(self, reported: Mapping[str, Any]) -> Metrics:
         """This round's line of metrics.jsonl; what the strategy reports beside it is added."""
         accuracy, loss = self._evaluate()
@@ -211,6 +211,7 @@ class Federation:
         images, labels = self._test
         return self.model.evaluate(images, labels, torch.arange(len(labels)), self.data, TEST_PART)
 
+    @own_surroundings()
     def load_weights(self) -> None:
         """Put the server's present weights and running statistics into the model."""
         weights = vectors(self.arrays, self.model.device)[WEIGHTS]

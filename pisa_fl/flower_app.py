@@ -19,9 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from pisa_fl import simulation
 from pisa_fl.assembly import one_client
 from pisa_fl.client_state import StateFile
-from pisa_fl.config import ConfigurationError, first_line
+from pisa_fl.config import ConfigurationError
 from pisa_fl.engines.base import set_threads
 from pisa_fl.engines.flower import FlowerGrid
+from pisa_fl.explain import first_line
 from pisa_fl.federation import RunError
 from pisa_fl.files import write
 from pisa_fl.host import CLIENT_FAILED, ClientHost

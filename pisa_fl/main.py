@@ -16,12 +16,11 @@ from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from pisa_fl.config import CONF, ConfigurationError, check, explain, import_from, resolve
+from pisa_fl.config import CONF, ConfigurationError, explain_composition, import_from, settle
+from pisa_fl.explain import explain
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
@@ -30,22 +29,31 @@ class SweepError(Exception):
     """A run of a sweep failed, and has said why; its argument is the exit status."""
 
 
+class _Mistake(Exception):
+    """A run ended by an exception that only its programmer can mend, the argument: it is to be shown."""
+
+
 def main() -> None:
     """Entry point of `pisa-fl`."""
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra prints and exits 1 on its own unless told to let exceptions through
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    _import_from_config_dir(sys.argv[1:])
+    arguments = sys.argv[1:]
+    folder = _config_dir(arguments)
+    if folder is not None:
+        import_from(folder)
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_task)()
     except (SystemExit, SweepError) as end:
         if wants_traceback and end.__cause__ is not None:
             raise end.__cause__ from None
         sys.exit(end.args[0] if end.args else 0)
-    except (HydraException, OmegaConfBaseException, OSError) as error:
+    except _Mistake as mistake:
+        raise mistake.args[0] from mistake.args[0].__cause__
+    except Exception as error:  # before a run began: Hydra could not compose its configuration
         if wants_traceback:
             raise
-        _say(explain(error))
+        _say(explain_composition(error, [a for a in arguments if not a.startswith("-")], folder))
         sys.exit(WRONG)
     except KeyboardInterrupt:
         _say("interrupted")
@@ -56,13 +64,16 @@ def _task(config: DictConfig) -> None:
     """One run, of a single command or of a sweep."""
     directory = Path(HydraConfig.get().runtime.output_dir)
     try:
-        if config.resume is not None:
+        settings = settle(config)
+        if settings.resume is not None:
             _refuse_others("resume")
-        settings = resolve(config)
-        check(settings)
         _run(settings, directory)
     except (ConfigurationError, OSError) as error:
         _give_up(WRONG, error)
+    except SweepError:
+        raise
+    except Exception as error:
+        raise _Mistake(error) from error
     finally:
         _remove_if_empty(directory)
 
@@ -85,12 +96,13 @@ def _run(settings: DictConfig, directory: Path) -> None:
         _give_up(INTERRUPTED, error)
 
 
-def _import_from_config_dir(arguments: list[str]) -> None:
-    """Let configuration in a user's folder name classes that lie beside it."""
+def _config_dir(arguments: list[str]) -> str | None:
+    """The folder of the user's own groups and modules, if one is given."""
     for position, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag in ("--config-dir", "-cd"):
-            import_from(value if equals else "".join(arguments[position + 1 : position + 2]))
+            return value if equals else "".join(arguments[position + 1 : position + 2])
+    return None
 
 
 def _refuse_others(key: str) -> None:

@@ -6,6 +6,10 @@ for bit whatever the engine, the number of workers or the round at which a run w
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from zlib import crc32
 
@@ -27,3 +31,42 @@ def torch_seed(seed: int, purpose: str, *where: int) -> int:
 def torch_generator(seed: int, purpose: str, *where: int) -> torch.Generator:
     """PyTorch's CPU generator for one address."""
     return torch.Generator().manual_seed(torch_seed(seed, purpose, *where))
+
+
+_CPU = torch.device("cpu")
+_drawing = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """A forked process has none of the threads that may hold the lock."""
+    global _drawing
+    _drawing = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+@contextmanager
+def global_generators(seed: int, device: torch.device = _CPU) -> Iterator[None]:
+    """PyTorch's global generators, seeded, for what draws from nothing else: initial weights, dropout and its like.
+
+    Meanwhile they belong to this thread; afterwards they are as they were.
+
+    Args:
+        seed: In [0, 2^63).
+        device: The one that draws; the CPU's generator is seeded in any case.
+    """
+    gpu = device.type == "cuda"
+    with _drawing:
+        before = torch.get_rng_state()
+        before_on_gpu = torch.cuda.get_rng_state(device) if gpu else None
+        try:
+            torch.default_generator.manual_seed(seed)
+            if gpu:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            yield
+        finally:
+            torch.set_rng_state(before)
+            if before_on_gpu is not None:
+                torch.cuda.set_rng_state(before_on_gpu, device)

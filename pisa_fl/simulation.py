@@ -16,7 +16,8 @@ import partitioners
 from pisa_fl import rundir
 from pisa_fl.assembly import Engine, deals, prepare
 from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
-from pisa_fl.config import ConfigurationError, build, check, explain
+from pisa_fl.config import ConfigurationError, build, settle
+from pisa_fl.explain import explain
 from pisa_fl.federation import Federation, TooFewClientsError
 from pisa_fl.plots import draw_curves
 from pisa_fl.progress import Display, show_summary
@@ -60,7 +61,7 @@ def run(config: DictConfig, directory: Path | str | None = None, engine: Engine 
     """Run a federation from its configuration.
 
     Args:
-        config: Resolved configuration, as `compose` gives it.
+        config: As `compose` gives it; it is resolved here.
         directory: Run directory, made if it is not there; None writes nothing.
         engine: In place of the configuration's.
 
@@ -71,6 +72,7 @@ def run(config: DictConfig, directory: Path | str | None = None, engine: Engine 
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written if there is a directory.
     """
     path = None if directory is None else Path(directory)
+    config = settle(config)
     if config.resume is not None:
         return resume(Path(str(config.resume)), engine)
     if engine is None and (launcher := _launcher(config)):
@@ -85,7 +87,6 @@ def run(config: DictConfig, directory: Path | str | None = None, engine: Engine 
 def _launcher(config: DictConfig) -> FlowerRun | None:
     """Who runs the federation, if it is not this process."""
     try:
-        check(config)
         launcher = build(config.engine) if config.engine.get("_target_") == LAUNCHER else None
     except ValueError as error:
         raise ConfigurationError(explain(error)) from error
@@ -112,6 +113,7 @@ def resume(directory: Path, engine: Engine | None = None) -> Result:
         raise ConfigurationError(f"resume: {directory}/config.yaml cannot be read") from error
     if not isinstance(config, DictConfig):
         raise ConfigurationError(f"resume: {directory}/config.yaml cannot be read as a configuration")
+    config = settle(config)
     if engine is None and (launcher := _launcher(config)):
         return launcher.launch(config, directory, resume=True)
     with rundir.claimed(directory):

@@ -21,7 +21,7 @@ from torch import Tensor
 from pisa_fl.cohort import ClientData, FlatModel, LocalCohort
 from pisa_fl.config import ConfigurationError
 from pisa_fl.data import ImageData
-from pisa_fl.randomness import torch_seed
+from pisa_fl.randomness import global_generators, torch_seed
 from strategies.client import ClientHalf, Instruction
 from strategies.messages import BUFFERS, DIFFERENTIATED, EXAMPLES, LOSS, ROUND, WEIGHTS, integer
 
@@ -98,7 +98,7 @@ class Solver:
         self._last: tuple[Mapping[str, Tensor], Instruction] | None = None
 
     def answer(self, job: Job) -> Outcome | str:
-        """The outcome, or why there is none; PyTorch's global generators are left somewhere else."""
+        """The outcome, or why there is none."""
         try:
             return self.run(job)
         except Exception as error:
@@ -133,10 +133,8 @@ class Solver:
         }
         # dropout and its like draw from PyTorch's global generators: give them an address of their own
         seed = torch_seed(self._seed, "model", round_number, job.clients[0])
-        torch.default_generator.manual_seed(seed)
-        if self.model.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        update = self.half.solve(cohort, self._instruction_of(job), state)
+        with global_generators(seed, self.model.device):
+            update = self.half.solve(cohort, self._instruction_of(job), state)
         answered = dict(update.arrays)
         if self.model.buffer_layout.size:
             answered[BUFFERS] = cohort.buffers

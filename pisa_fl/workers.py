@@ -39,7 +39,12 @@ LARGEST_TASK = 100
 
 def can_fork() -> bool:
     """Whether processes can be forked here, without harm: macOS has the call, and libraries that do not survive it."""
-    return sys.platform == "linux"
+    return sys.platform == "linux" and not in_pool()
+
+
+def in_pool() -> bool:
+    """Whether this is one of the processes of `multiprocessing.Pool` or its like, which may have no children."""
+    return multiprocessing.current_process().daemon
 
 
 _FORK: Any = multiprocessing.get_context("fork" if can_fork() else None)

@@ -31,6 +31,7 @@ class ClientGrid(Grid):
         self._sent = 0
         self._replies: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=0)
+        self._threads_before: int | None = None
         if TaskIdentity._run_id is None:
             identify()
 
@@ -59,7 +60,15 @@ class ClientGrid(Grid):
         return None
 
     def close(self) -> None:
-        """Let go of processes and connections."""
+        """Let go of processes and connections, and leave PyTorch's threads as they were."""
+        if self._threads_before is not None:
+            torch.set_num_threads(self._threads_before)
+            self._threads_before = None
+
+    def use_threads(self, threads: int | Literal["auto"] | None) -> None:
+        """Set PyTorch's threads in this process, as `set_threads` does, until the grid is closed."""
+        self._threads_before = torch.get_num_threads()
+        set_threads(threads)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from pisa_fl.cohort import mean_score
 from pisa_fl.config import ConfigurationError
-from pisa_fl.engines.base import ClientGrid, cores, set_threads
+from pisa_fl.engines.base import ClientGrid, cores
 from pisa_fl.host import ClientHost, Clients, ClientState
 from pisa_fl.solver import TEST_PART, Job
-from pisa_fl.workers import Workers, can_fork
+from pisa_fl.workers import Workers, can_fork, in_pool
 from strategies.messages import TensorArray
 
 NORMALISED = 2**30
@@ -41,13 +41,14 @@ def local_engine(
     Args:
         clients: What the clients are made of.
         workers: Processes that compute, 0 for this one; `auto`: one per core, but 0 with a GPU and where processes
-            cannot be forked. The result does not depend on their number.
+            cannot be forked, as in one of `multiprocessing.Pool`. The result does not depend on their number.
         cohort: As for `Clients.host`, and so are `chunk`, `precision` and `compiled`.
         chunk: See there.
         precision: See there.
         compiled: See there.
-        threads: PyTorch's threads in this process; `auto`: one per core if it computes itself, else one; None leaves
-            them. A worker has one.
+        threads: PyTorch's threads in this process until the grid is closed; `auto`: one per core if it computes
+            itself and is none of a pool, which has others for the other cores; else one. None leaves them. A worker
+            has one.
         state: Where what clients remember is kept: in `memory`, or on `disk` (`strategies.memory.zeros`).
 
     Raises:
@@ -61,18 +62,23 @@ def local_engine(
             f"engine.workers must be auto or a whole number of at least 0, got {workers}"
         )
     if workers and not (on_cpu and can_fork()):
-        raise ConfigurationError(f"engine.workers={workers} needs device=cpu and Linux: use engine.workers=0")
+        raise ConfigurationError(
+            f"engine.workers={workers} needs device=cpu, Linux, and a process that may have children, which one of"
+            " multiprocessing.Pool may not: use engine.workers=0"
+        )
     if state not in ("memory", "disk"):
         raise ConfigurationError(f"state must be memory or disk, got {state}")
     if state == "disk" and not workers:
         raise ConfigurationError(
             "state=disk needs worker processes, which device=cpu on Linux has: engine.workers=1"
         )
-    set_threads(1 if threads == "auto" and workers else threads)
+    if threads == "auto" and (workers or in_pool()):
+        threads = 1
     normalised = on_cpu and clients.data.train_images.size * 4 <= NORMALISED
-    return LocalGrid(
-        clients.host(clients.rows, cohort, chunk, precision, compiled, normalised), workers, state == "disk"
-    )
+    host = clients.host(clients.rows, cohort, chunk, precision, compiled, normalised)
+    grid = LocalGrid(host, workers, state == "disk")
+    grid.use_threads(threads)
+    return grid
 
 
 class LocalGrid(ClientGrid):
@@ -136,6 +142,7 @@ class LocalGrid(ClientGrid):
         """End the workers."""
         if self._workers is not None:
             self._workers.close()
+        super().close()
 
     def _lend(self, replies: Iterable[Message]) -> None:
         """Note the arrays that lie in memory which the workers will write to again."""

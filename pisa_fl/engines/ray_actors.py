@@ -26,8 +26,9 @@ from typing import Any, Literal
 import torch
 from flwr.app import ArrayRecord, Error, Message, RecordDict
 
-from pisa_fl.config import ConfigurationError, first_line
+from pisa_fl.config import ConfigurationError
 from pisa_fl.engines.base import ClientGrid, cores, identify, set_threads
+from pisa_fl.explain import first_line
 from pisa_fl.host import ClientHost, Clients, ClientState
 from strategies.messages import ARRAYS
 
@@ -209,7 +210,7 @@ class RayGrid(ClientGrid):
             raise ConfigurationError("engine=ray needs Ray: pip install 'pisa-fl[ray]'")
         _check(actors, cpus, gpus, clients.device)
         super().__init__()
-        set_threads(threads)
+        self.use_threads(threads)
         self._sizes, self._cpus, self._gpus = clients.sizes, cpus, gpus
         self._shards: list[Shard] = []
         self._homes: dict[int, Shard] = {}
@@ -283,6 +284,7 @@ class RayGrid(ClientGrid):
         self._shards = []
         if self._started_ray:
             ray.shutdown()
+        super().close()
 
     def _count(self, actors: int | Literal["auto"]) -> int:
         """How many actors there are to be."""
