@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,10 +72,26 @@ def check(partition: Partition, num_examples: int, source: str) -> None:
 
 def save(partition: Partition, path: str | Path) -> None:
     """Write {"0": [indices], "1": [...], ...} as JSON; the file is either complete or not there."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({str(i): indices.tolist() for i, indices in enumerate(partition)}))
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Another file to write, which then takes the path's place; it is gone if it cannot be written.
+
+    Raises:
+        OSError: It cannot; the path is named.
+    """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({str(i): indices.tolist() for i, indices in enumerate(partition)}))
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> Partition:

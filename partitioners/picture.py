@@ -1,6 +1,5 @@
 """A picture of a partition: who holds how much of what."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partitioners.base import Partition
+from partitioners.partition import replacing
 
 
 def draw(partition: Partition, labels: NDArray[np.integer], classes: Sequence[str], path: str | Path) -> None:
@@ -49,6 +49,5 @@ def draw(partition: Partition, labels: NDArray[np.integer], classes: Sequence[st
                 table.text(client, class_, f"{count}", ha="center", va="center", color=shade, fontsize=8)
     figure.colorbar(image, ax=table, label="examples", pad=0.01)
 
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,9 +1,10 @@
 """Checkpoints: everything a run needs to go on with the same bits, complete or not there at all.
 
 `checkpoint/round-000050/` holds `server-*.safetensors` (weights, ledger and whatever else the strategy keeps),
-`clients-*.safetensors` (their states), in parts so that writing them takes little memory, and `state.json` (round,
-counters, and the SHA-256 of the other files). A folder is written under a temporary name and renamed; a damaged one is
-passed over for the one before it. Randomness needs no saving: every draw has an address (`pisa_fl.randomness`).
+`clients-*.safetensors` (their states), in parts so that writing them takes little memory, `state.json` (round and
+counters), and `SHA256SUMS` of all of these, which `sha256sum -c` reads. A folder is written under a temporary name and
+renamed, and the one before is kept until then; a damaged one is passed over for the one before it. Randomness needs no
+saving: every draw has an address (`pisa_fl.randomness`).
 """
 
 from __future__ import annotations
@@ -11,33 +12,97 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from flwr.serverapp.strategy import Strategy
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pisa_fl.config import ConfigurationError
+from pisa_fl.config import ConfigurationError, first_line
 from pisa_fl.federation import Federation
-from pisa_fl.files import digest
+from pisa_fl.files import digest, naming, replace, sync
 from pisa_fl.gateway import Traffic
 from pisa_fl.host import ClientState
-from strategies.messages import record, vectors
+from strategies.messages import WEIGHTS, record, vectors
 
 log = logging.getLogger(__name__)
 
 PART = 2**28
 """Bytes of a file, about."""
 
+SUMS = "SHA256SUMS"
+"""Name of the file that tells whether the others are what was written."""
+
 
 def save_checkpoint(federation: Federation, folder: Path, keep: int) -> None:
-    """Write the federation's state after its present round, and delete all but the last `keep` checkpoints."""
+    """Write the federation's state after its present round, and delete all but the last `keep` checkpoints.
+
+    One of this round that is whole says the same, and stays: a round that is given up leaves no trace.
+
+    Raises:
+        OSError: It cannot be written; those before it stay.
+    """
+    target = folder / f"round-{federation.round:06d}"
+    if _is_whole(target):
+        return
+    temporary = folder / f".{target.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with naming(target):
+            temporary.mkdir(parents=True)
+            _write_all(federation, temporary)
+            shutil.rmtree(target, ignore_errors=True)  # it is damaged
+            replace(temporary, target)
+            sync(folder.parent)  # the folder may be new
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(federation: Federation, folder: Path) -> bool:
+    """Bring the federation to the last checkpoint that is whole, and delete what lies beyond it.
+
+    Returns:
+        Whether there was one; not if the run ended before it wrote any.
+
+    Raises:
+        ConfigurationError: There are some, but none that is whole.
+    """
+    found = checkpoints(folder)
+    for position, path in reversed(list(enumerate(found))):
+        try:
+            if not _is_whole(path):
+                raise ValueError("its files are not what was written")
+            _restore(federation, path)
+        except Exception as error:  # whatever a damaged file makes the parsers and the strategy raise
+            log.warning("checkpoint %s is damaged (%s), trying the one before", path.name, first_line(error))
+            continue
+        # later rounds are done again, and write theirs again
+        for leftover in [*found[position + 1 :], *folder.glob(".round-*")]:
+            shutil.rmtree(leftover)
+        return True
+    if found:
+        raise ConfigurationError(f"resume: {folder} holds no checkpoint that is whole")
+    return False
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, from the first round to the last."""
+    rounds = {path: re.fullmatch(r"round-([0-9]+)", path.name) for path in folder.glob("round-*")}
+    return sorted((path for path, match in rounds.items() if match), key=lambda path: int(path.name[6:]))
+
+
+def _write_all(federation: Federation, folder: Path) -> None:
+    """Write a checkpoint's files."""
     tensors, numbers = strategy_state(federation.strategy)
     server = {f"strategy.{name}": value for name, value in tensors.items()}
     server |= {f"arrays.{name}": value for name, value in vectors(federation.arrays).items()}
@@ -48,58 +113,53 @@ def save_checkpoint(federation: Federation, folder: Path, keep: int) -> None:
         rounds[client] = (held.round, held.pending_round)
         clients |= {f"{client}.accepted.{name}": value for name, value in held.accepted.items()}
         clients |= {f"{client}.pending.{name}": value for name, value in held.pending.items()}
-    target = folder / f"round-{federation.round:06d}"
-    temporary = folder / f".{target.name}"
-    for leftover in (temporary, target):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
     state = {
         "round": federation.round,
         "seconds": federation.seconds,
         "traffic": asdict(federation.gateway.traffic),
         "strategy": numbers,
         "clients": rounds,
-        "sha256": _write(temporary, "server", server) | _write(temporary, "clients", clients),
     }
-    (temporary / "state.json").write_text(json.dumps(state))
-    os.replace(temporary, target)
-    for old in sorted(folder.glob("round-*"))[:-keep]:
-        shutil.rmtree(old)
+    _write(folder, "server", server)
+    _write(folder, "clients", clients)
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / SUMS).write_text(_sums(folder, sorted(path.name for path in folder.iterdir())))
 
 
-def load_checkpoint(federation: Federation, folder: Path) -> None:
-    """Bring the federation to the last checkpoint that is whole.
-
-    Raises:
-        ConfigurationError: There is none.
-    """
-    for path in sorted(folder.glob("round-*"), reverse=True):
-        try:
-            state = json.loads((path / "state.json").read_text())
-            if any(digest(path / name) != known for name, known in state["sha256"].items()):
-                raise ValueError("its files are not what was written")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("checkpoint %s is damaged (%s), trying the one before", path.name, error)
-            continue
-        _restore(federation, state, path)
-        return
-    raise ConfigurationError(f"resume: {folder} holds no checkpoint that is whole")
+def _sums(folder: Path, names: Iterable[str]) -> str:
+    return "".join(f"{digest(folder / name)}  {name}\n" for name in names)
 
 
-def _restore(federation: Federation, state: Mapping[str, Any], path: Path) -> None:
-    tensors: dict[str, dict[str, Tensor]] = {"server": {}, "clients": {}}
-    for name in state["sha256"]:
-        tensors[name.partition("-")[0]] |= load_file(path / name)
-    server, clients = tensors["server"], tensors["clients"]
-    federation.arrays = record(_part(server, "arrays"))
-    federation.gateway.buffers = server["buffers"]
-    federation.gateway.traffic = Traffic(**state["traffic"])
-    federation.round, federation.seconds = state["round"], state["seconds"]
-    load_strategy_state(federation.strategy, _part(server, "strategy"), state["strategy"])
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint is there, every bit as it was written."""
+    try:
+        names = _names(folder)
+        return "state.json" in names and (folder / SUMS).read_text() == _sums(folder, names)
+    except (OSError, ValueError):
+        return False
+
+
+def _names(folder: Path) -> list[str]:
+    """Names of a checkpoint's files."""
+    return re.findall(r"  ([a-z0-9.-]+)\n", (folder / SUMS).read_text())
+
+
+def _restore(federation: Federation, folder: Path) -> None:
+    """Read everything, and then let the federation have it."""
+    state = json.loads((folder / "state.json").read_text())
+    server, clients = _read(folder, "server"), _read(folder, "clients")
+    arrays, traffic = record(_part(server, "arrays")), Traffic(**state["traffic"])
     states = {}
     for client, (accepted, pending) in state["clients"].items():
         held = _part(clients, client)
         states[int(client)] = ClientState(accepted, _part(held, "accepted"), pending, _part(held, "pending"))
+    round_number, seconds, buffers = int(state["round"]), float(state["seconds"]), server["buffers"]
+    weights = vectors(arrays)[WEIGHTS], vectors(federation.arrays)[WEIGHTS]
+    if weights[0].shape != weights[1].shape or buffers.shape != federation.gateway.buffers.shape:
+        raise ValueError("it is of another model")
+    load_strategy_state(federation.strategy, _part(server, "strategy"), state["strategy"])
+    federation.arrays, federation.gateway.buffers, federation.gateway.traffic = arrays, buffers, traffic
+    federation.round, federation.seconds = round_number, seconds
     federation.grid.restore(states)
 
 
@@ -143,20 +203,36 @@ def load_strategy_state(
         setattr(strategy, attribute, table)
 
 
-def _write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Write tensors in files of at most about `PART` bytes; the files' names and SHA-256."""
-    digests: dict[str, str] = {}
+def _write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors in files of at most about `PART` bytes."""
     part: dict[str, Tensor] = {}
-    size, left = 0, len(tensors)
+    number, size, left = 0, 0, len(tensors)
     for key, tensor in tensors.items():
         part[key] = tensor.detach().cpu().contiguous()
         size, left = size + tensor.nbytes, left - 1
         if size >= PART or not left:
-            file = folder / f"{name}-{len(digests):04d}.safetensors"
-            save_file(part, file)
-            digests[file.name] = digest(file)
-            part, size = {}, 0
-    return digests
+            _save(part, folder / f"{name}-{number:04d}.safetensors")
+            part, number, size = {}, number + 1, 0
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    """As `save_file`, but what the system refuses is an OSError.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise
+
+
+def _read(folder: Path, name: str) -> dict[str, Tensor]:
+    """What `_write` wrote."""
+    parts = [load_file(folder / file) for file in _names(folder) if file.startswith(f"{name}-")]
+    return {key: tensor for part in parts for key, tensor in part.items()}
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -107,6 +107,7 @@ class Federation:
         self.arrays = record({WEIGHTS: self.model.weights.clone()})
         self.round = 0
         self.seconds = 0.0
+        self.whole = True  # all of this as it was after the round; not while a round's replies are taken in
         self._min_clients, self._round_timeout = min_clients, round_timeout
         self._patience, self._accept_failures = patience, accept_failures
         self._test = (tensor(data.test_images, device), tensor(data.test_labels, device))
@@ -127,12 +128,19 @@ class Federation:
         """One round of training; the metrics that the strategy made of it."""
         start = time.perf_counter()
         number = self.round + 1
-        arrays, metrics = self.strategy.aggregate_train(number, self._replies(number))
+        self.whole = False
+        try:
+            replies = self._replies(number)
+        except Exception:
+            self.gateway.undo()
+            self.whole = True
+            raise
+        arrays, metrics = self.strategy.aggregate_train(number, replies)
         if arrays is not None:
             # Flower's adaptive servers answer in float64
             self.arrays = record(vectors(arrays))
         self._evaluate_on_clients(number)
-        self.round = number
+        self.round, self.whole = number, True
         self.seconds += time.perf_counter() - start
         return metrics or {}
 
@@ -151,7 +159,6 @@ class Federation:
                 return replies
             away = gateway.traffic.silent or reachable < self._min_clients
             if not away or time.monotonic() >= deadline:
-                gateway.undo()
                 example = "".join(f"; client {f.client}: {f.reason}" for f in gateway.failures[:1])
                 raise TooFewClientsError(f"{reason}{example}")
             time.sleep(WAIT)
@@ -206,7 +213,7 @@ class Federation:
         if len(self.gateway.buffers):
             arrays[BUFFERS] = self.gateway.buffers
         self.load_weights()
-        if (found := self.grid.test(arrays)) is not None:
+        if (found := self.grid.test(arrays, self._round_timeout)) is not None:
             return found
         images, labels = self._test
         return self.model.evaluate(images, labels, torch.arange(len(labels)), self.data, TEST_PART)

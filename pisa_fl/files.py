@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import suppress
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -16,27 +18,55 @@ def write(path: Path, content: str | bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        replace(temporary, path)
+        with naming(path):
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
 
 
+def append(path: Path, text: str) -> None:
+    """Write to the end of a file.
+
+    Raises:
+        OSError: It cannot be written; a part of the text may have been.
+    """
+    with naming(path), path.open("a") as file:
+        file.write(text)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system name the file that is written within; those of a full disk do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed left of files in a folder that nobody writes now."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\..+\.[0-9]+", path.name) and path.is_file():
+            path.unlink()
+
+
 def replace(temporary: Path, path: Path) -> None:
     """Give a file or folder that was written its name, in place of what has it, when all of it is on the disk."""
     for entry in [*temporary.iterdir(), temporary] if temporary.is_dir() else [temporary]:
-        _sync(entry)
+        sync(entry)
     os.replace(temporary, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -22,22 +22,27 @@ import os
 import platform
 import resource
 import subprocess
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from pisa_fl.config import ConfigurationError
-from pisa_fl.files import write
+from pisa_fl.files import append, write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Metrics = dict[str, float | int]
 """One line of metrics.jsonl."""
+
+ALWAYS = ("test_accuracy", "passes", "bytes_up", "bytes_down", "seconds")
+"""What every line of metrics.jsonl has, as a number."""
 
 PACKAGES = ("pisa-fl", "flwr", "flwr-datasets", "hydra-core", "torch", "torchvision", "numpy")
 
@@ -80,13 +85,33 @@ def write_config(path: Path, config: DictConfig) -> None:
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
     """Append one line of JSON; values that are not finite become null, which JSON can hold."""
-    with path.open("a") as file:
-        file.write(json.dumps(_finite(values)) + "\n")
+    append(path, json.dumps(_finite(values)) + "\n")
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file; an incomplete last line, left by a kill, is dropped."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+def read_lines(path: Path, last: float = math.inf) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file up to a round; a damaged end, as a kill leaves it, is dropped.
+
+    Raises:
+        ConfigurationError: A line before the end is damaged.
+    """
+    read = [_line(text) for text in path.read_bytes().split(b"\n")]
+    end = max((i + 1 for i, line in enumerate(read) if line and line["round"] <= last), default=0)
+    kept = []
+    for number, line in enumerate(read[:end], start=1):
+        if line is None:
+            raise _damaged(path, number)
+        if line["round"] <= last:
+            kept.append(line)
+    return kept
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """One line, or None if it is damaged."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("round")) is int else None
 
 
 def read_metrics(directory: Path) -> list[Metrics]:
@@ -94,11 +119,40 @@ def read_metrics(directory: Path) -> list[Metrics]:
     return read_lines(directory / "metrics.jsonl")
 
 
-def rewind(directory: Path, last: int) -> None:
-    """Take the lines of the rounds after `last` out of metrics.jsonl and failures.jsonl."""
-    for path in directory.glob("*.jsonl"):
-        kept = [line for line in read_lines(path) if line["round"] <= last]
-        write(path, "".join(json.dumps(line) + "\n" for line in kept))
+def rewind(directory: Path, last: int) -> list[Metrics]:
+    """Take the lines of the rounds after `last` out of metrics.jsonl and failures.jsonl; the metrics that are left.
+
+    Raises:
+        ConfigurationError: Lines of rounds up to it are damaged or missing.
+    """
+    metrics, failures = directory / "metrics.jsonl", directory / "failures.jsonl"
+    kept = {path: read_lines(path, last) for path in (metrics, failures) if path.exists()}
+    for number, line in enumerate(kept.get(metrics, [])):
+        if line["round"] != number:
+            raise _damaged(metrics, number + 1)
+    if len(kept.get(metrics, [])) <= last:
+        raise _damaged(metrics, len(kept.get(metrics, [])) + 1)
+    for path, lines in kept.items():
+        write(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return kept.get(metrics, [])
+
+
+def check_numbers(directory: Path, metrics: Sequence[Metrics]) -> None:
+    """Check that lines of metrics.jsonl hold what a summary is made of.
+
+    Raises:
+        ConfigurationError: One does not.
+    """
+    for number, line in enumerate(metrics, start=1):
+        if any(type(line.get(key)) not in (int, float) for key in ALWAYS):
+            raise _damaged(directory / "metrics.jsonl", number)
+
+
+def _damaged(path: Path, number: int) -> ConfigurationError:
+    return ConfigurationError(
+        f"resume: line {number} of {path} is damaged or missing: restore the file from a copy, or run anew in"
+        " another directory"
+    )
 
 
 def summarise(metrics: Sequence[Metrics], targets: Iterable[float], seed: int) -> dict[str, Any]:
@@ -130,15 +184,21 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
 
 def write_events(directory: Path, metrics: Sequence[Metrics]) -> None:
     """Write every metric as a TensorBoard curve over the rounds, in place of what was there."""
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from torch.utils.tensorboard.summary import scalar
 
+    content, now = BytesIO(), time.time()
+    writer = RecordWriter(content)
+    writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+    for line in metrics:
+        for key, value in line.items():
+            if key != "round" and value is not None:
+                event = Event(wall_time=now, step=int(line["round"]), summary=scalar(key, value))
+                writer.write(event.SerializeToString())
     for old in directory.glob("events.out.tfevents.*"):
         old.unlink()
-    with SummaryWriter(str(directory)) as writer:
-        for line in metrics:
-            for key, value in line.items():
-                if key != "round" and value is not None:
-                    writer.add_scalar(key, value, int(line["round"]))
+    write(directory / f"events.out.tfevents.{int(now)}.{platform.node()}", content.getvalue())
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -13,18 +14,20 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import partitioners
-from pisa_fl import rundir
+from pisa_fl import files, rundir
 from pisa_fl.assembly import Engine, deals, prepare
 from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
 from pisa_fl.config import ConfigurationError, build, settle
 from pisa_fl.explain import explain
-from pisa_fl.federation import Federation, TooFewClientsError
+from pisa_fl.federation import Federation, RunError, TooFewClientsError
 from pisa_fl.plots import draw_curves
 from pisa_fl.progress import Display, show_summary
 from pisa_fl.rundir import Metrics
 
 if TYPE_CHECKING:
     from pisa_fl.launcher import FlowerRun
+
+log = logging.getLogger(__name__)
 
 LAUNCHER = "pisa_fl.launcher.FlowerRun"
 """The engine that is no grid in this process: it has Flower run the federation."""
@@ -67,8 +70,9 @@ def run(config: DictConfig, directory: Path | str | None = None, engine: Engine 
 
     Raises:
         ConfigurationError: Before anything is written, if the configuration is impossible.
-        OSError: A file cannot be written.
-        RunError: Too few clients of a round gave an acceptable reply (a checkpoint was written), or the engine failed.
+        OSError: Before anything is written, if there is no room for what clients are to remember.
+        RunError: Too few clients of a round gave an acceptable reply (a checkpoint was written), the engine failed, or
+            a file cannot be written.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written if there is a directory.
     """
     path = None if directory is None else Path(directory)
@@ -78,7 +82,7 @@ def run(config: DictConfig, directory: Path | str | None = None, engine: Engine 
     if engine is None and (launcher := _launcher(config)):
         return launcher.launch(config, path)
     federation = prepare(config, engine)
-    with rundir.claimed(path):
+    with rundir.claimed(path), _begun(path):
         if path is not None:
             _write_start(federation, config, path)
         return _run(federation, config, path, [])
@@ -98,6 +102,8 @@ def _launcher(config: DictConfig) -> FlowerRun | None:
 def resume(directory: Path, engine: Engine | None = None) -> Result:
     """Go on with an interrupted run, in its directory and with its configuration.
 
+    One that was interrupted before its first checkpoint begins again.
+
     Args:
         directory: The run directory.
         engine: In place of the configuration's.
@@ -116,15 +122,51 @@ def resume(directory: Path, engine: Engine | None = None) -> Result:
     config = settle(config)
     if engine is None and (launcher := _launcher(config)):
         return launcher.launch(config, directory, resume=True)
-    with rundir.claimed(directory):
+    with rundir.claimed(directory), _begun(directory):
+        files.sweep(directory)
         federation = prepare(config, engine)
         try:
-            load_checkpoint(federation, directory / "checkpoint")
+            if not load_checkpoint(federation, directory / "checkpoint"):
+                _check_begun_lately(directory, config.checkpoint.every)
+                _write_start(federation, config, directory)
+            metrics = rundir.rewind(
+                directory, federation.round or -1
+            )  # the untrained model is measured again
+            rundir.check_numbers(directory, metrics)
         except BaseException:
             federation.grid.close()
             raise
-        rundir.rewind(directory, federation.round or -1)  # the untrained model is measured again
-        return _run(federation, config, directory, rundir.read_metrics(directory))
+        return _run(federation, config, directory, metrics)
+
+
+def _check_begun_lately(directory: Path, every: int) -> None:
+    """Check that a run without any checkpoint need not have one yet.
+
+    Raises:
+        ConfigurationError: It has lost them.
+    """
+    metrics = directory / "metrics.jsonl"
+    rounds = [line["round"] for line in rundir.read_lines(metrics)] if metrics.exists() else []
+    if (directory / "summary.json").exists() or max(rounds, default=0) > every:
+        raise ConfigurationError(f"resume: {directory}/checkpoint holds no checkpoint that is whole")
+
+
+@contextmanager
+def _begun(path: Path | None) -> Iterator[None]:
+    """What the system refuses to a run that has begun is no fault of its configuration.
+
+    Raises:
+        RunError: In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        begun = path is not None and (path / "config.yaml").is_file()
+        raise RunError(f"{explain(error)}{_go_on(path) if begun else ''}") from error
+
+
+def _go_on(path: Path | None) -> str:
+    return "" if path is None else f"; go on with: pisa-fl resume={path}"
 
 
 def _run(federation: Federation, config: DictConfig, path: Path | None, metrics: list[Metrics]) -> Result:
@@ -132,24 +174,23 @@ def _run(federation: Federation, config: DictConfig, path: Path | None, metrics:
         closing(federation.grid),
         Display(config.name, config.rounds, federation.round, config.progress) as display,
         stop_signals() as stop,
-        _last_failures(federation, config, path),
+        _last_checkpoint(federation, config, path, metrics),
     ):
         for line in federation.rounds(config.rounds):
-            metrics.append(line)
-            display.show(line)
             if path is not None:
                 _write_round(federation, line, path)
+            metrics.append(line)
+            display.show(line)
             finished = federation.round == config.rounds
             stopped = stop or (path is not None and (path / STOP).exists())
             if path is not None and (stopped or finished or federation.round % config.checkpoint.every == 0):
-                save_checkpoint(federation, path / "checkpoint", config.checkpoint.keep)
+                _save(federation, config, path)
             if path is not None and (stopped or finished or federation.round > 0):
                 _draw_partition(federation, path)
             if path is not None:
                 (path / STOP).unlink(missing_ok=True)  # heard, and not to be heard again after a resume
             if stopped and not finished:
-                where = f"; go on with: pisa-fl resume={path}" if path is not None else ""
-                raise Interrupted(f"stopped after round {federation.round} of {config.rounds}{where}")
+                raise Interrupted(f"stopped after round {federation.round} of {config.rounds}{_go_on(path)}")
     federation.load_weights()
     summary = rundir.summarise(metrics, config.targets, config.seed)
     if path is not None:
@@ -184,16 +225,34 @@ def _write_failures(federation: Federation, round_number: int, path: Path) -> No
         rundir.append_line(path / "failures.jsonl", line)
 
 
+def _save(federation: Federation, config: DictConfig, path: Path) -> None:
+    """Write a checkpoint, after the lines that it presumes are on the disk."""
+    for lines in path.glob("*.jsonl"):
+        files.sync(lines)
+    save_checkpoint(federation, path / "checkpoint", config.checkpoint.keep)
+
+
 @contextmanager
-def _last_failures(federation: Federation, config: DictConfig, path: Path | None) -> Iterator[None]:
-    """A round that ends the run for want of replies has no metrics, but leaves its failures and a checkpoint."""
+def _last_checkpoint(
+    federation: Federation, config: DictConfig, path: Path | None, metrics: list[Metrics]
+) -> Iterator[None]:
+    """A run that fails leaves a checkpoint of its last whole round, and the failures of the round that ended it.
+
+    Where it failed while a round's replies were taken in, there is no state to go on from but the checkpoint before.
+    """
     try:
         yield
-    except TooFewClientsError:
-        if path is not None:
-            _write_failures(federation, federation.round + 1, path)
-            save_checkpoint(federation, path / "checkpoint", config.checkpoint.keep)
-            _draw_partition(federation, path)
+    except Interrupted:
+        raise
+    except Exception as error:
+        if path is not None and federation.whole and len(metrics) == federation.round + 1:
+            try:
+                if isinstance(error, TooFewClientsError):
+                    _write_failures(federation, federation.round + 1, path)
+                _save(federation, config, path)
+                _draw_partition(federation, path)
+            except Exception as another:  # the first is what ended the run
+                log.warning("no checkpoint of round %d: %s", federation.round, explain(another))
         raise
 
 
@@ -204,6 +263,7 @@ def _write_end(
     rundir.write_summary(path / "summary.json", summary)
     rundir.write_events(path, metrics)
     draw_curves(metrics, config.name, path / "curves.png")
+    _draw_partition(federation, path)
 
 
 @contextmanager
