@@ -3,7 +3,8 @@
 Workers share memory with this process, so that neither data, nor models, nor arrays are ever pickled: they read what
 the server sent and what clients remember from it, and write there what clients answer and are to remember next. A
 worker itself remembers nothing from job to job: which worker takes a job, and how many there are, makes no difference
-to its outcome, and one that dies is replaced without anything being lost.
+to its outcome, and one that dies, or is stopped and does not go on, is replaced without anything being lost. What
+workers do not get done, for they are killed from outside again and again or cannot be started, this process does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -35,6 +37,16 @@ QUEUED = 2
 
 LARGEST_TASK = 100
 """Jobs of a task at most."""
+
+
+LOOK = 1.0
+"""Seconds between looks for workers that are stopped."""
+
+STOPPED = 5
+"""Looks in a row after which a stopped worker is replaced; one that was stopped with this process goes on at once."""
+
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
+"""Signals that are no fault of the job at which a worker was when they ended it."""
 
 
 def can_fork() -> bool:
@@ -133,11 +145,20 @@ class Slots:
 
 @dataclass(eq=False)
 class _Worker:
-    """A process, and the tasks that it has, in their order."""
+    """A process, the tasks that it has, in their order, and how many looks in a row found it stopped."""
 
     process: BaseProcess
     connection: Connection
     tasks: list[list[int]] = field(default_factory=list)
+    stopped: int = 0
+
+
+@dataclass
+class _Strikes:
+    """How many workers ended at a job, by its position, and the jobs at which one did so by itself."""
+
+    count: Counter[int] = field(default_factory=Counter)
+    own: set[int] = field(default_factory=set)
 
 
 class Workers:
@@ -156,7 +177,9 @@ class Workers:
         self._workers: list[_Worker] = []
         self._serial = 0
 
-    def run(self, jobs: Sequence[Job], timeout: float | None = None) -> Iterator[tuple[int, Outcome | str]]:
+    def run(
+        self, jobs: Sequence[Job], timeout: float | None = None, finish: bool = False
+    ) -> Iterator[tuple[int, Outcome | str]]:
         """The outcome of each job by its position, or why there is none, in the order in which they are done.
 
         What outcomes hold lies in memory that the next run uses again.
@@ -164,6 +187,7 @@ class Workers:
         Args:
             jobs: The jobs.
             timeout: Seconds after which the others are given up.
+            finish: Have this process do the others then.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         self._serial += 1
@@ -171,32 +195,43 @@ class Workers:
         examples = [self._solver.examples(job) for job in jobs]
         # the largest first, so that no worker is left with a large one in the end
         waiting = sorted(range(len(jobs)), key=lambda position: examples[position])
-        strikes: Counter[int] = Counter()
+        strikes = _Strikes()
+        looked = time.monotonic()
         try:
             while waiting or any(worker.tasks for worker in self._workers):
                 for worker in self._workers:
                     while waiting and len(worker.tasks) < QUEUED:
-                        self._send(worker, self._cut(waiting, examples, alone=bool(strikes)), light)
+                        self._send(worker, self._cut(waiting, examples, alone=bool(strikes.count)), light)
+                if not self._workers:
+                    position = waiting.pop()
+                    yield position, self._here(light[position])
+                    continue
                 busy = {w.connection: w for w in self._workers if w.tasks}
-                left = None if timeout is None else max(0.0, deadline - time.monotonic())
-                ready = wait(list(busy), left)
-                if not ready and left is not None:
-                    return
+                ready = wait(list(busy), max(0.0, min(LOOK, deadline - time.monotonic())))
+                if not ready and time.monotonic() >= deadline:
+                    break
                 for connection in ready:
                     worker = busy[connection]  # type: ignore[index]
                     try:
                         results = worker.connection.recv()
                     except (EOFError, OSError):
-                        yield from self._replace(worker, waiting, strikes)
+                        yield from self._replace(worker, waiting, strikes, light)
                         continue
                     worker.tasks.pop(0)
                     for position, result in results:
                         failed = isinstance(result, str)
                         yield position, result if failed else self._outcome(light[position], result)
+                if time.monotonic() - looked >= LOOK:
+                    looked = time.monotonic()
+                    for worker in self._stopped():
+                        worker.process.kill()
+                        yield from self._replace(worker, waiting, strikes, light)
+            if finish:
+                for position in waiting + self._end_busy():
+                    yield position, self._here(light[position])
         finally:
-            for worker in [worker for worker in self._workers if worker.tasks]:
-                self._end(worker)  # too slow, or nobody wants to know any more
-                self._start()
+            self._end_busy()
+            self._fill()
 
     def close(self) -> None:
         """End the workers."""
@@ -231,8 +266,7 @@ class Workers:
         if end > len(self._exchange):
             self.close()
             self._exchange = zeros(end, self._on_disk)
-        while len(self._workers) < self._count:
-            self._start()
+        self._fill()
         for arrays, spans in sent.values():
             for name, (start, stop) in spans.items():
                 self._exchange[start:stop] = arrays[name]
@@ -271,13 +305,54 @@ class Workers:
             state = [self._slots(c, other(slot)) for c, slot in zip(job.clients, job.slots, strict=True)]
         return Outcome(answer.metrics, arrays, state, answer.norms)
 
+    def _here(self, job: _Light) -> Outcome | str:
+        """The outcome of a job that this process does, as a worker would; PyTorch is left as it was."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                answer = self._solve(job, self._read(job))
+        finally:
+            torch.set_num_threads(threads)
+        return answer if isinstance(answer, str) else self._outcome(job, answer)
+
+    def _stopped(self) -> list[_Worker]:
+        """Look which workers have been stopped for a while."""
+        for worker in self._workers:
+            worker.stopped = worker.stopped + 1 if worker.tasks and _is_stopped(worker.process) else 0
+        return [worker for worker in self._workers if worker.stopped >= STOPPED]
+
+    def _fill(self) -> None:
+        """Start the workers that are missing, as far as the system lets."""
+        try:
+            while len(self._workers) < self._count:
+                self._start()
+        except OSError as error:
+            log.warning("a worker process cannot be started, so that others do its work: %s", error)
+
     def _start(self) -> None:
-        """Fork a worker."""
+        """Fork a worker.
+
+        Raises:
+            OSError: The system does not let it.
+        """
         ours, theirs = _FORK.Pipe()
         process = _FORK.Process(target=self._serve, args=(theirs, ours), daemon=True)
-        process.start()
-        theirs.close()
+        try:
+            process.start()
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         self._workers.append(_Worker(process, ours))
+
+    def _end_busy(self) -> list[int]:
+        """End the workers that are at something, too slow or no longer wanted; what they were at."""
+        busy = [worker for worker in self._workers if worker.tasks]
+        for worker in busy:
+            self._end(worker)
+        return [position for worker in busy for task in worker.tasks for position in task]
 
     def _end(self, worker: _Worker) -> None:
         worker.process.kill()
@@ -286,23 +361,30 @@ class Workers:
         self._workers.remove(worker)
 
     def _replace(
-        self, worker: _Worker, waiting: list[int], strikes: Counter[int]
-    ) -> Iterator[tuple[int, str]]:
-        """Replace a worker that died; its jobs are done again, each alone, unless one of them ends a second worker."""
+        self, worker: _Worker, waiting: list[int], strikes: _Strikes, light: Sequence[_Light]
+    ) -> Iterator[tuple[int, Outcome | str]]:
+        """Replace a worker that died; its jobs are done again, each alone.
+
+        One at which a second worker ends is done by this process where both were killed from outside; else it fails.
+        """
         worker.process.join()
         code = worker.process.exitcode or 0
         why = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
         log.warning("a worker process ended %s and was replaced", why)
-        for started, task in enumerate(worker.tasks):
-            for position in task:
-                if not started:  # what was queued behind it has done nothing
-                    strikes[position] += 1
-                if strikes[position] > 1:
-                    yield position, f"the worker process that computed it ended {why}, twice"
-                else:
-                    waiting.append(position)
         self._end(worker)
-        self._start()
+        self._fill()
+        tasks = worker.tasks or [[]]
+        waiting += [position for task in tasks[1:] for position in task]  # nothing was done of them
+        for position in tasks[0]:
+            strikes.count[position] += 1
+            if -code not in FROM_OUTSIDE:
+                strikes.own.add(position)
+            if strikes.count[position] < 2:
+                waiting.append(position)
+            elif position in strikes.own:
+                yield position, f"the worker process that computed it ended {why}, twice"
+            else:
+                yield position, self._here(light[position])
 
     def _serve(self, connection: Connection, parents: Connection) -> None:
         """What a worker does: answer tasks until nobody is there to send any."""
@@ -322,11 +404,15 @@ class Workers:
                 for job in task:
                     where = tuple(job.spans.values())
                     if where not in read:
-                        read[where] = {n: self._exchange[a:b].clone() for n, (a, b) in job.spans.items()}
+                        read[where] = self._read(job)
                     answers.append((job.position, self._solve(job, read[where])))
                 connection.send(answers)
         except (EOFError, OSError):
             return
+
+    def _read(self, job: _Light) -> dict[str, Tensor]:
+        """The instruction's arrays, in memory of this process."""
+        return {name: self._exchange[start:stop].clone() for name, (start, stop) in job.spans.items()}
 
     def _solve(self, job: _Light, arrays: Mapping[str, Tensor]) -> _Answer | str:
         """Run a job, and write what it gives into the shared memory."""
@@ -346,6 +432,14 @@ class Workers:
             for name, held in self._slots(client, other(slot)).items():
                 held.copy_(vectors[name])
         return _Answer(outcome.metrics, spans, outcome.norms, bool(outcome.state))
+
+
+def _is_stopped(process: BaseProcess) -> bool:
+    """Whether a signal or a debugger holds a process."""
+    try:
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return False
 
 
 def other(slot: int) -> int:

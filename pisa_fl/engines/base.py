@@ -55,8 +55,11 @@ class ClientGrid(Grid):
     def restore(self, states: Mapping[int, ClientState]) -> None:
         """Give the clients back what `states` gave."""
 
-    def test(self, arrays: Mapping[str, Tensor]) -> tuple[float, float] | None:
-        """Accuracy (0..1) and mean loss of weights on the test set; None where that is left to the server."""
+    def test(self, arrays: Mapping[str, Tensor], timeout: float | None = None) -> tuple[float, float] | None:
+        """Accuracy (0..1) and mean loss of weights on the test set; None where that is left to the server.
+
+        What is not there after `timeout` seconds, this process computes.
+        """
         return None
 
     def close(self) -> None:

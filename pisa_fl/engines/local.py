@@ -125,14 +125,14 @@ class LocalGrid(ClientGrid):
         """Give the clients back what `states` gave."""
         self.host.states = {client: state.to(self.host.device) for client, state in states.items()}
 
-    def test(self, arrays: Mapping[str, Tensor]) -> tuple[float, float] | None:
-        """Accuracy and mean loss of weights on the test set, by the workers."""
+    def test(self, arrays: Mapping[str, Tensor], timeout: float | None = None) -> tuple[float, float] | None:
+        """Accuracy and mean loss of weights on the test set, by the workers as far as they are in time."""
         if self._workers is None:
             return None
         examples = len(self.host.data.test_labels)
         jobs = [Job("test", [part], arrays, {}, []) for part in range(-(-examples // TEST_PART))]
         parts: list[tuple[int, float]] = [(0, 0.0)] * len(jobs)
-        for position, outcome in self._workers.run(jobs):
+        for position, outcome in self._workers.run(jobs, timeout, finish=True):
             if isinstance(outcome, str):
                 raise RuntimeError(f"the test set cannot be evaluated: {outcome}")
             parts[position] = int(outcome.metrics[0]["correct"]), float(outcome.metrics[0]["loss"])
