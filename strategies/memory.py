@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,14 +21,36 @@ def zeros(count: int, on_disk: bool = False) -> Tensor:
     Args:
         count: How many.
         on_disk: Keep them in a file of the folder for temporary files ($TMPDIR), which has no name and so is gone
-            when nobody uses it any more; the system keeps in memory what it has room for.
+            when nobody uses it any more; its space is reserved, and the system keeps in memory what it has room for.
+
+    Raises:
+        OSError: There is no room for them.
     """
     size = max(1, count) * 4
     if not on_disk:
-        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.float32)[:count]
-    with tempfile.TemporaryFile() as file:
-        file.truncate(size)
+        with _needing(size, "memory", "give state=disk"):
+            return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.float32)[:count]
+    folder = tempfile.gettempdir()
+    with (
+        _needing(size, folder, "set TMPDIR to a folder with more"),
+        tempfile.TemporaryFile(dir=folder) as file,
+    ):
+        os.posix_fallocate(
+            file.fileno(), 0, size
+        )  # a page that has no room when it is written ends the process
         return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.float32)[:count]
+
+
+@contextmanager
+def _needing(size: int, place: str, remedy: str) -> Iterator[None]:
+    """Errors of the system say what was asked of it."""
+    try:
+        yield
+    except OSError as error:
+        text = (
+            f"{error.strerror}: {size / 1e6:,.1f} MB are needed at once for what clients remember: {remedy}"
+        )
+        raise OSError(error.errno, text, place) from error
 
 
 class Rows:
