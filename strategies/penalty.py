@@ -13,6 +13,10 @@ that is, -pi is a moving average of the gradient, a momentum, and w moves by p/s
 
 and a steady gradient of size q moves w by lr a round. If only a share of the clients takes part, the rows of the
 absent ones hold the consensus back by as much, and sigma is multiplied by that share.
+
+q tells of gradients that were. A tensor whose gradient is zero at first (a layer behind a zero-initialised one), or
+grows by orders of magnitude within a round, has a residual of which q says nothing: divided by q it would be a step
+of any length. Such a residual, `SURPRISE` times q or more, only gives the direction: it is brought to the size q.
 """
 
 from __future__ import annotations
@@ -21,6 +25,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from strategies.layout import Layout
+
+SURPRISE = 200.0
+"""How many times q the root mean square of a tensor's residual may be. Under skew it honestly is a hundred and more,
+for q is the size of the federation's gradient, in which the clients' cancel."""
+
+QUIET = 1e-8
+"""The least q: less counts as nothing observed. What SISA's authors add to Q."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,24 @@ class Penalty:
         growth = self.gamma ** -max(0, (round_number - 2) // self.grow_every)
         if self.sigma is not None:
             return torch.tensor(self.sigma * growth)
-        return None if scale is None else scale * (growth * self.participation / self.lr)
+        return None if scale is None else scale.clamp(min=QUIET) * (growth * self.participation / self.lr)
+
+    def believed(self, residual: Tensor, scale: Tensor | None, layout: Layout) -> Tensor:
+        """The residual (C, d), where a tensor's is out of all proportion to q brought to that size.
+
+        Args:
+            residual: g_i + pi_i, or what takes its place.
+            scale: q of each tensor, (T,), or None for a penalty by hand, which leaves the residual as it is.
+            layout: Of the residual.
+        """
+        if scale is None:
+            return residual
+        size = layout.root_mean_square(residual)
+        surprising = size > SURPRISE * scale
+        if not surprising.any():
+            return residual
+        share = torch.where(surprising, scale.clamp(min=QUIET) / size, 1.0).clamp(max=1.0)
+        return residual * layout.expand(share)
 
     @property
     def rho_value(self) -> float:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -195,12 +196,14 @@ class _Common:
         held: The state of the common Q; empty if every client has its own.
         observed: Whether anything was observed of it yet.
         sigma: The penalty; None in a round that only measures.
+        scale: Size q of Q on each tensor, (T,), that an automatic penalty follows; None for one by hand.
     """
 
     instruction: Instruction
     held: Mapping[str, Tensor]
     observed: bool
     sigma: Tensor | None
+    scale: Tensor | None
 
 
 class PisaClient(ClientHalf):
@@ -258,6 +261,7 @@ class PisaClient(ClientHalf):
         if self._common is None or self._common.instruction is not instruction:
             self._common = self._prepare(instruction)
         sigma, rho = self._common.sigma, self.penalty.rho_value
+        believed = partial(self.penalty.believed, scale=self._common.scale, layout=self.layout)
         preconditioner, aligned = self.preconditioner, self.align_every > 0
         consensus, dual = instruction.arrays[WEIGHTS], state[DUAL]
         held: Mapping[str, Tensor] = self._common.held if aligned else state
@@ -273,14 +277,14 @@ class PisaClient(ClientHalf):
             held = preconditioner.accumulate(held, statistic)
         direction = preconditioner.direction(held, gradient)
         residual = residual if direction is gradient else direction + dual
-        weights = consensus - preconditioner.solve(held, residual, sigma, rho)
+        weights = consensus - preconditioner.solve(held, believed(residual), sigma, rho)
         for _ in range(1, self.local_steps):
             gradient, _ = gradients(weights)
             if not aligned:
                 held = preconditioner.accumulate(held, preconditioner.statistic(gradient, gradient + dual))
             direction = preconditioner.direction(held, gradient)
             residual = direction + dual + sigma * (weights - consensus)
-            weights = weights - preconditioner.solve(held, residual, sigma, rho)
+            weights = weights - preconditioner.solve(held, believed(residual), sigma, rho)
         # the ledger's own operations in their order, so that its dual has the same bits
         dual = dual + (weights - consensus).mul_(sigma)
         kept = {} if aligned else dict(held)
@@ -294,7 +298,9 @@ class PisaClient(ClientHalf):
         sigma = self.penalty.sigma_at(integer(instruction.config, ROUND), scale)
         if sigma is not None:
             sigma = sigma.to(arrays[WEIGHTS].device)
-        return _Common(instruction, held, any(vector.any() for vector in held.values()), sigma)
+        if scale is not None:
+            scale = self.layout.mean(scale.to(arrays[WEIGHTS].device))
+        return _Common(instruction, held, any(vector.any() for vector in held.values()), sigma, scale)
 
     def _gradients(self, cohort: Cohort) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """The stochastic gradient: at weights (d,) or (C, d), gradients (C, d) and losses (C,)."""

@@ -3,7 +3,17 @@
 import pytest
 import torch
 from flwr.serverapp.strategy import FedAvg
-from quadratics import ALPHA, EXAMPLES, LAYOUT, Bench, Quadratics, duals_of, pisa_bench, solving
+from quadratics import (
+    ALPHA,
+    EXAMPLES,
+    LAYOUT,
+    PRECONDITIONERS,
+    Bench,
+    Quadratics,
+    duals_of,
+    pisa_bench,
+    solving,
+)
 
 from strategies import LocalSgd
 
@@ -88,3 +98,27 @@ def test_clients_may_advance_together_or_one_by_one():
     problem = Quadratics.draw()
     together, alone = (run(pisa_bench("spectral", cohort=n), problem, 10) for n in (len(EXAMPLES), 1))
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def faint(problem, name, share):
+    """The problem with a tensor's gradient so many times what it was."""
+    a, b = problem.a.clone(), problem.b.clone()
+    a[:, LAYOUT.spans[name]] *= share
+    b[:, LAYOUT.spans[name]] *= share
+    return Quadratics(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"local_steps": 3}, {"participation": 0.5}])
+@pytest.mark.parametrize("share", [0.0, 1e-30, 1e-6])
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+def test_a_tensor_whose_gradient_wakes_up_moves_by_about_lr(preconditioner, share, options):
+    problem, lr = Quadratics.draw(), 0.01
+    asleep = faint(faint(problem, "matrix", share), "vector", share)
+    bench = pisa_bench(preconditioner, sigma=None, rho=None, lr=lr, **options)
+    for number in range(10):
+        before = bench.consensus
+        run(bench, asleep if number < 4 else problem, 1)
+        assert (bench.consensus - before).abs().max() <= 10 * lr
+        if share == 0.0 and number < 4:
+            assert not LAYOUT.views(bench.consensus)["matrix"].any()
+    assert LAYOUT.views(bench.consensus)["matrix"].abs().min() > 0
