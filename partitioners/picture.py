@@ -10,6 +10,22 @@ from partitioners.base import Partition
 from partitioners.partition import replacing
 
 
+def plain(text: str, longest: int = 60) -> str:
+    """A user's text as a picture can show it: one line that is not too long, and no formula between dollar signs.
+
+    Args:
+        text: whatever it holds, control characters and halves of surrogate pairs included.
+        longest: characters that are left of it; what is cut out is cut from the middle.
+    """
+    shown = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    if len(shown) > longest:
+        half = (longest - 1) // 2
+        shown = f"{shown[:half]}…{shown[-half:]}"
+    if shown.startswith("_"):  # which would leave it out of a legend
+        shown = f" {shown}"
+    return shown.replace("$", r"\$")
+
+
 def draw(partition: Partition, labels: NDArray[np.integer], classes: Sequence[str], path: str | Path) -> None:
     """Draw the number of examples of every class at every client, and above it the clients' sizes.
 
@@ -40,7 +56,7 @@ def draw(partition: Partition, labels: NDArray[np.integer], classes: Sequence[st
     table.set_xlabel("client")
     table.set_ylabel("class")
     if len(classes) <= 30:
-        table.set_yticks(range(len(classes)), classes)
+        table.set_yticks(range(len(classes)), [plain(name, 24) for name in classes])
     if few:
         table.set_xticks(range(clients))
         for (class_, client), count in np.ndenumerate(counts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,6 +68,12 @@ def text(words: str, null: bool = False) -> Check:
     return check
 
 
+def _folder_name(value: Any) -> str | None:
+    fits = type(value) in (str, int) and str(value) not in ("", ".", "..")
+    fits = fits and "/" not in str(value) and min(str(value)) >= " " and len(os.fsencode(str(value))) <= 200
+    return None if fits else "a plain folder name of 1 to 200 bytes"
+
+
 def _accuracies(value: Any) -> str | None:
     share = number("", lambda v: 0 <= v <= 1)
     fits = isinstance(value, ListConfig) and all(share(v) is None for v in value)
@@ -76,7 +83,7 @@ def _accuracies(value: Any) -> str | None:
 _SECONDS = number(f"a number of seconds from 0 to {LONGEST}", lambda v: 0 <= v <= LONGEST)
 
 ROOT: Mapping[str, Check] = {
-    "name": text("a name"),
+    "name": _folder_name,
     "seed": whole(0, 2**63 - 1),
     "clients": whole(1),
     "rounds": whole(0),

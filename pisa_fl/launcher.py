@@ -183,7 +183,7 @@ class FlowerRun:
             number = self._submit(config, connection, work, environment)
             metrics, failures = _written(directory)  # of the run that is resumed
             last = int(metrics[-1]["round"]) if metrics else 0
-            display = stack.enter_context(Display(config.name, config.rounds, last, config.progress))
+            display = stack.enter_context(Display(str(config.name), config.rounds, last, config.progress))
             follow = _start(
                 "flwr", "log", str(number), connection, "--stream", env=environment, output=output
             )

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from pisa_fl.config import CONF, ConfigurationError, explain_composition, import_from, settle
 from pisa_fl.explain import explain
+from pisa_fl.text import tolerate_any_text, visible
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
@@ -35,6 +36,7 @@ class _Mistake(Exception):
 
 def main() -> None:
     """Entry point of `pisa-fl`."""
+    tolerate_any_text()
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra prints and exits 1 on its own unless told to let exceptions through
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -125,7 +127,7 @@ def _give_up(status: int, error: BaseException) -> NoReturn:
 
 
 def _say(text: str) -> None:
-    print(f"pisa-fl: {text}", file=sys.stderr)
+    print(f"pisa-fl: {visible(text)}", file=sys.stderr)
 
 
 def _remove_if_empty(directory: Path) -> None:

@@ -33,7 +33,9 @@ def find_own_first() -> None:
     for name in PACKAGES:
         imported = sys.modules.get(name)
         spec = imported.__spec__ if imported is not None else PathFinder.find_spec(name)
-        found = None if spec is None else spec.origin or next(iter(spec.submodule_search_locations or ()), None)
+        found = (
+            None if spec is None else spec.origin or next(iter(spec.submodule_search_locations or ()), None)
+        )
         if found is None or Path(found).resolve().is_relative_to(HOME / name):
             continue
         if imported is not None:

@@ -16,7 +16,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-console = Console(highlight=False)
+from pisa_fl.text import visible
+
+console = Console(highlight=False, markup=False, emoji=False)
+"""Prints text as it is: a user's name or path may look like markup."""
 
 
 class Display:
@@ -33,17 +36,17 @@ class Display:
         self._live = live and console.is_terminal
         self._rounds = rounds
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
             disable=not self._live,
         )
-        self._task = self._progress.add_task(name, total=rounds, completed=done, status="")
+        self._task = self._progress.add_task(_shown(name), total=rounds, completed=done, status="")
 
     def __enter__(self) -> Display:
         """Start drawing."""
@@ -56,7 +59,8 @@ class Display:
 
     def show(self, metrics: dict[str, Any]) -> None:
         """Show a round's metrics."""
-        status = f"accuracy {100 * metrics['test_accuracy']:.2f} %  loss {metrics['test_loss']:.4f}"
+        loss = "not finite" if metrics["test_loss"] is None else f"{metrics['test_loss']:.4f}"
+        status = f"accuracy {100 * metrics['test_accuracy']:.2f} %  loss {loss}"
         self._progress.update(self._task, completed=metrics["round"], status=status)
         if not self._live:
             failed = f"  failed {metrics['clients_failed']}" if metrics["clients_failed"] else ""
@@ -81,7 +85,12 @@ def show_summary(summary: dict[str, Any], directory: str) -> None:
     )
     table.add_row("training time", f"{math.ceil(summary['seconds'])} s")
     console.print(table)
-    console.print(f"run directory: {directory}", soft_wrap=True)
+    console.print(f"run directory: {_shown(directory)}", soft_wrap=True)
+
+
+def _shown(text: str) -> str:
+    """A user's text in one line, with what this terminal cannot show escaped."""
+    return visible(text).encode(console.encoding, "backslashreplace").decode(console.encoding)
 
 
 def _megabytes(count: int) -> str:

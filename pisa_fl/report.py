@@ -1,208 +1,275 @@
 """`pisa-fl-report FOLDER...`: a finished sweep, or any run directories, as a table and figures.
 
-For every run below the folders it reads config.yaml and metrics.jsonl; what differs between the runs' configurations
-becomes the table's columns, runs that differ only in their seed become one row (median and range). Written into the
-first folder, or `--output`: `report.md`, `report.csv`, `comparison.png` (accuracy against rounds, passes and bytes)
-and, where one parameter was swept, `sweep.png` (final accuracy against it).
+Runs whose configurations differ only in the seed become one row (median and range); what else differs between them
+becomes a column. Written into the first folder, or `--output`: `report.md`, with notes on what is missing or unequal
+below the table, `report.csv`, one plain number a column, `comparison.png` (accuracy against rounds, passes and bytes)
+and, where something was swept, `sweep.png` (final accuracy against it).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
+from pisa_fl.config import explain
 from pisa_fl.files import write
-from pisa_fl.plots import draw_comparison, draw_sweep
-from pisa_fl.rundir import Metrics, read_metrics
+from pisa_fl.finished import Run, find_runs
+from pisa_fl.settings import METHOD, Column, describe, identify, order, written
+from pisa_fl.text import tolerate_any_text, visible
 
-IGNORED = {"seed", "name", "resume", "progress", "checkpoint", "targets"}
-"""Keys, of whatever group, that do not tell what a run studies."""
+if TYPE_CHECKING:
+    import pandas as pd  # slow to import, as are the pictures: `--help` needs neither
 
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run, as its directory tells it.
-
-    Attributes:
-        directory: The run directory.
-        config: Its configuration by dotted key.
-        metrics: The lines of metrics.jsonl.
-        summary: The contents of summary.json.
-    """
-
-    directory: Path
-    config: Mapping[str, Any]
-    metrics: Sequence[Metrics]
-    summary: Mapping[str, Any]
-
-    @property
-    def method(self) -> str:
-        """The strategy's name, which is the run's name unless it was given one."""
-        return str(self.config["name"])
+MEASURES = {
+    "final accuracy, %": "{:.2f}",
+    "best accuracy, %": "{:.2f}",
+    "rounds": "{:g}",
+    "passes": "{:.0f}",
+    "MB": "{:.1f}",
+}
+"""Columns of every report, and how their numbers are shown."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Runs that differ only in their seed.
+    """Runs of one setting.
 
     Attributes:
-        method: Their strategy's name.
-        parameters: What distinguishes them from the other rows.
+        values: What distinguishes the setting from the others, by the column's name.
+        label: Name of the row in a picture and in notes, no other row's.
         runs: One a seed.
     """
 
-    method: str
-    parameters: Mapping[str, Any]
+    values: Mapping[str, Any]
+    label: str
     runs: Sequence[Run]
 
     @property
-    def label(self) -> str:
-        """Name of the row in a picture."""
-        values = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.parameters.items())
-        return f"{self.method} ({values})" if values else self.method
+    def method(self) -> str:
+        """What was chosen as the strategy."""
+        return written(self.values[METHOD])
 
-    def accuracies(self, which: str) -> list[float]:
-        """`final_accuracy` or `best_accuracy` of each run, 0..1."""
-        return [float(run.summary[which]) for run in self.runs]
+    @property
+    def seeds(self) -> list[int]:
+        """The runs' seeds in order."""
+        return sorted(run.seed for run in self.runs)
 
+    @property
+    def final(self) -> list[float]:
+        """Final test accuracy of each run, 0..1."""
+        from pisa_fl.plots import accuracies
 
-def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """The finished runs below the folders, in the order of their paths.
-
-    Raises:
-        ValueError: There is none.
-    """
-    runs = []
-    for folder in folders:
-        for summary in sorted(folder.rglob("summary.json"), key=lambda path: _natural(path)):
-            directory = summary.parent
-            config = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
-            flat = _flat(cast(dict[str, Any], config))
-            runs.append(Run(directory, flat, read_metrics(directory), json.loads(summary.read_text())))
-    if not runs:
-        raise ValueError(
-            f"no finished run below {', '.join(map(str, folders))}: give a run directory or a sweep's"
-        )
-    return runs
-
-
-def rows(runs: Sequence[Run]) -> list[Row]:
-    """Group runs by everything that differs between them but the seed."""
-    keys = dict.fromkeys(key for run in runs for key in run.config)
-    keys = {key: None for key in keys if not IGNORED.intersection(key.split("."))}
-    shared = [key for key in keys if not key.startswith("strategy.")]
-    differing = [key for key in shared if len({repr(run.config.get(key)) for run in runs}) > 1]
-    # a strategy's own numbers tell rows apart only where runs of the same strategy differ in them
-    for method in dict.fromkeys(run.method for run in runs):
-        own = [run for run in runs if run.method == method]
-        for key in (k for k in keys if k.startswith("strategy.") and k.count(".") == 1):
-            if len({repr(run.config.get(key)) for run in own}) > 1 and key not in differing:
-                differing.append(key)
-    told = [key for key in differing if key != "rounds"]  # which has a column of its own
-    groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.method, *(repr(run.config.get(key)) for key in differing)), []).append(run)
-    return [
-        Row(group[0].method, {k: group[0].config[k] for k in told if k in group[0].config}, group)
-        for group in groups.values()
-    ]
+        return [float(accuracies(run.metrics)[-1]) for run in self.runs]
 
 
 def report(folders: Sequence[Path], output: Path, title: str) -> str:
-    """Write the table and the figures into `output`; the table as Markdown is also returned.
+    """Write the table and the figures into `output`; the table and its notes as Markdown are also returned.
 
     Raises:
         ValueError: There is no finished run.
+        OSError: A file cannot be written.
     """
-    table = rows(find_runs(folders))
-    parameters = list(dict.fromkeys(key for row in table for key in row.parameters))
-    targets = list(
-        dict.fromkeys(target for row in table for run in row.runs for target in run.summary["targets"])
-    )
-    header = [
-        "strategy",
-        *parameters,
-        "seeds",
-        "final accuracy, %",
-        "best accuracy, %",
-        "rounds",
-        "passes",
-        "MB",
-    ]
-    header += [f"rounds to {100 * float(target):g} %" for target in targets]
-    lines = [_cells(row, parameters, targets) for row in table]
-    text = _markdown(header, lines)
+    from pisa_fl.plots import draw_comparison
+
+    runs, notes = find_runs(folders)
+    columns, rows = tabulate(runs, notes)
+    notes += _unequal(columns, rows)
+    numbers = _numbers(rows)
+    output.mkdir(parents=True, exist_ok=True)
+    curves = {row.label: [run.metrics for run in row.runs] for row in rows}
+    _draw(output / "comparison.png", lambda path: draw_comparison(curves, title, path), notes)
+    _draw(output / "sweep.png", _sweep(columns, rows), notes)
+    settings = _settings([c for c in columns if c.name != "rounds"], rows)  # which has a column anyhow
+    text = _markdown(_table(settings, numbers), notes)
     write(output / "report.md", text)
-    with (output / "report.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([header, *lines])
-    curves = {row.label: [run.metrics for run in row.runs] for row in table}
-    draw_comparison(curves, title, output / "comparison.png")
-    if len(parameters) == 1:
-        _draw_sweep(table, parameters[0], output / "sweep.png")
+    write(output / "report.csv", settings.join(numbers.round(6)).to_csv(index=False))
     return text
 
 
-def _cells(row: Row, parameters: Sequence[str], targets: Sequence[str]) -> list[str]:
-    last = row.runs[0].summary
-    cells = [row.method, *(str(row.parameters.get(key, "")) for key in parameters), str(len(row.runs))]
-    cells += [_percent(row.accuracies("final_accuracy")), _percent(row.accuracies("best_accuracy"))]
-    cells += [
-        str(last["rounds"]),
-        f"{last['passes']:.0f}",
-        f"{(last['bytes_up'] + last['bytes_down']) / 1e6:.1f}",
-    ]
-    for target in targets:
-        reached = [run.summary["targets"].get(target) for run in row.runs]
-        rounds = [r["round"] for r in reached if r is not None]
-        cells.append(f"{median(rounds):g}" if len(rounds) == len(reached) else "-")
-    return cells
+def tabulate(runs: Sequence[Run], notes: list[str]) -> tuple[list[Column], list[Row]]:
+    """Group runs by everything but the seed.
 
+    Args:
+        runs: Finished runs.
+        notes: Where is told which runs repeat others.
 
-def _percent(values: Sequence[float]) -> str:
-    middle = f"{100 * median(values):.2f}"
-    return middle if len(values) == 1 else f"{middle} ({100 * min(values):.2f}-{100 * max(values):.2f})"
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    body = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines)]
-    return "\n".join(body) + "\n"
-
-
-def _draw_sweep(table: Sequence[Row], parameter: str, path: Path) -> None:
-    points: dict[str, list[tuple[Any, list[float]]]] = {}
-    for row in table:
-        if parameter in row.parameters:
-            points.setdefault(row.method, []).append(
-                (row.parameters[parameter], row.accuracies("final_accuracy"))
+    Returns:
+        What tells the rows apart, and the rows in the order of their first runs.
+    """
+    settings: dict[str, dict[int, Run]] = {}
+    for run, setting in zip(runs, identify([run.config for run in runs]), strict=True):
+        first = settings.setdefault(setting, {}).setdefault(run.seed, run)
+        if first is not run:
+            notes.append(
+                f"{run.directory} is {first.directory} again, and is not counted"
+                if run.repeats(first)
+                else f"{run.directory} has the seed and the configuration of {first.directory}, but OTHER NUMBERS;"
+                " only the latter is counted"
             )
-    ordered = {
-        method: sorted(own, key=lambda p: (isinstance(p[0], str), p[0])) for method, own in points.items()
-    }
-    draw_sweep(ordered, parameter, path)
+    groups = [list(by_seed.values()) for by_seed in settings.values()]
+    # older runs do not tell what was chosen; one of the same setting may
+    spokesmen = [max(group, key=lambda run: "choices" in run.config).config for group in groups]
+    columns, values = describe(spokesmen, reserved=["seeds", *MEASURES])
+    return columns, [
+        Row(own, _label(columns, own, values), group) for own, group in zip(values, groups, strict=True)
+    ]
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+def _label(columns: Sequence[Column], own: Mapping[str, Any], values: Sequence[Mapping[str, Any]]) -> str:
+    """The method, and what tells the setting from others of the same method."""
+    peers = [other for other in values if other[METHOD] == own[METHOD]]
+    words = _words(_differing(columns, peers), own)
+    return f"{written(own[METHOD])} ({words})" if words else written(own[METHOD])
+
+
+def _differing(columns: Sequence[Column], values: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the columns in which settings differ."""
+    return [c.name for c in columns if len({written(v[c.name]) if c.name in v else "" for v in values}) > 1]
+
+
+def _unequal(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
+    """Notes on what rows of one picture do not have in common, and on runs that diverged."""
+    notes = []
+    seeds = sorted({seed for row in rows for seed in row.seeds})
+    for row in rows:
+        if lacking := [seed for seed in seeds if seed not in row.seeds]:
+            notes.append(f"no run of {row.label} with seed {', '.join(map(str, lacking))}, which others have")
+    around = [c.name for c in columns if c.name != "rounds" and c.key.partition(".")[0] != METHOD]
+    tried: dict[str, dict[str, None]] = {}  # what each method was tried with
+    for row in rows:
+        tried.setdefault(row.method, {})[_words(around, row.values)] = None
+    for words in dict.fromkeys(words for own in tried.values() for words in own):
+        if absent := [method for method, own in tried.items() if words not in own]:
+            notes.append(f"no run of {', '.join(absent)} with {words}, which others have")
+    rounds = {row.label: row.runs[0].metrics[-1]["round"] for row in rows}
+    if len(set(rounds.values())) > 1:
+        notes.append(
+            "numbers of rounds differ: " + ", ".join(f"{label} {count}" for label, count in rounds.items())
+        )
+    notes += [
+        f"{run.directory} ({row.label}, seed {run.seed}) diverged, and is counted"
+        for row in rows
+        for run in row.runs
+        if run.diverged
+    ]
+    return notes
+
+
+def _words(names: Sequence[str], values: Mapping[str, Any]) -> str:
+    """Some of a setting's values in words."""
+    return ", ".join(f"{name} {written(values[name])}" for name in names if name in values)
+
+
+def _settings(columns: Sequence[Column], rows: Sequence[Row]) -> pd.DataFrame:
+    """The columns that say what a row is."""
+    import pandas as pd
+
+    table = {c.name: [_cell(row.values, c.name) for row in rows] for c in columns}
+    return pd.DataFrame(table | {"seeds": [len(row.runs) for row in rows]})
+
+
+def _cell(values: Mapping[str, Any], name: str) -> str:
+    return visible(written(values[name])) if name in values else ""
+
+
+def _numbers(rows: Sequence[Row]) -> pd.DataFrame:
+    """Median, least and greatest of every measure for each row, and after how many rounds targets were reached.
+
+    Targets that less than half of the runs reached have no median: infinitely many rounds.
+    """
+    import pandas as pd
+
+    from pisa_fl.plots import accuracies, megabytes
+
+    targets = sorted({target for row in rows for run in row.runs for target in run.targets})
+    lines = []
+    for number, row in enumerate(rows):
+        for run in row.runs:
+            accuracy, last = accuracies(run.metrics), run.metrics[-1]
+            measured = (100 * accuracy[-1], 100 * accuracy.max(), last["round"], last["passes"])
+            line = dict(zip(MEASURES, (*measured, megabytes(run.metrics)[-1]), strict=True))
+            for target in targets:
+                line[_rounds_to(target)] = next(
+                    (m["round"] for m, a in zip(run.metrics, accuracy, strict=True) if a >= target), math.inf
+                )
+            lines.append({"row": number} | line)
+    groups = pd.DataFrame(lines).groupby("row", sort=False)
+    numbers = groups.agg(["median", "min", "max"])
+    numbers.columns = [name if kind == "median" else f"{name}, {kind}" for name, kind in numbers.columns]
+    for target in targets:
+        name = _rounds_to(target)
+        numbers[f"{name}, reached"] = groups[name].agg(lambda rounds: int((rounds < math.inf).sum()))
+    return numbers
+
+
+def _rounds_to(target: float) -> str:
+    return f"rounds to {100 * target:g} %"
+
+
+def _table(settings: pd.DataFrame, numbers: pd.DataFrame) -> list[list[str]]:
+    """The table's cells as text, the header first: a median, and the range if there is one."""
+    formats = MEASURES | {c: "{:g}" for c in numbers if c.startswith("rounds to ") and "," not in c}
+    lines = [[*settings.columns, *formats]]
+    for (_, setting), (_, number) in zip(settings.iterrows(), numbers.iterrows(), strict=True):
+        cells = [str(value) for value in setting]
+        for name, form in formats.items():
+            middle, low, high = (form.format(number[key]) for key in (name, f"{name}, min", f"{name}, max"))
+            if name in MEASURES:
+                cells.append(middle if low == high else f"{middle} ({low}-{high})")
+            else:
+                reached, count = int(number[f"{name}, reached"]), setting["seeds"]
+                middle = "-" if number[name] == math.inf else middle
+                cells.append(middle if reached in (0, count) else f"{middle} ({reached} of {count})")
+        lines.append(cells)
+    return lines
+
+
+def _markdown(lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    header, *body = lines
+    text = ""
+    for cells in (header, ["---"] * len(header), *body):
+        text += "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+    return text + "".join(f"\n* {visible(note)}" for note in notes) + ("\n" if notes else "")
+
+
+def _sweep(columns: Sequence[Column], rows: Sequence[Row]) -> Callable[[Path], None] | None:
+    """What draws final accuracy against the parameter that was swept; of several, the one with the most values."""
+    from pisa_fl.plots import draw_sweep
+
+    swept: dict[str, None] = {}
+    for row in rows:
+        swept |= dict.fromkeys(_differing(columns, [r.values for r in rows if r.method == row.method]))
+    if not swept:
+        return None
+    counts = {name: len({_cell(row.values, name) for row in rows if name in row.values}) for name in swept}
+    numeric = [n for n in swept if all(order(row.values[n])[0] == 0 for row in rows if n in row.values)]
+    parameter = max(numeric or swept, key=lambda name: counts[name])
+    others = [name for name in swept if name != parameter]
+    lines: dict[str, list[tuple[Any, list[float]]]] = {}
+    level = {}
+    for row in rows:
+        words = _words(others, row.values)
+        label = f"{row.method} ({words})" if words else row.method
+        if parameter in row.values:
+            lines.setdefault(label, []).append((row.values[parameter], row.final))
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            level[label] = row.final
+    return lambda path: draw_sweep(lines, level, parameter, path)
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sort key by which run 10 of a sweep follows run 9."""
-    return [(int(part) if part.isdigit() else -1, part) for part in path.parts]
+def _draw(path: Path, draw: Callable[[Path], None] | None, notes: list[str]) -> None:
+    """Draw a picture in place of an earlier one; one that cannot be drawn is a note."""
+    path.unlink(missing_ok=True)
+    try:
+        if draw is not None:
+            draw(path)
+    except Exception as error:
+        notes.append(f"{path.name} is missing, it could not be drawn: {explain(error)}")
 
 
 def main() -> None:
@@ -212,14 +279,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to write; the first folder if not given")
     parser.add_argument("--title", default="", help="title of the pictures")
     arguments = parser.parse_args()
+    tolerate_any_text()
     output = arguments.output or arguments.folders[0]
     try:
-        output.mkdir(parents=True, exist_ok=True)
         print(report(arguments.folders, output, arguments.title), end="")
     except (ValueError, OSError) as error:
-        print(f"pisa-fl-report: {error}", file=sys.stderr)
+        print(f"pisa-fl-report: {visible(explain(error))}", file=sys.stderr)
         sys.exit(2)
-    print(f"\nwritten to {output}: report.md, report.csv and the pictures")
+    print(f"\nwritten to {visible(str(output))}: report.md, report.csv and the pictures")
 
 
 if __name__ == "__main__":

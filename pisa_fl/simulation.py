@@ -23,6 +23,7 @@ from pisa_fl.federation import Federation, RunError, TooFewClientsError
 from pisa_fl.plots import draw_curves
 from pisa_fl.progress import Display, show_summary
 from pisa_fl.rundir import Metrics
+from pisa_fl.text import visible
 
 if TYPE_CHECKING:
     from pisa_fl.launcher import FlowerRun
@@ -170,9 +171,10 @@ def _go_on(path: Path | None) -> str:
 
 
 def _run(federation: Federation, config: DictConfig, path: Path | None, metrics: list[Metrics]) -> Result:
+    drawn = False
     with (
         closing(federation.grid),
-        Display(config.name, config.rounds, federation.round, config.progress) as display,
+        Display(str(config.name), config.rounds, federation.round, config.progress) as display,
         stop_signals() as stop,
         _last_checkpoint(federation, config, path, metrics),
     ):
@@ -185,8 +187,9 @@ def _run(federation: Federation, config: DictConfig, path: Path | None, metrics:
             stopped = stop or (path is not None and (path / STOP).exists())
             if path is not None and (stopped or finished or federation.round % config.checkpoint.every == 0):
                 _save(federation, config, path)
-            if path is not None and (stopped or finished or federation.round > 0):
+            if path is not None and not drawn and (stopped or finished or federation.round > 0):
                 _draw_partition(federation, path)
+                drawn = True
             if path is not None:
                 (path / STOP).unlink(missing_ok=True)  # heard, and not to be heard again after a resume
             if stopped and not finished:
@@ -211,7 +214,17 @@ def _draw_partition(federation: Federation, path: Path) -> None:
     """Draw the partition unless that is done: at the start, the first round would wait a second for it."""
     picture, data = path / "partition.png", federation.data
     if federation.partition and not picture.exists():
-        partitioners.draw(federation.partition, data.train_labels, data.classes, picture)
+        with _dispensable(picture.name):
+            partitioners.draw(federation.partition, data.train_labels, data.classes, picture)
+
+
+@contextmanager
+def _dispensable(what: str) -> Iterator[None]:
+    """Whatever a library makes of what users wrote, a picture that cannot be made is a warning: the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s is missing, it could not be made: %s", what, visible(explain(error)))
 
 
 def _write_round(federation: Federation, line: Metrics, path: Path) -> None:
@@ -261,8 +274,10 @@ def _write_end(
 ) -> None:
     rundir.write_weights(path / "model.safetensors", federation.model.state_dict())
     rundir.write_summary(path / "summary.json", summary)
-    rundir.write_events(path, metrics)
-    draw_curves(metrics, config.name, path / "curves.png")
+    with _dispensable("TensorBoard's file"):
+        rundir.write_events(path, metrics)
+    with _dispensable("curves.png"):
+        draw_curves(metrics, str(config.name), path / "curves.png")
     _draw_partition(federation, path)
 
 
