@@ -74,6 +74,11 @@ def _folder_name(value: Any) -> str | None:
     return None if fits else "a plain folder name of 1 to 200 bytes"
 
 
+def _packages(value: Any) -> str | None:
+    fits = isinstance(value, ListConfig) and all(isinstance(name, str) for name in value)
+    return None if fits else "names of packages in a list, such as [mine]"
+
+
 def _accuracies(value: Any) -> str | None:
     share = number("", lambda v: 0 <= v <= 1)
     fits = isinstance(value, ListConfig) and all(share(v) is None for v in value)
@@ -97,6 +102,7 @@ ROOT: Mapping[str, Check] = {
     "state": one_of("memory", "disk"),
     "init": text("the path of a file, or null", null=True),
     "resume": text("the path of a run directory, or null", null=True),
+    "allow": _packages,
     "targets": _accuracies,
     "progress": one_of(True, False),
     "checkpoint.every": whole(1),

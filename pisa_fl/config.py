@@ -41,6 +41,16 @@ def import_from(folder: str | Path) -> None:
         sys.path.append(str(path))
 
 
+def own_modules() -> set[str]:
+    """Names of the modules and packages that lie in those folders."""
+    return {
+        path.stem
+        for folder in imported_folders
+        for path in folder.iterdir()
+        if path.suffix == ".py" or path.is_dir()
+    }
+
+
 def compose(*overrides: str, config_dir: str | Path | None = None) -> DictConfig:
     """The configuration that `pisa-fl <overrides>` would run.
 

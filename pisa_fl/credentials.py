@@ -138,6 +138,7 @@ exec {command}
 START_CLIENT = """\
 #!/usr/bin/env bash
 # Starts client {client}:  ./start.sh [FOLDER]  where FOLDER holds data of its own, if it has any.
+# PISA_FL_ALLOW="PACKAGE ..." names packages installed here whose classes a run's configuration may name.
 set -euo pipefail
 data=${{1:+$(cd "$1" && pwd)}}
 cd "$(dirname "${{BASH_SOURCE[0]}}")"
@@ -156,7 +157,7 @@ exec {command} \\
     --isolation process --superexec-auth-secret-file superexec-secret
 """
 
-OWN_DATA = '${data:+ data=\\"$data\\"}'
+OWNERS = '${data:+ data=\\"$data\\"}${PISA_FL_ALLOW:+ allow=\\"$PISA_FL_ALLOW\\"}'
 """What a client's script adds to its node's configuration."""
 
 
@@ -284,7 +285,7 @@ def _make(folder: Path, address: Address, clients: int, name: str, days: int) ->
                 client=client,
                 port=SUPERNODE_PORT + client,
                 direct=DIRECT,
-                command=client_command(address, client, clients, OWN_DATA),
+                command=client_command(address, client, clients, OWNERS),
             )
             _write(home / "ca.crt", authority, PUBLIC)
             _write(home / "start.sh", start.encode(), SCRIPT)
@@ -303,7 +304,7 @@ def superlink_command(address: Address) -> str:
 def client_command(address: Address, client: int, clients: int, more: str = "") -> str:
     """The command line of a client's SuperNode, for its folder; `more` is added to the node's configuration."""
     return (
-        f"flower-supernode --superlink {address} --root-certificates ca.crt \\\n"
+        f"pisa-fl-supernode --superlink {address} --root-certificates ca.crt \\\n"
         f"    --auth-supernode-private-key client-{client} --port {SUPERNODE_PORT + client} \\\n"
         f'    --node-config "partition-id={client} num-partitions={clients}{more}"'
     )

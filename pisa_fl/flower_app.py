@@ -6,6 +6,7 @@ Both are made from one configuration, which the launcher sends as the run-config
 from __future__ import annotations
 
 import json
+import os
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from omegaconf import DictConfig, OmegaConf
 
 from pisa_fl import simulation
+from pisa_fl.allowed import CLIENT, SIMULATION, check_targets
 from pisa_fl.assembly import one_client
 from pisa_fl.client_state import StateFile
 from pisa_fl.config import ConfigurationError
@@ -54,7 +56,7 @@ def main(grid: Grid, context: Context) -> None:
 def introduce(message: Message, context: Context) -> Message:
     """Say who this client is."""
     try:
-        config = configuration(context)
+        config = client_configuration(context)
         number = client_number(context)
         host = hosted(OmegaConf.to_yaml(config), number, own_data(context), experiment(config, context))
         data = host.data
@@ -75,7 +77,7 @@ def introduce(message: Message, context: Context) -> Message:
 def answer(message: Message, context: Context) -> Message:
     """Have this client's host answer, between loading and saving what the client remembers."""
     try:
-        config = configuration(context)
+        config = client_configuration(context)
         number, name = client_number(context), experiment(config, context)
         host = hosted(OmegaConf.to_yaml(config), number, own_data(context), name)
         file = StateFile(config.engine.state, name, number)
@@ -101,6 +103,24 @@ def configuration(context: Context) -> DictConfig:
         raise ConfigurationError(f"the run-config key `hydra` cannot be read: {first_line(error)}") from error
     if not isinstance(config, DictConfig) or "engine" not in config:
         raise ConfigurationError("the run-config key `hydra` holds no configuration")
+    return config
+
+
+def client_configuration(context: Context) -> DictConfig:
+    """The run's configuration as a client may use it: no more is built, read and written than its owner allows.
+
+    The server's word for where the client keeps its state and its decoded images counts in Flower's simulation alone.
+
+    Raises:
+        ConfigurationError: It has something built that is not allowed.
+    """
+    config = configuration(context)
+    if SIMULATION in os.environ:
+        return config
+    check_targets(config, str(context.node_config.get("allow", "")).split(), CLIENT)
+    config.engine.state = None
+    if config.data.get("cache") is not None:
+        config.data.cache = os.environ.get("PISA_FL_CACHE", "~/.cache/pisa-fl")
     return config
 
 

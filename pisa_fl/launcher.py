@@ -31,7 +31,9 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 from pisa_fl import rundir
+from pisa_fl.allowed import SIMULATION
 from pisa_fl.assembly import prepare
+from pisa_fl.bundle import BUNDLE
 from pisa_fl.client_state import StateFile
 from pisa_fl.config import ConfigurationError, imported_folders
 from pisa_fl.engines.local import LocalGrid
@@ -65,24 +67,6 @@ START = 60.0
 LOOK = 0.2
 """Seconds between looks at the run directory."""
 
-BUNDLE = """\
-[project]
-name = "pisa-fl"
-version = "{version}"
-description = "The configuration's own modules; pisa-fl itself is installed on every host."
-license = "Apache-2.0"
-
-[tool.flwr.app]
-publisher = "pisa-fl"
-
-[tool.flwr.app.components]
-serverapp = "pisa_fl.flower_app:server"
-clientapp = "pisa_fl.flower_app:client"
-
-[tool.flwr.app.config]
-hydra = ""
-"""
-
 
 class FlowerError(RunError):
     """Flower could not run the federation."""
@@ -98,7 +82,7 @@ class FlowerRun:
         gpus: Share of a GPU that Flower's simulation reserves for a client.
         chunk: Examples differentiated at once where the number does not matter to the result, or `auto`.
         threads: PyTorch's threads in each process.
-        state: Folder of the clients' state files, on their hosts.
+        state: Folder of the state files of the clients that Flower simulates; a real client chooses its own.
         experiment: Name of the experiment in the clients' state files.
         directory: Run directory as the server finds it.
 
@@ -120,6 +104,11 @@ class FlowerRun:
             raise ValueError(f"engine.cpus must be at least 1, got {self.cpus}")
         if self.gpus < 0:
             raise ValueError(f"engine.gpus must not be negative, got {self.gpus}")
+        if self.state is not None and self.connection is not None:
+            raise ValueError(
+                "engine.state places what simulated clients remember; a real client keeps it on its own host, in"
+                " $PISA_FL_STATE: leave it out"
+            )
         if self.experiment is not None:
             StateFile(self.state, self.experiment, 0)  # refuses a name that cannot be a folder's
 
@@ -176,7 +165,7 @@ class FlowerRun:
             environment = _environment()
             connection = self.connection
             if connection is None:
-                environment["FLWR_HOME"] = str(work / "home")
+                environment |= {"FLWR_HOME": str(work / "home"), SIMULATION: "1"}
                 connection = "simulation"
                 stack.enter_context(_superlink(work / "home", connection, environment, output))
             stop = stack.enter_context(stop_signals())
@@ -223,7 +212,11 @@ class FlowerRun:
 
 def _environment() -> dict[str, str]:
     """Environment of everything that is started."""
-    own = {name: value for name, value in os.environ.items() if name not in LOUD and _usable(name, value)}
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in {*LOUD, SIMULATION} and _usable(name, value)
+    }
     direct = own.get("no_proxy") or own.get("NO_PROXY") or ""
     if direct != "*":
         direct = f"{HERE},{direct}".rstrip(",")

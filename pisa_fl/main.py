@@ -68,7 +68,7 @@ def _task(config: DictConfig) -> None:
     try:
         settings = settle(config)
         if settings.resume is not None:
-            _refuse_others("resume")
+            _refuse_others("resume", "allow")
         _run(settings, directory)
     except (ConfigurationError, OSError) as error:
         _give_up(WRONG, error)
@@ -107,9 +107,10 @@ def _config_dir(arguments: list[str]) -> str | None:
     return None
 
 
-def _refuse_others(key: str) -> None:
-    """Refuse overrides beside one that would ignore them."""
-    others = [text for text in HydraConfig.get().overrides.task if text.lstrip("+").partition("=")[0] != key]
+def _refuse_others(key: str, *more: str) -> None:
+    """Refuse overrides beside one that would ignore them, and beside those that go with it."""
+    given = HydraConfig.get().overrides.task
+    others = [text for text in given if text.lstrip("+").partition("=")[0] not in (key, *more)]
     if others:
         raise ConfigurationError(f"{key} uses the run's own configuration: leave out {' '.join(others)}")
 

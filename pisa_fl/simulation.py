@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ from torch import nn
 
 import partitioners
 from pisa_fl import files, rundir
+from pisa_fl.allowed import check_targets
 from pisa_fl.assembly import Engine, deals, prepare
 from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
-from pisa_fl.config import ConfigurationError, build, settle
+from pisa_fl.config import ConfigurationError, build, own_modules, settle
 from pisa_fl.explain import explain
 from pisa_fl.federation import Federation, RunError, TooFewClientsError
 from pisa_fl.plots import draw_curves
@@ -79,7 +80,7 @@ def run(config: DictConfig, directory: Path | str | None = None, engine: Engine 
     path = None if directory is None else Path(directory)
     config = settle(config)
     if config.resume is not None:
-        return resume(Path(str(config.resume)), engine)
+        return resume(Path(str(config.resume)), engine, config.get("allow") or ())
     if engine is None and (launcher := _launcher(config)):
         return launcher.launch(config, path)
     federation = prepare(config, engine)
@@ -100,7 +101,7 @@ def _launcher(config: DictConfig) -> FlowerRun | None:
     return launcher
 
 
-def resume(directory: Path, engine: Engine | None = None) -> Result:
+def resume(directory: Path, engine: Engine | None = None, allow: Collection[str] = ()) -> Result:
     """Go on with an interrupted run, in its directory and with its configuration.
 
     One that was interrupted before its first checkpoint begins again.
@@ -108,9 +109,12 @@ def resume(directory: Path, engine: Engine | None = None) -> Result:
     Args:
         directory: The run directory.
         engine: In place of the configuration's.
+        allow: Packages of which its configuration may have anything built, beside what `pisa_fl.allowed` lists and
+            the modules of a `--config-dir`.
 
     Raises:
-        ConfigurationError: It is no run directory, or holds no whole checkpoint.
+        ConfigurationError: It is no run directory, has something built that is not allowed, or holds no whole
+            checkpoint.
     """
     if not (directory / "config.yaml").is_file():
         raise ConfigurationError(f"resume: {directory} is not a run directory, it has no config.yaml")
@@ -120,6 +124,11 @@ def resume(directory: Path, engine: Engine | None = None) -> Result:
         raise ConfigurationError(f"resume: {directory}/config.yaml cannot be read") from error
     if not isinstance(config, DictConfig):
         raise ConfigurationError(f"resume: {directory}/config.yaml cannot be read as a configuration")
+    config.allow = sorted({*allow, *own_modules()})  # of this command, and not of the file
+    try:
+        check_targets(config, config.allow)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"resume: {directory}/config.yaml: {error}") from error
     config = settle(config)
     if engine is None and (launcher := _launcher(config)):
         return launcher.launch(config, directory, resume=True)

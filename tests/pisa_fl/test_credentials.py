@@ -369,12 +369,12 @@ def play(tmp_path):
     commands.mkdir()
     (commands / "flower-superexec").write_text('#!/bin/sh\nprintf "%s\\n" "$@" >superexec\n')
     (commands / "flower-superexec").chmod(0o755)
-    for name in ("pisa-fl-superlink", "flower-supernode", "flwr"):
+    for name in ("pisa-fl-superlink", "pisa-fl-supernode", "flwr"):
         (commands / name).write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\nenv | grep -E "^(FLWR|PISA)_"\n')
         (commands / name).chmod(0o755)
 
-    def run(script, *arguments):
-        environment = {"PATH": f"{commands}:{os.environ['PATH']}"}
+    def run(script, *arguments, **environment):
+        environment = {"PATH": f"{commands}:{os.environ['PATH']}"} | environment
         line = ["bash", script, *arguments]
         with (tmp_path / "out").open("w+") as out, (tmp_path / "err").open("w+") as err:
             status = subprocess.run(line, cwd=tmp_path, env=environment, stdout=out, stderr=err).returncode
@@ -403,8 +403,10 @@ QUIET = {
 def test_a_clients_script(carried, play, tmp_path):
     data = tmp_path / "my data"
     data.mkdir()
-    for arguments, own in (([], {}), (["my data"], {"data": str(data)})):
-        status, out, error = play(carried / "client-1" / "start.sh", *arguments)
+    for arguments, own in (([], {}), (["my data"], {"data": str(data), "allow": "mine other"})):
+        allow = {"PISA_FL_ALLOW": own["allow"]} if own else {}
+        status, out, error = play(carried / "client-1" / "start.sh", *arguments, **allow)
+        out = out.replace("PISA_FL_ALLOW=mine other\n", "")
         assert (status, error) == (0, "")
         home, *lines = out.splitlines()
         assert home == str(carried / "client-1")

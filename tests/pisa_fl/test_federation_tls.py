@@ -13,7 +13,7 @@ import pytest
 from hosts import Federation, federation_of_three, ip, wait_for, why_not
 
 import pisa_fl
-from pisa_fl.launcher import BUNDLE
+from pisa_fl.bundle import BUNDLE
 
 ONLINE = {"client-0": "online", "client-1": "online"}
 HEALTH = """

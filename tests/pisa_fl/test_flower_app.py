@@ -1,17 +1,19 @@
 """The ClientApp, called as Flower calls it: what survives a process, and what a wrong node or configuration answers."""
 
-from pathlib import Path
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from omegaconf import OmegaConf
 from test_flower_grid import write_digits
 
 import partitioners
-from pisa_fl import compose, flower_app, prepare
+from pisa_fl import ConfigurationError, compose, flower_app, prepare
+from pisa_fl.allowed import CLIENT, SIMULATION, check_targets
 from pisa_fl.client_state import StateFile
 from pisa_fl.engines.base import identify
 from pisa_fl.engines.local import LocalGrid
@@ -33,12 +35,20 @@ def new_process():
 
 
 @pytest.fixture
-def configure(tmp_path):
+def root(tmp_path, monkeypatch):
+    """Where the clients of this machine keep what they remember, by its owner's word."""
+    monkeypatch.setenv("PISA_FL_STATE", str(tmp_path / "states"))
+    monkeypatch.setenv("PISA_FL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "states"
+
+
+@pytest.fixture
+def configure(tmp_path, root):
     """A federation of three on small digits."""
     write_digits(tmp_path / "digits")
 
     def make(*overrides):
-        state = [f"engine.state={tmp_path}/states", "engine.experiment=e", "engine.threads=1"]
+        state = ["engine.experiment=e", "engine.threads=1"]
         data = ["data=mnist", f"data.root={tmp_path}/digits", f"data.cache={tmp_path}/cache"]
         small = ["model=logistic", f"clients={CLIENTS}", "partition=iid", "batch_size=8", "device=cpu"]
         return compose("engine=flower", *state, *data, *small, *overrides)
@@ -162,7 +172,7 @@ def test_a_lost_reply_is_rolled_back(configure):
             server.round(number, client)
     # the state file holds what was announced and never accepted; the other client was never asked
     servers[0].round(4, clients[0], lost=True)
-    file = StateFile(config.engine.state, "e", 0)
+    file = StateFile(None, "e", 0)
     assert (file.load().round, file.load().pending_round) == (3, 4)
     for number in (5, 6):
         reply, expected = (s.round(number, c) for s, c in zip(servers, clients, strict=True))
@@ -190,7 +200,7 @@ def test_a_client_killed_before_it_saved_answers_the_same_again(configure, monke
 
 
 @pytest.mark.parametrize("damage", ["deleted", "truncated", "of another experiment"])
-def test_a_client_that_lost_its_state_says_so_and_goes_on_from_what_it_is_sent(configure, damage):
+def test_a_client_that_lost_its_state_says_so_and_goes_on_from_what_it_is_sent(configure, root, damage):
     config = configure()
     servers = Server(config), Server(config)
     context = context_of(config, **{"partition-id": 0})
@@ -198,7 +208,7 @@ def test_a_client_that_lost_its_state_says_so_and_goes_on_from_what_it_is_sent(c
     for number in range(1, 4):
         for server, client in zip(servers, clients, strict=True):
             server.round(number, client)
-    path = Path(config.engine.state) / "e" / "client-0.safetensors"
+    path = root / "e" / "client-0.safetensors"
     if damage == "deleted":
         path.unlink()
     elif damage == "truncated":
@@ -217,7 +227,7 @@ def test_an_evaluation_leaves_the_state_as_it_is(configure):
     server, client = Server(config), as_client(context_of(config, **{"partition-id": 0}))
     for number in (1, 2):
         server.round(number, client)
-    file = StateFile(config.engine.state, "e", 0)
+    file = StateFile(None, "e", 0)
     before = file.load()
     content = RecordDict({"arrays": server.sent[2].content["arrays"]})
     reply = client(Message(content, 99, "evaluate"))
@@ -240,11 +250,11 @@ def test_runs_without_an_experiments_name_are_apart(configure):
     assert_same(reply, expected)
 
 
-def test_an_experiment_may_have_a_number_for_a_name(configure):
+def test_an_experiment_may_have_a_number_for_a_name(configure, root):
     config = configure("engine.experiment=2024")
     assert config.engine.experiment == 2024
     assert not introduce(context_of(config, **{"partition-id": 0})).has_error()
-    assert (Path(config.engine.state) / "2024").is_dir()
+    assert (root / "2024").is_dir()
 
 
 # --- what a process costs
@@ -345,7 +355,6 @@ def test_a_configuration_that_is_none_is_said_to_be_none(text):
         (["engine.experiment=''"], "engine.experiment= must be"),
         (["clients=1000"], "client 0: "),
         (["strategy.lr=-1"], "client 0: strategy.lr"),
-        (["model._target_=nobody.has.this"], "client 0: "),
     ],
 )
 def test_what_is_impossible_at_a_client_is_said_in_one_sentence(configure, overrides, words):
@@ -396,6 +405,154 @@ def test_an_instruction_that_is_refused_is_an_error_reply(configure):
         assert reply.error.code == CLIENT_FAILED
         assert reply.error.reason.startswith("instruction refused: ")
         assert "\n" not in reply.error.reason
+
+
+# --- a configuration is code
+
+
+FOREIGN = (
+    "os.system",
+    "subprocess.Popen",
+    "builtins.eval",
+    "pathlib.Path.write_text",
+    "shutil.rmtree",
+    "pickle.loads",
+    "importlib.import_module",
+    "torch.load",
+    "torch.hub.load",
+    "torch.nn",
+    "torch.nn.init.ones_",
+    "torch.nn.functional.relu",
+    "torch.nn.Module.load_state_dict",
+    "torch.nn.modules.module.os.system",
+    "torch.nn.modules.module.torch.hub.load",
+    "torchvision.io.write_file",
+    "torchvision.os.system",
+    "torchvision.datasets.MNIST",
+    "torchvision.models.get_model",
+    "torchvision.models.detection.fasterrcnn_resnet50_fpn",
+    "hydra.utils.get_method",
+    "hydra.utils.instantiate",
+    "pisa_fl.files.write",
+    "pisa_fl.rundir.write_config",
+    "pisa_fl.superlink.main",
+    "pisa_fl.launcher.subprocess.Popen",
+    "pisa_fl.launcher.FlowerRun",
+    "pisa_fl.data.cache.cached",
+    "pisa_fl.data.hub.download",
+    "pisa_fl.models.mlp.mlp.__globals__",
+    "pisa_fl.models.norm.norm_layer",
+    "partitioners.save",
+    "partitioners.draw",
+    "strategies.memory.zeros",
+    "nobody.has.this",
+    "print",
+    "",
+    7,
+    ["os.system"],
+)
+PLACES = (
+    "data",
+    "data.augment",
+    "model",
+    "model.hidden",
+    "partition",
+    "strategy.client",
+    "strategy.client.preconditioner",
+    "strategy.client.penalty",
+)
+
+
+def test_a_client_builds_nothing_but_what_a_part_of_a_federation_is_made_of(configure, monkeypatch):
+    monkeypatch.setattr(flower_app, "hosted", lambda *_: pytest.fail("built"))
+    config = configure()
+    for place in PLACES:
+        before = OmegaConf.select(config, place)
+        for target in FOREIGN:
+            OmegaConf.update(config, place, {"_target_": target, "_partial_": True}, merge=False)
+            with pytest.raises(ConfigurationError) as error:
+                check_targets(config, parts=CLIENT)
+            assert str(error.value).startswith(f"{place}._target_={target} must not be built: ")
+            assert "\n" not in str(error.value)
+        OmegaConf.update(config, place, before, merge=False)
+    check_targets(config, parts=CLIENT)
+    config.model = {"_target_": "torch.nn.Sequential", "_args_": [[{"_target_": "os.system"}]]}
+    said = refusal(context_of(config, **{"partition-id": 0}))
+    assert said.startswith("model._args_.0.0._target_=os.system must not be built: its package is none of")
+
+
+@pytest.mark.parametrize(
+    ("place", "node", "words"),
+    [
+        # a data set is read for its own sake, and writes its cache where the client's owner says
+        ("model", {"_target_": "pisa_fl.data.mnist.mnist", "cache": "/x"}, "must not be built"),
+        ("data.augment", {"_target_": "pisa_fl.data.mnist.mnist", "cache": "/x"}, "must not be built"),
+        ("data", {"_target_": "pisa_fl.data.mnist.mnist", "_args_": ["/x", "/x"]}, "by their names"),
+        ("model", {"_target_": "torchvision.models.resnet18", "weights": "DEFAULT"}, "download weights"),
+        ("model", {"_target_": "torchvision.models.resnet18", "pretrained": True}, "download weights"),
+        ("model", {"_target_": "torchvision.models.resnet18", "_args_": [True]}, "by their names"),
+        ("name", "${oc.env:HOME}", "is an interpolation"),
+        ("model.hidden", ["${oc.env:HOME}"], "is an interpolation"),
+        ("strategy.server.tau", "${name}", "is an interpolation"),
+    ],
+)
+def test_what_a_configuration_may_not_say(configure, monkeypatch, place, node, words):
+    monkeypatch.setattr(flower_app, "hosted", lambda *_: pytest.fail("built"))
+    text = OmegaConf.to_container(configure())
+    inner = text
+    for key in place.split(".")[:-1]:
+        inner = inner[key]
+    inner[place.split(".")[-1]] = node
+    assert words in refusal(context_of(yaml.safe_dump(text), **{"partition-id": 0}))
+
+
+def test_a_clients_owner_allows_packages(configure, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "owners.py").write_text(
+        "import os\nfrom torch import nn\nfrom torch.hub import load\n"
+        "def net(shape, classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, classes))\n"
+    )
+    config = configure("strategy.server._target_=servers.Own")  # a client builds no server
+    for target, allow, words in (
+        ("owners.net", "other owners", None),
+        ("owners.net", "other", "its package is none of those allowed"),
+        ("owners.net", "own", "its package is none of those allowed"),
+        ("owners.os.system", "owners", "No module named 'owners.os'"),
+        ("owners.load", "owners", "it must give a Module of"),
+        ("owners.os", "owners", "it is neither a class nor a function"),
+    ):
+        config.model = {"_target_": target}
+        context = context_of(config, allow=allow, **{"partition-id": 0})
+        if words is None:
+            assert not introduce(context).has_error()
+        else:
+            assert words in refusal(context)
+
+
+def test_a_server_does_not_say_where_a_client_writes(configure, tmp_path, root):
+    elsewhere = tmp_path / "elsewhere"
+    config = configure(f"engine.state={elsewhere}", f"data.cache={elsewhere}")
+    server = Server(config)
+    for part in elsewhere.glob("*"):  # the server's own
+        shutil.rmtree(part)
+    assert not server.round(1, as_client(context_of(config, **{"partition-id": 0}))).has_error()
+    assert list(elsewhere.glob("*")) == []
+    assert (root / "e" / "client-0.safetensors").is_file()
+    assert list((tmp_path / "cache").iterdir())
+
+
+def test_in_a_simulation_the_configuration_is_its_own_users(configure, tmp_path, root, monkeypatch):
+    monkeypatch.setenv(SIMULATION, "1")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "users_own.py").write_text(
+        "from torch import nn\n"
+        "def net(shape, classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, classes))\n"
+    )
+    config = configure(f"engine.state={tmp_path}/chosen")
+    config.model = {"_target_": "users_own.net"}
+    assert not Server(config).round(1, as_client(context_of(config, **{"partition-id": 0}))).has_error()
+    assert (tmp_path / "chosen" / "e" / "client-0.safetensors").is_file()
+    assert not root.exists()
 
 
 def test_weights_of_the_first_message_are_not_touched(configure):

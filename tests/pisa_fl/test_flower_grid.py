@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from pisa_fl import compose, flower_app, prepare, resume, run
+from pisa_fl.allowed import SIMULATION
 from pisa_fl.data import ImageData
 from pisa_fl.engines import flower
 from pisa_fl.engines.flower import FlowerGrid
@@ -31,6 +32,12 @@ from strategies.messages import STATE_LOST
 
 SUPERLINK = 1  # Flower's node id of whoever answers in place of a node
 NEVER = math.inf
+
+
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch):
+    """The clients are this machine's own: the configuration says where they keep what they remember."""
+    monkeypatch.setenv(SIMULATION, "1")
 
 
 # --- a SuperLink in memory

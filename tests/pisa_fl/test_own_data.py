@@ -57,8 +57,15 @@ def server(tmp_path):
     return paint(tmp_path / "server", tests | {f"train/{colour}": 1 for colour in COLOURS}, seed=9)
 
 
+@pytest.fixture(autouse=True)
+def owners(tmp_path, monkeypatch):
+    """Where the clients write, by their owners' word."""
+    monkeypatch.setenv("PISA_FL_STATE", str(tmp_path / "states"))
+    monkeypatch.setenv("PISA_FL_CACHE", str(tmp_path / "cache"))
+
+
 def configure(folder, data, *overrides):
-    own = ["engine=flower", "partition=own", f"engine.state={folder}/states", "engine.experiment=e"]
+    own = ["engine=flower", "partition=own", "engine.experiment=e"]
     small = ["model=logistic", "batch_size=4", "device=cpu", "patience=0", "progress=false"]
     images = ["data=imagefolder", f"data.path={data}", f"data.cache={folder}/cache"]
     return compose(*own, "engine.threads=1", *small, *images, *overrides)
@@ -130,7 +137,7 @@ def test_own_data_and_a_folder_go_together(tmp_path, server):
 
 
 def test_a_data_set_without_a_folder_cannot_be_a_clients_own(tmp_path):
-    config = compose("engine=flower", "partition=own", f"engine.state={tmp_path}", "engine.experiment=e")
+    config = compose("engine=flower", "partition=own", "engine.experiment=e")
     said = introduction(config, 0, data=str(tmp_path))
     assert said.startswith("client 0: data has neither path nor root")
 

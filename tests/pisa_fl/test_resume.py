@@ -294,6 +294,43 @@ def test_a_configuration_that_is_none(copy, command):
     assert "config.yaml cannot be read" in refused(command, f"resume={copy}")
 
 
+def test_a_strangers_configuration_has_nothing_built_that_is_not_allowed(
+    copy, command, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "users.py").write_text(
+        "from pathlib import Path\nfrom pisa_fl.models.mlp import mlp\n"
+        "def net(shape, classes, hidden):\n    Path('built').touch()\n    return mlp(shape, classes, hidden)\n"
+    )
+    text = (copy / "config.yaml").read_text()
+    before = sorted(path.name for path in copy.iterdir())
+    for own, words in (
+        (text.replace("pisa_fl.models.mlp.mlp", "os.system"), "model._target_=os.system must not be built"),
+        (text.replace("pisa_fl.models.mlp.mlp", "pisa_fl.files.write"), "model._target_=pisa_fl.files.write"),
+        (text.replace("pisa_fl.models.mlp.mlp", "users.net"), "add it to `allow` if you trust it"),
+        (text + "extra:\n- a: {_target_: subprocess.Popen}\n", "extra.0.a._target_=subprocess.Popen"),
+        (text + "extra: ${oc.env:HOME}\n", "is an interpolation"),
+        (text + "allow: [os, users]\n", "cannot be read"),
+        (
+            text.replace("mlp.mlp", "mlp.nn").replace("allow: []", "allow: [torch, pisa_fl]"),
+            "must not be built",
+        ),
+    ):
+        assert own != text
+        (copy / "config.yaml").write_text(own)
+        ended = command(f"resume={copy}")
+        assert ended.status == 2
+        assert words in ended.err
+        assert ended.err.count("\n") == 1
+        assert sorted(path.name for path in copy.iterdir()) == before
+    (copy / "config.yaml").write_text(text.replace("pisa_fl.models.mlp.mlp", "users.net"))
+    assert command(f"resume={copy}", "allow=[users]").status == 0
+    assert (tmp_path / "built").exists()
+    (tmp_path / "built").unlink()
+    assert command(f"resume={copy}", "--config-dir", str(tmp_path)).status == 0
+    assert (tmp_path / "built").exists()
+
+
 def test_other_overrides_beside_resume_are_refused(copy, command):
     line = refused(command, f"resume={copy}", "rounds=9")
     assert line == "pisa-fl: resume uses the run's own configuration: leave out rounds=9"
