@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -122,7 +123,8 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: StateF
             rows = np.arange(len(data.train_labels))
         else:
             partitioner = build(config.partition, Partitioner)
-            source = OmegaConf.to_yaml(config.data) + OmegaConf.to_yaml(config.partition)
+            labels = hashlib.sha256(data.train_labels.tobytes()).hexdigest()
+            source = OmegaConf.to_yaml(config.data) + OmegaConf.to_yaml(config.partition) + labels
             rows = file.rows(
                 source, lambda: _share(partitioners.deal(partitioner, data.train_labels), number)
             )

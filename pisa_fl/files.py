@@ -10,6 +10,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def expand(name: str | Path, key: str) -> Path:
+    """The path that a configuration key names, with `~` replaced.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        if not (text := os.fspath(name)) or "\0" in text:
+            raise ValueError("it is empty or has a null character")
+        return Path(text).expanduser()
+    except (ValueError, TypeError, RuntimeError) as error:  # the last if there is no such user
+        raise ValueError(f"{key}={name!r} names no path ({error})") from error
+
+
 def write(path: Path, content: str | bytes) -> None:
     """Write a file that is on the disk when this returns, complete; until then, what was there stays.
 

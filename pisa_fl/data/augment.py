@@ -12,21 +12,25 @@ class CropFlip:
     normalised, so the padding has the mean colour (as in He et al. 2016, section 4.2).
 
     Args:
-        padding: pixels added on each side before a crop of the original size; 0 crops nothing.
+        padding: pixels added on each side before a crop of the original size, at most that; 0 crops nothing.
         flip: mirror each image with probability 1/2.
 
     Raises:
-        ValueError: if `padding` is negative.
+        ValueError: if `padding` is negative, or `flip` neither true nor false.
     """
 
     def __init__(self, padding: int, flip: bool) -> None:
-        if padding < 0:
+        if type(padding) is not int or padding < 0:
             raise ValueError(f"data.augment.padding={padding} must be 0 or more pixels")
+        if not isinstance(flip, bool):
+            raise ValueError(f"data.augment.flip={flip} must be true or false")
         self.padding, self.flip = padding, flip
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Augment images (B, C, H, W); the result has their shape, device and type."""
         count, _, height, width = images.shape
+        if self.padding > min(height, width):
+            raise ValueError(f"padding={self.padding} is more than an image of {height} x {width} has")
 
         def draw(choices: int) -> Tensor:
             # drawn where the generator lives, so that the numbers do not depend on the images' device

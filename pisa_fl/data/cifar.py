@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pisa_fl.data.cache import cached, files_below, fingerprint
+from pisa_fl.data.cache import cached, fingerprint
 from pisa_fl.data.folder import read_tree
 from pisa_fl.data.hub import download
 from pisa_fl.data.image_data import Arrays, Augmentation, ImageData, PerChannel, channels_first
+from pisa_fl.files import expand
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = "cifar-10-batches-py"
@@ -41,9 +42,9 @@ def _arrays(root: str | None, cache: str | None) -> Arrays:
     if root is None:
         hub = "uoft-cs/cifar10"
         return cached(cache, "cifar10", [hub], lambda: download(hub, "img", CLASSES))
-    folder = Path(root).expanduser()
+    folder = expand(root, "data.root")
     if (folder / BATCHES).is_dir():
-        source = fingerprint(files_below(folder / BATCHES))
+        source = fingerprint(sorted((folder / BATCHES).iterdir()))
         return cached(cache, "cifar10", source, lambda: _read_batches(folder))
     if (folder / "train").is_dir():
         arrays = read_tree(folder, "data.root", cache, "cifar10", image_size=32, channels=3)

@@ -1,20 +1,36 @@
 """Folders of images by class."""
 
-from collections.abc import Sequence
+import logging
+import math
+import os
+import stat
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+import PIL
+from PIL import Image, ImageOps
 
-from pisa_fl.data.cache import cached, files_below, fingerprint
-from pisa_fl.data.image_data import Arrays, Augmentation, ImageData, PerChannel, channels_first
+from pisa_fl.data.cache import cached, fingerprint
+from pisa_fl.data.image_data import Arrays, Augmentation, ImageData, PerChannel, check_memory
+from pisa_fl.files import expand
 
-if TYPE_CHECKING:
-    from torchvision.datasets import ImageFolder
+log = logging.getLogger(__name__)
 
 MODES = {1: "L", 3: "RGB"}
+
+LONGEST_SIDE = math.isqrt(Image.MAX_IMAGE_PIXELS or sys.maxsize)
+"""Of a square that is as large as Pillow reads images without taking them for an attack, in pixels."""
+
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PALM", "PDF", "WMF"}
+"""Formats that Pillow knows and that hold measurements, films or drawings, or that it can only write."""
+
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+"""Beside those that start with a dot: what operating systems put between a user's folders."""
 
 
 def imagefolder(
@@ -28,6 +44,9 @@ def imagefolder(
     augment: Augmentation | None = None,
 ) -> ImageData:
     """Load images stored as `{train,test}/<class>/<name>.{jpg,png,...}`.
+
+    Every ending that Pillow can open counts, also in folders below `<class>`; of a picture with several frames the
+    first. What starts with a dot and what operating systems leave behind is passed over.
 
     Args:
         path: the folder that holds `train` and `test`; with `classes`, `test` may be missing.
@@ -45,13 +64,17 @@ def imagefolder(
         ValueError: if a class folder is empty, classes differ or are unknown, an image is damaged, or an option is
             impossible.
     """
-    if channels not in MODES:
+    if type(channels) is not int or channels not in MODES:
         raise ValueError(f"data.channels={channels} must be 1 (grey) or 3 (colour)")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"data.image_size={image_size} must be a number of pixels, or null")
+    if image_size is not None and (type(image_size) is not int or not 1 <= image_size <= LONGEST_SIDE):
+        raise ValueError(
+            f"data.image_size={image_size} must be a number of pixels up to {LONGEST_SIDE}, or null"
+        )
+    if isinstance(classes, str):
+        raise ValueError(f"data.classes={classes} must be a list of names, or null")
     named = None if classes is None else [str(name) for name in classes]  # YAML takes the name 7 for a number
     arrays = read_tree(
-        Path(path).expanduser(), "data.path", cache, "imagefolder", image_size, channels, named
+        expand(path, "data.path"), "data.path", cache, "imagefolder", image_size, channels, named
     )
     return ImageData.from_arrays(arrays, mean, std, augment)
 
@@ -65,71 +88,160 @@ def read_tree(
     channels: int,
     classes: Sequence[str] | None = None,
 ) -> Arrays:
-    """Return the arrays of `{train,test}/<class>/*` below `root`; errors name the configuration key `key`."""
-    folders = [root / "train", root / "test"]
-    for folder in folders:
-        if not folder.is_dir() and (classes is None or folder.name == "train"):
+    """Return the arrays of `{train,test}/<class>/**` below `root`; errors name the configuration key `key`."""
+    splits = [split for split in ("train", "test") if (root / split).is_dir()]
+    for split in ("train", "test") if classes is None else ("train",):
+        if split not in splits:
             raise FileNotFoundError(
-                f"{key}={root} has no folder '{folder.name}'; it must hold {{train,test}}/<class>/<images>"
+                f"{key}={root} has no folder '{split}'; it must hold {{train,test}}/<class>/<images>"
             )
-    files = (file for folder in folders for file in files_below(folder))
-    source = [str(image_size), str(channels), *(classes or ()), *fingerprint(files)]
-    return cached(cache, name, source, lambda: _decode(root, key, image_size, channels, classes))
-
-
-def _decode(
-    root: Path, key: str, image_size: int | None, channels: int, classes: Sequence[str] | None
-) -> Arrays:
-    listings = {
-        split: _list_images(root / split, key) for split in ("train", "test") if (root / split).is_dir()
-    }
+    others: set[str] = set()
+    listings = {split: _list_images(root / split, key, others) for split in splits}
     if classes is None:
-        classes = listings["train"].classes
-        if lonely := sorted({*classes} ^ {*listings["test"].classes}):
+        classes = [*listings["train"]]
+        if lonely := sorted({*classes} ^ {*listings["test"]}):
             raise ValueError(
                 f"{key}={root} has class folders {lonely} in only one of 'train' and 'test'; add or remove them"
             )
-    labels = {name: label for label, name in enumerate(classes)}
     for listing in listings.values():
-        if strange := sorted({*listing.classes} - {*labels}):
+        if strange := sorted({*listing} - {*classes}):
             raise ValueError(
                 f"{key}={root} has class folders {strange} that data.classes lacks; add or remove them"
             )
-    first = listings["train"].samples[0][0]
-    size = (image_size, image_size) if image_size else _picture(first, key, channels).size
+    if others:
+        log.warning(
+            "%s=%s: files that end in %s are no pictures and are left out",
+            key,
+            root,
+            ", ".join(sorted(others)),
+        )
+    files = [path for listing in listings.values() for paths in listing.values() for path in paths]
+    source = [PIL.__version__, str(image_size), str(channels), *classes, *fingerprint(files)]
+    return cached(cache, name, source, lambda: _decode(listings, key, image_size, channels, classes))
 
-    def pixels(path: str) -> np.ndarray:
-        picture = _picture(path, key, channels)
-        return np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
 
+def _list_images(folder: Path, key: str, others: set[str]) -> dict[str, list[str]]:
+    """Class -> its images' paths, both in alphabetical order; `others` takes the endings of what is no image."""
+    split = str(folder)
+    classes = [path for path, status in _visible(split) if stat.S_ISDIR(status.st_mode)]
+    if not classes:
+        raise ValueError(f"{key}: {folder} holds no class folders; give each class a folder")
+    listing = {os.path.basename(path): _images_below(path, split, key, others) for path in classes}
+    if empty := [name for name, paths in listing.items() if not paths]:
+        raise ValueError(f"{key}: the class folders {empty} of {folder} hold no images; fill or remove them")
+    return listing
+
+
+def _images_below(folder: str, split: str, key: str, others: set[str]) -> list[str]:
+    """Paths of the images of a class folder, in alphabetical order of folders, then of names."""
+    # every folder is entered once, so that links back to one that holds them end
+    found, entered, waiting = [], {_identity(os.stat(split)), _identity(os.stat(folder))}, [folder]
+    while waiting:
+        for path, status in _visible(waiting.pop()):
+            if stat.S_ISDIR(status.st_mode):
+                if _identity(status) not in entered:
+                    entered.add(_identity(status))
+                    waiting.append(path)
+            elif (ending := os.path.splitext(path)[1].lower()) not in _endings():
+                others.add(ending or "nothing")
+            elif stat.S_ISREG(status.st_mode):
+                found.append(path)
+            else:
+                raise ValueError(f"{key}: {path} is not a file with content; replace or remove it")
+    return sorted(found, key=os.path.split)
+
+
+def _visible(folder: str) -> list[tuple[str, os.stat_result]]:
+    """What lies in a folder and is not hidden, in alphabetical order."""
+    names = sorted(name for name in os.listdir(folder) if name[0] != "." and name not in SYSTEM_FOLDERS)
+    return [(path, os.stat(path)) for path in (os.path.join(folder, name) for name in names)]
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+@cache
+def _endings() -> frozenset[str]:
+    """Endings, in small letters, of files that are taken for pictures."""
+    return frozenset(end for end, name in Image.registered_extensions().items() if name not in NO_PICTURES)
+
+
+def _decode(
+    listings: Mapping[str, Mapping[str, list[str]]],
+    key: str,
+    image_size: int | None,
+    channels: int,
+    classes: Sequence[str],
+) -> Arrays:
+    """Decode the listed images of each split.
+
+    Raises:
+        ValueError: if one cannot be read, or all together are more than memory holds.
+    """
+    labels = {name: label for label, name in enumerate(classes)}
+    paths = {split: [path for paths in each.values() for path in paths] for split, each in listings.items()}
     arrays = {"classes": np.array(classes)}
-    with ThreadPoolExecutor() as threads:
+    with warnings.catch_warnings(), ThreadPoolExecutor() as threads:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        width, height = (image_size,) * 2 if image_size else _picture(paths["train"][0], key, channels).size
+        count = sum(map(len, paths.values()))
+        check_memory(
+            "data.image_size", f"{count} images of {width} x {height}", count * channels * width * height
+        )
         for split, listing in listings.items():
-            images = list(threads.map(pixels, [path for path, _ in listing.samples]))
-            arrays[f"{split}_images"] = channels_first(np.stack(images))
-            named = [labels[listing.classes[target]] for target in listing.targets]
-            arrays[f"{split}_labels"] = np.array(named, np.int64)
+            images = np.empty((len(paths[split]), channels, height, width), np.uint8)
+
+            def fill(image: np.ndarray, path: str) -> None:
+                picture = _picture(path, key, channels).resize((width, height), Image.Resampling.BILINEAR)
+                image[:] = np.asarray(picture).reshape(height, width, channels).transpose(2, 0, 1)
+
+            for _ in threads.map(fill, images, paths[split]):
+                pass
+            arrays[f"{split}_images"] = images
+            each = [labels[name] for name, paths_of in listing.items() for _ in paths_of]
+            arrays[f"{split}_labels"] = np.array(each, np.int64)
     if "test" not in listings:
         arrays["test_images"], arrays["test_labels"] = arrays["train_images"][:0], arrays["train_labels"][:0]
     return arrays
 
 
-def _list_images(folder: Path, key: str) -> "ImageFolder":
-    # imported here since it takes a second, which a cached data set need not pay
-    from torchvision.datasets import ImageFolder
-
-    if not any(entry.is_dir() for entry in folder.iterdir()):
-        raise ValueError(f"{key}: {folder} holds no class folders; give each class a folder")
-    listing = ImageFolder(folder, allow_empty=True)
-    counts = np.bincount(listing.targets, minlength=len(listing.classes))
-    if empty := [name for name, count in zip(listing.classes, counts, strict=True) if not count]:
-        raise ValueError(f"{key}: the class folders {empty} of {folder} hold no images; fill or remove them")
-    return listing
-
-
 def _picture(path: str, key: str, channels: int) -> Image.Image:
+    """Decode an image as it is shown: upright as its EXIF data say, and on white where it is transparent."""
     try:
-        with Image.open(path) as image:
-            return image.convert(MODES[channels])
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{key}: {path} is not a readable image ({error}); replace or remove it") from error
+        formats = [name for name in Image.OPEN if name not in NO_PICTURES]
+        with Image.open(path, formats=formats) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return _opaque(image).convert(MODES[channels])
+    except Exception as error:  # whatever a damaged file makes a decoder raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{key}: {path} is not a readable image ({reason}); replace or remove it") from error
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Turn an image of any mode into an opaque one of 8 bits a channel, grey or colour."""
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_scaled(image))
+    if image.has_transparency_data:
+        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
+    return image if image.mode == "L" else image.convert("RGB")
+
+
+def _scaled(image: Image.Image) -> np.ndarray:
+    """Map grey values, integers 0..65535 or floats 0..1, to 0..255.
+
+    Raises:
+        ValueError: if they lie elsewhere, or so close to 0 that hardly anything would be left of them.
+    """
+    values = np.asarray(image)
+    lowest, highest, white = values.min(), values.max(), 1 if image.mode.startswith("F") else 65535
+    if not 0 <= lowest <= highest <= white or 0 < highest < white / 255:
+        raise ValueError(
+            f"its grey values run from {lowest} to {highest} where 0 is black and {white} is white:"
+            " scale them to that, or save 8 bits"
+        )
+    grey = np.rint(values.astype(np.float32) * np.float32(255 / white)).astype(np.uint8)
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return grey

@@ -1,9 +1,12 @@
 """`ImageData`, what every data set loader returns: plain arrays, and how to turn them into model input."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 
 import numpy as np
 import torch
@@ -14,6 +17,9 @@ Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
 Arrays = dict[str, np.ndarray]
 """The arrays of a data set by `ImageData` field, `classes` as an array of strings: what a cache holds."""
+
+PIXELS = [np.dtype(kind) for kind in (np.uint8, np.float16, np.float32, np.float64)]
+"""Types of pixels that PyTorch can read."""
 
 PerChannel = float | Sequence[float]
 """One number for all channels, or one for each."""
@@ -57,8 +63,8 @@ class ImageData:
         return cls(
             **{key: array for key, array in arrays.items() if key != "classes"},
             classes=tuple(arrays["classes"].tolist()),
-            mean=_per_channel(mean, channels),
-            std=_per_channel(std, channels),
+            mean=_per_channel("data.mean", mean, channels),
+            std=_per_channel("data.std", std, channels),
             augment=augment,
         )
 
@@ -66,11 +72,17 @@ class ImageData:
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
             _check_split(split, images, labels, self.classes)
-        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+        if (self.train_images.shape[1:], self.train_images.dtype) != (
+            self.test_images.shape[1:],
+            self.test_images.dtype,
+        ):
             raise ValueError(
-                f"data: training images are {self.train_images.shape[1:]} (channels, height, width)"
-                f" but test images are {self.test_images.shape[1:]}; make them the same"
+                f"data: training images are {self.train_images.dtype} {self.train_images.shape[1:]} (channels, height,"
+                f" width) but test images are {self.test_images.dtype} {self.test_images.shape[1:]};"
+                " make them the same"
             )
+        if len({*self.classes}) < len(self.classes):
+            raise ValueError(f"data.classes={list(self.classes)} has a name twice; give each class its own")
         for key, numbers in (("mean", self.mean), ("std", self.std)):
             if len(numbers) != self.shape[0]:
                 raise ValueError(
@@ -79,6 +91,31 @@ class ImageData:
                 )
         if min(self.std) <= 0:
             raise ValueError(f"data.std={list(self.std)} must be positive; use 1 to leave a channel as it is")
+        if not self.normalise(np.array([0, 255], np.uint8).reshape(2, 1, 1, 1)).isfinite().all():
+            raise ValueError(
+                f"data.mean={list(self.mean)} and data.std={list(self.std)} make pixels infinite;"
+                " give those of pixel values 0..1"
+            )
+        if self.augment is not None:
+            self._try(self.augment)
+
+    def _try(self, augment: Augmentation) -> None:
+        """Augment an image, to find out before a run whether that works.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        before = self.normalise(self.train_images[:1])
+        try:
+            with torch.random.fork_rng(devices=[]):
+                after = augment(before.clone(), torch.Generator().manual_seed(0))
+            if not isinstance(after, Tensor) or after.shape != before.shape:
+                raise ValueError(f"it makes {getattr(after, 'shape', after)!s} of {before.shape!s}")
+        except Exception as error:  # whatever a user's function raises
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"data.augment cannot augment an image ({reason}); mend it or set it to null"
+            ) from error
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -113,14 +150,32 @@ def channels_first(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels[:, None] if pixels.ndim == 3 else np.moveaxis(pixels, -1, 1))
 
 
-def _per_channel(numbers: PerChannel, channels: int) -> tuple[float, ...]:
-    if isinstance(numbers, (int, float)):
-        return (float(numbers),) * channels
-    return tuple(float(number) for number in numbers)
+def check_memory(key: str, what: str, size: int) -> None:
+    """Refuse, before it is tried, to hold `size` bytes that this machine's memory cannot.
+
+    Raises:
+        ValueError: if it cannot; the sentence names the configuration key `key`.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise ValueError(
+            f"{key}: {what} would take {size / 1e9:.3g} GB, more than the {memory / 1e9:.3g} GB of this machine's"
+            " memory; use smaller data"
+        )
+
+
+def _per_channel(key: str, numbers: PerChannel, channels: int) -> tuple[float, ...]:
+    listed = (
+        [*numbers] if isinstance(numbers, Iterable) and not isinstance(numbers, str) else [numbers] * channels
+    )
+    for number in listed:
+        if isinstance(number, bool) or not isinstance(number, Real) or not abs(number) <= sys.float_info.max:
+            raise ValueError(f"{key}={numbers} must be a finite number, or a list with one for each channel")
+    return tuple(float(number) for number in listed)
 
 
 def _check_split(split: str, images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
-    if images.ndim != 4 or not (images.dtype == np.uint8 or np.issubdtype(images.dtype, np.floating)):
+    if images.ndim != 4 or 0 in images.shape[1:] or images.dtype not in PIXELS:
         raise ValueError(
             f"data: {split}_images is {images.dtype} of shape {images.shape};"
             " give uint8 or float (n, channels, height, width)"
@@ -137,3 +192,6 @@ def _check_split(split: str, images: np.ndarray, labels: np.ndarray, classes: tu
             f"data: {split}_labels run from {labels.min()} to {labels.max()}"
             f" but there are {len(classes)} classes; number the classes from 0"
         )
+    # the extremes are finite only if all are, and finding them takes no memory
+    if images.dtype != np.uint8 and not (np.isfinite(images.min()) and np.isfinite(images.max())):
+        raise ValueError(f"data: {split}_images has values that are not finite; mend or remove such images")

@@ -8,6 +8,7 @@ from pisa_fl.data.cache import cached, fingerprint
 from pisa_fl.data.hub import download
 from pisa_fl.data.idx import find_idx, read_idx
 from pisa_fl.data.image_data import Arrays, Augmentation, ImageData, PerChannel
+from pisa_fl.files import expand
 
 DIGITS = tuple("0123456789")
 CLOTHES = (
@@ -78,7 +79,7 @@ def fashion_mnist(
 def _idx_or_hub(name: str, hub: str, classes: tuple[str, ...], root: str | None, cache: str | None) -> Arrays:
     if root is None:
         return cached(cache, name, [hub], lambda: download(hub, "image", classes))
-    folder = Path(root).expanduser()
+    folder = expand(root, "data.root")
     if not folder.is_dir():
         raise FileNotFoundError(
             f"data.root={root} is not a folder; give one that holds the idx files, or null to download"

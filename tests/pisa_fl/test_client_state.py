@@ -20,13 +20,16 @@ from hypothesis import strategies as st
 
 from pisa_fl import client_state
 from pisa_fl.client_state import StateFile
+from pisa_fl.config import ConfigurationError
 from pisa_fl.host import ClientState
 
 LONG = 50_000
 
 vectors = st.dictionaries(
     st.text(st.characters(codec="utf-8"), max_size=12),
-    st.lists(st.floats(width=32, allow_nan=False), max_size=7).map(lambda x: torch.tensor(x)),
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=7).map(
+        lambda x: torch.tensor(x)
+    ),
     max_size=4,
 )
 rounds = st.integers(0, 2**31 - 1)
@@ -248,7 +251,7 @@ class Trap:
 
 
 def head(**changes):
-    return json.dumps({"version": "1", "round": 1, "pending_round": None} | changes).encode() + b"\n"
+    return json.dumps({"version": "2", "round": 1, "pending_round": None} | changes).encode() + b"\n"
 
 
 def assert_lost(root, content):
@@ -269,8 +272,8 @@ def assert_lost(root, content):
 
 DAMAGE = {
     "empty": lambda good: b"",
-    "another version": lambda good: good.replace(b'"1"', b'"2"', 1),
-    "a number for the version": lambda good: good.replace(b'"1"', b"1", 1),
+    "another version": lambda good: good.replace(b'"2"', b'"3"', 1),
+    "a number for the version": lambda good: good.replace(b'"2"', b"2", 1),
     "no version": lambda good: good.replace(b"version", b"ersion", 1),
     "no round": lambda good: good.replace(b'"round"', b'"mound"', 1),
     "an endless round": lambda good: good.replace(b'"round": 4', b'"round": Infinity', 1),
@@ -320,11 +323,96 @@ def object_array(thing):
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + pickle.dumps([thing])
 
 
-def test_a_folder_in_its_place_counts_as_lost(tmp_path):
-    (tmp_path / "e" / "client-0.safetensors").mkdir(parents=True)
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda path: (path / "more").mkdir(parents=True),
+        os.mkfifo,
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: path.symlink_to(path),
+    ],
+    ids=["a folder", "a pipe", "a dangling link", "a link to itself"],
+)
+def test_what_is_no_file_counts_as_lost_and_is_replaced(tmp_path, put):
+    (tmp_path / "e").mkdir()
+    for name in ("client-0.safetensors", "client-0.new"):
+        put(tmp_path / "e" / name)
+    file = StateFile(str(tmp_path), "e", 0)
     with warnings() as said:
-        assert_equal(StateFile(str(tmp_path), "e", 0).load(), ClientState())
+        assert_equal(file.load(), ClientState())
     assert len(said) == 1
+    file.save(whole(5))
+    assert_whole(file.load())
+    assert [path.name for path in (tmp_path / "e").iterdir()] == ["client-0.safetensors"]
+
+
+def test_another_clients_or_experiments_file_counts_as_lost(tmp_path):
+    own = StateFile(str(tmp_path), "e", 0)
+    with own.locked():
+        own.save(whole(5))
+    own.rows("deal", lambda: np.arange(3))
+    for experiment, client in (("e", 1), ("f", 0)):
+        (tmp_path / experiment).mkdir(exist_ok=True)
+        for path in (tmp_path / "e").glob("client-0*"):
+            copy = tmp_path / experiment / path.name.replace("client-0", f"client-{client}")
+            copy.write_bytes(path.read_bytes())
+        other = StateFile(str(tmp_path), experiment, client)
+        with warnings() as said:
+            assert_equal(other.load(), ClientState())
+            assert other.rows("deal", lambda: np.arange(9)).tolist() == [*range(9)]
+        assert len(said) == 2
+
+
+def test_a_state_of_another_version_or_model_counts_as_lost(tmp_path, monkeypatch):
+    file = StateFile(str(tmp_path), "e", 0)
+    with file.locked():
+        file.save(whole(3))
+        assert_whole(file.load({"x": LONG, "y": 2}))
+        with warnings() as said:
+            for sizes in ({"x": LONG + 1}, {"y": LONG}, {}):
+                assert_equal(file.load(sizes), ClientState())
+            for value in (float("nan"), float("inf")):
+                file.save(ClientState(3, {"x": torch.tensor([1.0, value])}))
+                assert_equal(file.load(), ClientState())
+            monkeypatch.setattr(client_state, "VERSION", "0")
+            file.save(whole(3))
+            monkeypatch.undo()
+            assert_equal(file.load(), ClientState())
+        assert len(said) == 6
+
+
+def test_no_flipped_bit_goes_unseen(tmp_path):
+    file = StateFile(str(tmp_path), "e", 0)
+    state = ClientState(3, {"dual": torch.arange(9.0)}, 4, {"dual": -torch.arange(9.0)})
+    rows = np.array([5, 3, 2**40, 0])
+    with file.locked():
+        file.save(state)
+    file.rows("deal", lambda: rows)
+    draw = random.Random(0)
+    paths = [file_of(tmp_path), *tmp_path.rglob("*.npy")]
+    for path in paths:
+        good = path.read_bytes()
+        for bit in draw.sample(range(8 * len(good)), 60):
+            flipped = bytearray(good)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            with warnings() as said:
+                loaded = file.load()
+                dealt = file.rows("deal", lambda: rows)
+            assert len(said) == 1
+            assert dealt.tolist() == rows.tolist()
+            assert_equal(loaded, ClientState() if path == paths[0] else state)
+            path.write_bytes(good)
+
+
+def test_a_folder_that_cannot_be_made_is_said_with_its_name(tmp_path):
+    (tmp_path / "e").touch()
+    file = StateFile(str(tmp_path), "e", 0)
+    for work in (lambda: file.locked().__enter__(), lambda: file.rows("deal", lambda: np.arange(3))):
+        with pytest.raises(OSError, match=f"{tmp_path}/e"):
+            work()
+    with pytest.raises(ConfigurationError, match=r"engine\.state='~nobody_here/x' names no path"):
+        StateFile("~nobody_here/x", "e", 0)
 
 
 # --- rows

@@ -187,7 +187,7 @@ IMAGES = idx(TINY["train-images-idx3-ubyte"])
         (b"\0\0\x0d\x03" + IMAGES[4:], "starts 0x00000d03, not 0x00000803"),
         (b"<html>no such page</html>", "not a whole idx file"),
         (IMAGES[:-1], "99 bytes where its header promises 100"),
-        (IMAGES + b"\0", "101 bytes where its header promises 100"),
+        (IMAGES + b"\0", "more where its header promises 100"),
         (gzip.compress(IMAGES)[:-12], "broken gzip"),
         (gzip.compress(IMAGES)[:40] + bytes(30), "broken gzip"),
         (gzip.compress(IMAGES)[:-8] + bytes(8), "broken gzip"),
@@ -642,7 +642,7 @@ def test_read_only_arrays_are_copied(data):
         ({"test_labels": np.array([-1, 0])}, "test_labels run from -1 to 0"),
         (
             {"test_images": np.zeros((2, 2, 4, 4), np.uint8)},
-            "but test images are (2, 4, 4); make them the same",
+            "but test images are uint8 (2, 4, 4); make them the same",
         ),
         ({"mean": (0.5,)}, "data.mean has 1 numbers but the images have 2 channels; give one"),
         ({"std": (0.5, 0.5, 0.5)}, "data.std has 3 numbers but the images have 2 channels"),
