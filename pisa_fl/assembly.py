@@ -21,7 +21,7 @@ from partitioners import Partition
 from pisa_fl.client_state import StateFile
 from pisa_fl.config import ConfigurationError, build, resolve, settle
 from pisa_fl.data import ImageData
-from pisa_fl.engines.base import ClientGrid
+from pisa_fl.engines.base import ClientGrid, is_child
 from pisa_fl.explain import explain
 from pisa_fl.federation import Federation, seeded
 from pisa_fl.host import Clients
@@ -53,6 +53,8 @@ def prepare(config: DictConfig, engine: Engine | None = None) -> Federation:
         ConfigurationError: Something in it is impossible or missing.
     """
     config = settle(config)
+    if is_child():
+        torch.set_num_threads(1)  # building a model may not use several
     try:
         return _prepare(config, engine or (lambda clients: build(config.engine, ClientGrid, clients=clients)))
     except (ValueError, OSError) as error:

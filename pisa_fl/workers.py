@@ -51,12 +51,8 @@ FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
 
 def can_fork() -> bool:
     """Whether processes can be forked here, without harm: macOS has the call, and libraries that do not survive it."""
-    return sys.platform == "linux" and not in_pool()
-
-
-def in_pool() -> bool:
-    """Whether this is one of the processes of `multiprocessing.Pool` or its like, which may have no children."""
-    return multiprocessing.current_process().daemon
+    # the processes of `multiprocessing.Pool` are daemons, which may have no children
+    return sys.platform == "linux" and not multiprocessing.current_process().daemon
 
 
 _FORK: Any = multiprocessing.get_context("fork" if can_fork() else None)

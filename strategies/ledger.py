@@ -15,7 +15,16 @@ from torch import Tensor
 from strategies.layout import Layout
 from strategies.memory import ROWS, Rows
 
-_THREADS = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="ledger")
+
+def _new_threads() -> None:
+    """Make the threads that work on rows; a forked process has none of those that were there."""
+    global _threads
+    _threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="ledger")
+
+
+_threads: ThreadPoolExecutor
+_new_threads()
+os.register_at_fork(after_in_child=_new_threads)
 
 
 @dataclass
@@ -109,7 +118,7 @@ class Ledger:
 
         if everybody:
             self._sums = self._nothing(torch.float64)
-        for sums in _THREADS.map(write, _blocks(order)):
+        for sums in _threads.map(write, _blocks(order)):
             self._sums.primal += sums.primal
             self._sums.dual += sums.dual
             self._sums.spread += sums.spread
@@ -137,7 +146,7 @@ class Ledger:
                 total.add_(vectors[client], alpha=self._shares[client])
             return total
 
-        total = torch.stack(list(_THREADS.map(add, _blocks(vectors)))).sum(dim=0, dtype=torch.float64)
+        total = torch.stack(list(_threads.map(add, _blocks(vectors)))).sum(dim=0, dtype=torch.float64)
         return (total / sum(self._shares[client] for client in vectors)).float()
 
     def consensus(self, sigma: Tensor, lambda_: float) -> Tensor:

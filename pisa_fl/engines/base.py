@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -115,9 +116,19 @@ class ClientGrid(Grid):
 
 
 def set_threads(threads: int | Literal["auto"] | None) -> None:
-    """Set PyTorch's threads in this process; `auto`: one per core, None leaves them."""
+    """Set PyTorch's threads in this process; `auto`: one per core, but one in a child process; None leaves them."""
+    if threads == "auto":
+        threads = 1 if is_child() else cores()
     if threads is not None:
-        torch.set_num_threads(cores() if threads == "auto" else threads)
+        torch.set_num_threads(threads)
+
+
+def is_child() -> bool:
+    """Whether `multiprocessing` started this process: others have the other cores.
+
+    One that was forked from a process whose threads had begun to compute hangs as soon as it uses several itself.
+    """
+    return multiprocessing.parent_process() is not None
 
 
 def cores() -> int:

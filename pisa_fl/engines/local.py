@@ -19,7 +19,7 @@ from pisa_fl.config import ConfigurationError
 from pisa_fl.engines.base import ClientGrid, cores
 from pisa_fl.host import ClientHost, Clients, ClientState
 from pisa_fl.solver import TEST_PART, Job
-from pisa_fl.workers import Workers, can_fork, in_pool
+from pisa_fl.workers import Workers, can_fork
 from strategies.messages import TensorArray
 
 NORMALISED = 2**30
@@ -47,8 +47,7 @@ def local_engine(
         precision: See there.
         compiled: See there.
         threads: PyTorch's threads in this process until the grid is closed; `auto`: one per core if it computes
-            itself and is none of a pool, which has others for the other cores; else one. None leaves them. A worker
-            has one.
+            itself, else one; None leaves them. A worker has one.
         state: Where what clients remember is kept: in `memory`, or on `disk` (`strategies.memory.zeros`).
 
     Raises:
@@ -72,7 +71,7 @@ def local_engine(
         raise ConfigurationError(
             "state=disk needs worker processes, which device=cpu on Linux has: engine.workers=1"
         )
-    if threads == "auto" and (workers or in_pool()):
+    if threads == "auto" and workers:
         threads = 1
     normalised = on_cpu and clients.data.train_images.size * 4 <= NORMALISED
     host = clients.host(clients.rows, cohort, chunk, precision, compiled, normalised)
