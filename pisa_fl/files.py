@@ -21,7 +21,9 @@ def expand(name: str | Path, key: str) -> Path:
             raise ValueError("it is empty or has a null character")
         return Path(text).expanduser()
     except (ValueError, TypeError, RuntimeError) as error:  # the last if there is no such user
-        raise ValueError(f"{key}={name!r} names no path ({error})") from error
+        raise ValueError(
+            f"{key}={name!r} names no path ({error}): give one, quoted if it looks like a number"
+        ) from error
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -5,7 +5,9 @@ import hashlib
 import os
 import pickle
 import re
+import shutil
 import struct
+import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from torchvision.datasets import CIFAR10
 
 from pisa_fl.data import ImageData
 from pisa_fl.data.augment import CropFlip
-from pisa_fl.data.cache import cached
+from pisa_fl.data.cache import DIGESTS, cached
 from pisa_fl.data.cifar import CLASSES
 
 ROOT = Path(__file__).parents[2]
@@ -188,6 +190,7 @@ IMAGES = idx(TINY["train-images-idx3-ubyte"])
         (b"<html>no such page</html>", "not a whole idx file"),
         (IMAGES[:-1], "99 bytes where its header promises 100"),
         (IMAGES + b"\0", "more where its header promises 100"),
+        (gzip.compress(IMAGES + bytes(10**7)), "more where its header promises 100"),
         (gzip.compress(IMAGES)[:-12], "broken gzip"),
         (gzip.compress(IMAGES)[:40] + bytes(30), "broken gzip"),
         (gzip.compress(IMAGES)[:-8] + bytes(8), "broken gzip"),
@@ -260,22 +263,124 @@ def test_a_changed_source_is_decoded_again(tiny):
     assert len(entries(tiny)) == 2
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "missing", "pickle"])
+def test_a_source_replaced_with_its_size_and_time_is_decoded_again(tiny):
+    load("mnist", **tiny)
+    file = Path(tiny["root"], "train-labels-idx1-ubyte")
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    for labels in (np.arange(7, dtype=np.uint8), np.ones(7, np.uint8)):  # written in place, then a new file
+        file.write_bytes(idx(labels))
+        os.utime(file, ns=times)
+        assert load("mnist", **tiny).train_labels.tolist() == labels.tolist()
+        file.unlink()
+
+
+def swap_names(entry):
+    train, test = entry / "train_labels.npy", entry / "test_labels.npy"
+    train.rename(entry / "spare")
+    test.rename(train)
+    (entry / "spare").rename(test)
+
+
+def damage_header(entry):
+    file = entry / "train_images.npy"
+    file.write_bytes(file.read_bytes().replace(b"'shape': (7", b"'shape': ((", 1))
+
+
+def put_pickle(entry):
+    np.save(entry / "train_images.npy", np.array([{"not": "pixels"}], object), allow_pickle=True)
+
+
+def put(name, make):
+    def change(entry):
+        (entry / name).unlink()
+        make(entry / name)
+
+    return change
+
+
+DAMAGE = {
+    "truncated": lambda entry: os.truncate(entry / "train_images.npy", 200),
+    "more bytes": lambda entry: (entry / "train_images.npy").open("ab").write(b"x"),
+    "empty": put("train_images.npy", Path.touch),
+    "missing": put("train_images.npy", lambda path: None),
+    "a folder": put("train_images.npy", Path.mkdir),
+    "a pipe": put("train_images.npy", os.mkfifo),
+    "a pickle": put_pickle,
+    "a header that is no Python": damage_header,
+    "labels under each other's name": swap_names,
+    "no digests": put(DIGESTS, lambda path: None),
+    "digests that are no text": put(DIGESTS, lambda path: path.write_bytes(b"\xff{")),
+    "digests of nothing": put(DIGESTS, lambda path: path.write_text("{}")),
+    "a pipe for digests": put(DIGESTS, os.mkfifo),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_entry_is_made_again(tiny, caplog, damage):
-    first = load("mnist", **tiny)
-    kept = np.array(first.train_images)
-    file = entries(tiny)[0] / "train_images.npy"
-    content = file.read_bytes()
-    file.unlink()
-    if damage == "pickle":
-        np.save(file, np.array([{"not": "pixels"}], object), allow_pickle=True)
-    elif damage != "missing":
-        file.write_bytes({"truncated": content[:-5], "empty": b"", "garbage": b"x" * 200}[damage])
-    assert np.array_equal(load("mnist", **tiny).train_images, kept)
-    assert "is damaged" in caplog.text
+    expected = load("mnist", root=tiny["root"])
+    load("mnist", **tiny)
+    [entry] = entries(tiny)
+    DAMAGE[damage](entry)
+    assert same(load("mnist", **tiny), expected)
+    assert f"data.cache: {entry} is damaged" in caplog.text
     caplog.clear()
-    assert np.array_equal(load("mnist", **tiny).train_images, kept)
+    assert same(load("mnist", **tiny), expected)
     assert not caplog.text
+    assert entries(tiny) == [entry]
+
+
+def test_no_flipped_bit_of_an_entry_goes_unseen(tiny, caplog):
+    expected = load("mnist", root=tiny["root"])
+    load("mnist", **tiny)
+    [entry] = entries(tiny)
+    files = sorted(entry.iterdir())
+    for _ in range(40):
+        file = files[RANDOM.integers(len(files))]
+        content = bytearray(file.read_bytes())
+        content[RANDOM.integers(len(content))] ^= 1 << RANDOM.integers(8)
+        file.write_bytes(content)
+        caplog.clear()
+        assert same(load("mnist", **tiny), expected)
+        assert "is damaged" in caplog.text
+
+
+def test_an_entry_under_anothers_name_is_not_used(tiny, caplog, monkeypatch):
+    load("mnist", **tiny)
+    [old] = entries(tiny)
+    monkeypatch.setattr("pisa_fl.data.cache.VERSION", "of tomorrow")
+    load("mnist", **tiny)
+    [new] = {*entries(tiny)} - {old}  # another way of decoding has an entry of its own
+    assert not caplog.text
+    shutil.rmtree(new)
+    old.rename(new)
+    load("mnist", **tiny)
+    assert "it is of another source" in caplog.text
+
+
+@pytest.mark.parametrize("put", [Path.touch, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_folder_in_an_entrys_place_is_replaced(tiny, put):
+    load("mnist", **tiny)
+    [entry] = entries(tiny)
+    shutil.rmtree(entry)
+    put(entry)
+    load("mnist", **tiny)
+    assert isinstance(load("mnist", **tiny).train_images, np.memmap)
+    assert entries(tiny) == [entry]
+
+
+def test_a_damaged_entry_that_cannot_be_replaced_is_left_out(tiny, caplog, monkeypatch):
+    expected = load("mnist", **tiny)
+    [entry] = entries(tiny)
+    (entry / "train_labels.npy").write_bytes(b"")
+
+    def read_only(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pisa_fl.data.cache.os.replace", read_only)
+    assert same(load("mnist", **tiny), load("mnist", root=tiny["root"]))
+    assert "is damaged" in caplog.text
+    assert "going without" in caplog.text
+    assert expected.shape == (1, 4, 3)
 
 
 def test_without_a_writable_cache_the_data_are_read_all_the_same(tiny, tmp_path, caplog):
@@ -446,6 +551,246 @@ def test_imagefolder_refusals(tmp_path):
     assert "data.image_size=0 must be" in refusal("imagefolder", ValueError, path=path, image_size=0)
 
 
+def one_of_each(root, write):
+    """A tree in which `write(path)` wrote the first training image, and the rest is 8 bits, (5, 6)."""
+    write_tree(root, shape=(5, 6))
+    path = root / "train" / "ant" / "000.png"
+    path.unlink()
+    write(path)
+    return path
+
+
+GREY = RANDOM.random((5, 6))
+ALPHA = RANDOM.integers(256, size=(5, 6), dtype=np.uint8)
+COLOUR = RANDOM.integers(256, size=(5, 6, 3), dtype=np.uint8)
+BYTES = np.rint(GREY * 255).astype(np.uint8)
+LONG = np.rint(GREY * 65535).astype(np.uint16)
+LONG[0, 0] = 4242
+
+
+def over_white(colour, alpha):
+    share = (alpha / 255)[..., None]
+    return colour * share + 255 * (1 - share)
+
+
+def saved(pixels, kind, mode=None, **options):
+    """A writer of pixels in a format of Pillow's, in a mode if that does not follow from them."""
+    image = Image.fromarray(pixels)
+    return lambda path: (image if mode is None else image.convert(mode)).save(path, kind, **options)
+
+
+def written(mode, kind, pixels):
+    """A writer of raw pixels in a mode that arrays do not tell."""
+    image = Image.frombytes(mode, (6, 5), np.ascontiguousarray(pixels).tobytes())
+    return lambda path: image.save(path, kind)
+
+
+def palette(alpha=None):
+    image = Image.fromarray((np.arange(30) % 7).astype(np.uint8).reshape(5, 6), "L")
+    image = Image.frombytes("P", (6, 5), image.tobytes())
+    image.putpalette(COLOUR.reshape(-1, 3)[:7].tobytes())
+    more = {} if alpha is None else {"transparency": alpha[:7].tobytes()}
+    return lambda path: image.save(path, "PNG", **more)
+
+
+def rgb(pixels):
+    return np.repeat(pixels[..., None], 3, 2)
+
+
+INDEX = (np.arange(30) % 7).reshape(5, 6)
+PALETTE = COLOUR.reshape(-1, 3)[:7]
+BLACK = np.zeros((5, 6, 3), np.uint8)
+SQUARE = np.where(BYTES > 127, 255, 0)
+
+MODES = {
+    "1": (saved(BYTES > 127, "PNG"), rgb(SQUARE)),
+    "L": (saved(BYTES, "PNG"), rgb(BYTES)),
+    "L with a transparent value": (
+        saved(BYTES, "PNG", transparency=int(BYTES[0, 0])),
+        rgb(np.where(BYTES[0, 0] == BYTES, 255, BYTES)),
+    ),
+    "LA": (written("LA", "PNG", np.stack([BYTES, ALPHA], 2)), over_white(rgb(BYTES), ALPHA)),
+    "LA, black": (written("LA", "PNG", np.stack([BLACK[..., 0], ALPHA], 2)), over_white(BLACK, ALPHA)),
+    "I;16": (saved(LONG, "PNG"), rgb(LONG / 257)),
+    "I;16 with a transparent value": (
+        saved(LONG, "PNG", transparency=4242),
+        rgb(np.where(LONG == 4242, 65535, LONG) / 257),
+    ),
+    "I;16 in TIFF": (saved(LONG, "TIFF"), rgb(LONG / 257)),
+    "I;16B": (written("I;16B", "TIFF", LONG.astype(">u2")), rgb(LONG / 257)),
+    "I": (saved(LONG.astype(np.int32), "TIFF"), rgb(LONG / 257)),
+    "I, PGM": (saved(LONG.astype(np.int32), "PPM"), rgb(LONG / 257)),
+    "F": (saved(GREY.astype(np.float32), "TIFF"), rgb(GREY * 255)),
+    "P": (palette(), PALETTE[INDEX]),
+    "P with alpha": (palette(ALPHA.ravel()), over_white(PALETTE[INDEX], ALPHA.ravel()[:7][INDEX])),
+    "RGB": (saved(COLOUR, "PNG"), COLOUR),
+    "RGB with a transparent colour": (
+        saved(COLOUR, "PNG", transparency=tuple(COLOUR[0, 0].tolist())),
+        np.where((COLOUR[0, 0] == COLOUR).all(2, keepdims=True), 255, COLOUR),
+    ),
+    "RGBA": (saved(np.dstack([COLOUR, ALPHA]), "PNG"), over_white(COLOUR, ALPHA)),
+    "RGBA, black": (
+        saved(np.dstack([BLACK, ALPHA]), "WEBP", lossless=True, exact=True),
+        over_white(BLACK, ALPHA),
+    ),
+    "RGBa": (written("RGBa", "TIFF", np.dstack([BLACK, ALPHA])), over_white(BLACK, ALPHA)),
+    "RGBX": (written("RGBX", "TIFF", np.dstack([COLOUR, ALPHA])), COLOUR),
+    "CMYK": (
+        written("CMYK", "TIFF", np.dstack([COLOUR, ALPHA])),
+        (255.0 - COLOUR) * (255.0 - ALPHA[..., None]) / 255,
+    ),
+    "YCbCr": (written("YCbCr", "TIFF", np.dstack([BYTES, BLACK[..., :2] + 128])), rgb(BYTES)),
+    # CIE L* of 100 is white, of 0 black
+    "LAB": (written("LAB", "TIFF", np.dstack([SQUARE, BLACK[..., :2]]).astype(np.uint8)), rgb(SQUARE)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_picture_of_any_mode_is_read_as_it_is_shown(tmp_path, mode):
+    write, expected = MODES[mode]
+    one_of_each(tmp_path, write)
+    grey, colour = (
+        load("imagefolder", path=str(tmp_path), channels=channels).train_images[0] for channels in (1, 3)
+    )
+    # one step for each rounding on the way
+    assert np.abs(colour.transpose(1, 2, 0) - expected).max() <= 1
+    assert np.abs(grey[0] - expected @ [0.299, 0.587, 0.114]).max() <= 1.6
+    assert len(np.unique(colour)) > 1
+
+
+def test_16_bits_are_rounded_to_the_nearest(tmp_path):
+    one_of_each(tmp_path, saved(LONG, "PNG"))
+    grey = load("imagefolder", path=str(tmp_path), channels=1).train_images[0, 0]
+    assert np.array_equal(grey, np.rint(LONG / 257))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        (np.full((5, 6), 2**30, np.int32), "run from 1073741824 to 1073741824 where 0 is black and 65535"),
+        (np.full((5, 6), -5, np.int32), "run from -5 to -5"),
+        (BYTES.astype(np.int32), "to 255" if BYTES.max() == 255 else "where 0 is black and 65535 is white"),
+        (BYTES.astype(np.uint16), "where 0 is black and 65535 is white"),
+        (BYTES.astype(np.float32), "where 0 is black and 1 is white"),
+        (GREY.astype(np.float32) - 0.5, "where 0 is black and 1 is white"),
+        (np.full((5, 6), np.nan, np.float32), "run from nan to nan"),
+    ],
+)
+def test_a_range_that_cannot_be_told_is_refused(tmp_path, pixels, reason):
+    path = one_of_each(tmp_path, saved(pixels, "TIFF"))
+    sentence = refusal("imagefolder", ValueError, path=str(tmp_path))
+    assert sentence.startswith(f"data.path: {path} is not a readable image (its grey values ")
+    assert reason in sentence
+
+
+@pytest.mark.parametrize(("turn", "undone"), [(3, 2), (6, -1), (8, 1)])
+def test_a_picture_is_turned_upright(tmp_path, turn, undone):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    one_of_each(tmp_path, lambda path: Image.fromarray(COLOUR).save(path, "PNG", exif=exif))
+    data = load("imagefolder", path=str(tmp_path))
+    assert np.array_equal(data.train_images[0].transpose(1, 2, 0), np.rot90(COLOUR, undone))
+
+
+def test_every_ending_counts_and_nothing_hidden(tmp_path, caplog):
+    write_tree(tmp_path)
+    ant = tmp_path / "train" / "ant"
+    colours = {}
+    for number, ending in enumerate(["BMP", "gif", "jfif", "JPG", "jp2", "tif", "webp"]):
+        Image.new("RGB", (6, 5), (30 * number,) * 3).save(ant / f"x{number}.{ending}")
+        colours[ending] = 30 * number
+    below = ant / "y" / "z"
+    below.mkdir(parents=True)
+    Image.new("RGB", (6, 5), (250,) * 3).save(below / "0.png")
+    film = [Image.new("RGB", (6, 5), (grey,) * 3) for grey in (100, 200)]
+    film[0].save(below / "1.gif", save_all=True, append_images=film[1:])
+    for folder in (ant, ant / "y", tmp_path / "train", tmp_path / "test"):
+        for hidden in (".ipynb_checkpoints", "__MACOSX", "@eaDir"):
+            (folder / hidden).mkdir()
+            shutil.copy(ant / "000.png", folder / hidden / "0.png")
+        (folder / "._000.png").write_bytes(b"Mac OS X")
+        (folder / ".DS_Store").touch()
+    (ant / "y" / "back").symlink_to(tmp_path / "train")
+    (ant / "y" / "again").symlink_to(ant)
+    data = load("imagefolder", path=str(tmp_path))
+    assert data.classes == ("ant", "bee")
+    means = data.train_images[data.train_labels == 0].mean((1, 2, 3))
+    assert np.abs(means[3:] - [*colours.values(), 250, 100]).max() < 2
+    assert not caplog.text
+    (ant / "photo.heic").touch()
+    assert len(load("imagefolder", path=str(tmp_path)).train_images) == len(data.train_images)
+    assert "files that end in .heic are no pictures and are left out" in caplog.text
+
+
+def png(width, height):
+    """A PNG file that promises so many pixels, and holds few."""
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for kind, content in (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(1000))),
+        (b"IEND", b""),
+    ):
+        parts += [
+            struct.pack(">I", len(content)),
+            kind,
+            content,
+            struct.pack(">I", zlib.crc32(kind + content)),
+        ]
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (os.mkfifo, "is not a file with content"),
+        (lambda path: path.symlink_to("nowhere"), "No such file"),
+        (lambda path: path.symlink_to(path), "symbolic links"),
+        (lambda path: path.write_bytes(png(9500, 9500)), "exceeds limit"),  # of which Pillow only warns
+        (lambda path: path.write_bytes(png(2**31 - 1, 2**31 - 1)), "exceeds limit"),
+        (
+            lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+            "cannot identify",
+        ),
+    ],
+    ids=["a pipe", "a dangling link", "a link to itself", "large", "huge", "a program"],
+)
+def test_what_is_no_picture_is_refused(tmp_path, write, reason):
+    path = one_of_each(tmp_path, write)
+    with pytest.raises(InstantiationException) as caught:
+        load("imagefolder", path=str(tmp_path))
+    assert isinstance(caught.value.__cause__, ValueError | OSError)
+    assert str(path) in str(caught.value.__cause__)
+    assert reason in str(caught.value.__cause__)
+
+
+def test_more_pixels_than_memory_holds_are_refused_before_they_are_made(tmp_path, monkeypatch):
+    write_tree(tmp_path / "tree")
+    write_tiny(tmp_path / "idx")
+    promise = struct.pack(">4I", 0x803, 2**31, 2**31, 2**31)
+    for content in (promise, gzip.compress(promise)):
+        (tmp_path / "idx" / "train-images-idx3-ubyte").write_bytes(content)
+        sentence = refusal("mnist", ValueError, root=str(tmp_path / "idx"))
+        assert re.search(r"train-images-idx3-ubyte promises would take 9\.9e\+18 GB", sentence)
+    assert "data.image_size=9999 must be" in refusal(
+        "imagefolder", ValueError, path=str(tmp_path / "tree"), image_size=9999
+    )
+    monkeypatch.setattr(os, "sysconf", lambda _: 10)
+    sentence = refusal("imagefolder", ValueError, path=str(tmp_path / "tree"))
+    assert sentence.startswith(
+        "data.image_size: 8 images of 6 x 5 would take 7.2e-07 GB, more than the 1e-07 GB"
+    )
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    root = write_tree(tmp_path) and tmp_path
+    for split in ("train", "test"):
+        os.rename(root / split / "ant", os.fsencode(root / split) + b"/caf\xe9")
+    for _ in range(2):
+        data = load("imagefolder", path=str(root), cache=str(tmp_path / "cache"))
+        assert data.classes == ("bee", "caf\udce9")
+        assert len(data.digest) == 64
+
+
 # ---------------------------------------------------------------- CIFAR-10
 
 
@@ -581,10 +926,12 @@ def test_augmentation_switched_off_in_part():
     assert 100 < mirrored.sum() < 200
 
 
-def test_negative_padding_is_refused():
-    sentence = "data.augment.padding=-1 must be 0 or more pixels"
-    with pytest.raises(ValueError, match=re.escape(sentence)):
-        CropFlip(padding=-1, flip=True)
+def test_impossible_options_of_augmentation_are_refused():
+    for padding in (-1, True):
+        with pytest.raises(ValueError, match=rf"data\.augment\.padding={padding} must be 0 or more pixels"):
+            CropFlip(padding=padding, flip=True)
+    with pytest.raises(ValueError, match=r"data\.augment\.flip=5 must be true or false"):
+        CropFlip(padding=1, flip=5)
 
 
 # ---------------------------------------------------------------- ImageData
@@ -647,6 +994,26 @@ def test_read_only_arrays_are_copied(data):
         ({"mean": (0.5,)}, "data.mean has 1 numbers but the images have 2 channels; give one"),
         ({"std": (0.5, 0.5, 0.5)}, "data.std has 3 numbers but the images have 2 channels"),
         ({"std": (0.5, 0.0)}, "data.std=[0.5, 0.0] must be positive"),
+        ({"std": (0.5, 1e-40)}, "make pixels infinite"),
+        ({"mean": (0.5, 1e300)}, "make pixels infinite"),
+        ({"classes": ("a", "b", "a")}, "has a name twice"),
+        ({"train_images": np.zeros((6, 2, 4, 0), np.uint8)}, "train_images is uint8 of shape (6, 2, 4, 0)"),
+        ({"train_images": np.zeros((6, 2, 4, 3), ">f4")}, "train_images is >f4 of shape"),
+        (
+            {"test_images": np.zeros((2, 2, 4, 3))},
+            "but test images are float64 (2, 4, 3); make them the same",
+        ),
+        (
+            {"train_images": np.full((6, 2, 4, 3), np.nan), "test_images": np.zeros((2, 2, 4, 3))},
+            "train_images has values that are not finite",
+        ),
+        (
+            {"train_images": np.zeros((6, 2, 4, 3)), "test_images": np.full((2, 2, 4, 3), -np.inf)},
+            "test_images has values that are not finite",
+        ),
+        ({"augment": 5}, "data.augment cannot augment an image ('int' object is not callable)"),
+        ({"augment": lambda images, _: images[..., 1:]}, "it makes torch.Size([1, 2, 4, 2]) of"),
+        ({"augment": CropFlip(padding=4, flip=True)}, "padding=4 is more than an image of 4 x 3 has"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(data, change, sentence):
@@ -661,6 +1028,20 @@ def test_numbers_from_the_configuration():
     assert data.augment.padding == 3
     sentence = refusal("mnist_mini", ValueError, mean=[0.1, 0.2])
     assert "data.mean has 2 numbers but the images have 1 channels" in sentence
+    for key in ("mean", "std"):
+        for value in (float("nan"), [float("inf")], True, "1", None, [[0.5]], [None], 10**400, {"a": 1}):
+            sentence = refusal("mnist_mini", ValueError, **{key: value})
+            assert re.match(rf"data\.{key}=.* must be a finite number, or a list with one for each", sentence)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("mnist", "root"), ("cifar10", "root"), ("imagefolder", "path"), ("mnist_mini", "cache")],
+)
+@pytest.mark.parametrize("value", ["", "a\0b", "~nobody_of_this_name/x", 5, True])
+def test_what_names_no_path_is_refused(name, key, value):
+    sentence = refusal(name, ValueError, **{key: value})
+    assert re.match(rf"data\.{key}=.* names no path", sentence)
 
 
 @pytest.mark.parametrize("name", ["mnist_mini", "mnist", "fashion_mnist", "cifar10", "imagefolder"])
