@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +28,19 @@ METHODS = {
     "fedavg": ["strategy=fedavg", "strategy.local_epochs=1", "model=logistic"],
     "fedprox": ["strategy=fedprox", "strategy.local_epochs=1", "model=logistic"],
 }
+NOISE = {
+    "http_proxy": "http://127.0.0.1:9",
+    "HTTPS_PROXY": "127.0.0.1:9",
+    "all_proxy": "socks5://127.0.0.1:9",
+    "no_proxy": "example.org",
+    "FORCE_COLOR": "1",
+    "CLICOLOR_FORCE": "1",
+    "TTY_COMPATIBLE": "1",
+    "COLUMNS": "20",
+    "LC_ALL": "C",
+}
+"""What companies, notebooks and small terminals set, and must not matter."""
+
 LONG = (
     "strategy=sisa",
     "model=logistic",
@@ -94,8 +109,17 @@ def descendants(pid):
     return found
 
 
+def port_of(process):
+    """Where the SuperLink listens that a command has started."""
+    [number] = set(descendants(process.pid)) & set(processes("pisa-fl-superlink"))
+    line = Path("/proc", str(number), "cmdline").read_text().split("\0")
+    return line[line.index("--port") + 1]
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_the_same_configuration_gives_the_same_bits_as_the_local_engine(method, tmp_path):
+def test_the_same_configuration_gives_the_same_bits_as_the_local_engine(method, tmp_path, monkeypatch):
+    for name, value in NOISE.items():
+        monkeypatch.setenv(name, value)
     chosen = (*METHODS[method], *COMMON)
     local = pisa_fl.run(pisa_fl.compose(*chosen), tmp_path / "local")
     flower = pisa_fl.run(pisa_fl.compose("engine=flower", *chosen), tmp_path / "flower")
@@ -121,6 +145,8 @@ def test_stopped_resumed_killed_and_resumed_again_it_ends_with_the_same_bits(tmp
     directory = tmp_path / "run"
     process = start(tmp_path, "engine=flower", "hydra.run.dir=run", *LONG, "checkpoint.every=2")
     wait_for_round(process, directory, 2)
+    with pytest.raises(urllib.error.HTTPError, match="403"):  # the secret is with who started it
+        urllib.request.urlopen(f"http://127.0.0.1:{port_of(process)}/v1/control/start-run", b"")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     stopped = len(metrics_of(directory)) - 1
