@@ -1,7 +1,9 @@
 """What the SuperLink's door reads of a request, with an application behind it that says what reached it."""
 
 import asyncio
+import socket
 from base64 import b64encode
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import httpx
@@ -130,3 +132,32 @@ def test_a_body_that_comes_too_slowly_is_not_waited_for(ask, monkeypatch):
 )
 def test_connections_are_counted_by_address_or_network(address, source):
     assert door.origin(address) == source
+
+
+def test_too_many_connections_are_closed_and_those_of_clients_are_not(monkeypatch):
+    monkeypatch.setattr(door, "origin", lambda address: None if address == "127.0.0.1" else address)
+    monkeypatch.setattr(door, "STRANGERS", 3)
+    bound, known = socket.create_server(("127.0.0.1", 0)), set()
+    with door.Listener(bound, 2, known) as listener, ExitStack() as stack:
+
+        def connect(source):
+            """The two ends of a connection; None in place of ours if it is closed at once."""
+            theirs = socket.create_connection(listener.getsockname(), source_address=(source, 0))
+            stack.enter_context(theirs)
+            try:
+                return stack.enter_context(listener.accept()[0])
+            except ConnectionAbortedError:
+                assert theirs.recv(1) == b""
+                return None
+
+        ends = [connect("127.0.0.2") for _ in range(3)]
+        assert [end is None for end in ends] == [False, False, True], "two of one address"
+        assert connect("127.0.0.3")
+        assert connect("127.0.0.4") is None, "three of all strangers"
+        known |= {"127.0.0.2", "127.0.0.4"}
+        assert connect("127.0.0.4"), "a client's address"
+        assert all(connect("127.0.0.1") for _ in range(5)), "this host"
+        ends[0].close()
+        ends[0].close()
+        assert connect("127.0.0.2")
+        assert connect("127.0.0.2") is None, "one has gone, and not two"
