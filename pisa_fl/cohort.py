@@ -21,9 +21,12 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils.rnn import pad_sequence
 
 from pisa_fl.data import ImageData
+from pisa_fl.examination import Findings
 from pisa_fl.randomness import numpy_generator, torch_generator
 from strategies.client import Batch
 from strategies.layout import Layout
+
+_NOTHING = torch.empty(0, dtype=torch.int64)
 
 
 class FlatModel:
@@ -34,6 +37,8 @@ class FlatModel:
         device: Where it computes.
         precision: `float32`, or `bfloat16`: mixed, by PyTorch's autocast, for the gradients.
         compiled: Have PyTorch compile the gradients of cohorts.
+        findings: What training has to know of it; None: every floating-point buffer is a running statistic, and a
+            single example is enough.
     """
 
     def __init__(
@@ -42,10 +47,12 @@ class FlatModel:
         device: torch.device,
         precision: Literal["float32", "bfloat16"] = "float32",
         compiled: bool = False,
+        findings: Findings | None = None,
     ) -> None:
         self.module = model.to(device)
         self.layout = Layout.of_parameters(model)
-        self.buffer_layout = Layout.of_buffers(model)
+        self.buffer_layout = Layout.of_buffers(model, findings.statistics if findings else None)
+        self.takes_one = findings is None or findings.takes_one
         self.device = device
         # BatchNorm's batch counter and its like: they are restored for every client in turn
         self._integers = {n: b.clone() for n, b in model.named_buffers() if not b.is_floating_point()}
@@ -259,10 +266,12 @@ class LocalCohort:
         fixed = self._disturbed or self._model.buffer_layout.size > 0
         step = self._batch_size if fixed else max(1, self._chunk // len(self.clients))
         lengths = [len(e) for e in self._examples]
+        parts = [torch.arange(n).split(self._sizes(n, step)) for n in lengths]
         batches = (
-            self._batch(chosen, [self._shares(c, n, gradient) for c, n in zip(chosen, lengths, strict=True)])
-            for start in range(0, max(lengths), step)
-            for chosen in [[torch.arange(start, max(start, min(start + step, n))) for n in lengths]]
+            self._batch(
+                list(chosen), [self._shares(c, n, gradient) for c, n in zip(chosen, lengths, strict=True)]
+            )
+            for chosen in zip_longest(*parts, fillvalue=_NOTHING)
         )
         total, loss = self._differentiate(weights, batches)
         return total, loss / torch.tensor(lengths, device=loss.device)
@@ -276,20 +285,28 @@ class LocalCohort:
         """Shuffled mini-batches; each client's order is drawn from (seed, "batches", round, client)."""
         orders = [
             _batch_order(
-                numpy_generator(self._seed, "batches", self._round, c), len(e), epochs, self._batch_size
+                numpy_generator(self._seed, "batches", self._round, c),
+                epochs,
+                self._sizes(len(e), self._batch_size),
             )
             for c, e in zip(self.clients, self._examples, strict=True)
         ]
-        nothing = torch.empty(0, dtype=torch.int64)
-        for chosen in zip_longest(*orders, fillvalue=nothing):
+        for chosen in zip_longest(*orders, fillvalue=_NOTHING):
             yield self._batch(list(chosen), [torch.full((len(c),), 1 / max(1, len(c))) for c in chosen])
 
     def _shares(self, chosen: Tensor, examples: int, gradient: str) -> Tensor:
         """Weight of each chosen example in its client's gradient."""
         if gradient == "mean":
             return torch.full((len(chosen),), 1 / examples)
-        start = chosen // self._batch_size * self._batch_size
-        return 1 / (examples - start).clamp(max=self._batch_size).to(torch.float32)
+        sizes = torch.tensor(self._sizes(examples, self._batch_size))
+        return 1 / sizes.repeat_interleave(sizes)[chosen].to(torch.float32)
+
+    def _sizes(self, examples: int, size: int) -> list[int]:
+        """Sizes of a client's batches; a leftover of one joins the one before if the model cannot take it alone."""
+        full, rest = divmod(examples, size)
+        if rest == 1 and full and not self._model.takes_one:
+            return [size] * (full - 1) + [size + 1]
+        return [size] * full + [rest] * (rest > 0)
 
     def _batch(self, chosen: list[Tensor], shares: list[Tensor]) -> Batch:
         """Gather, normalise, disturb and augment the chosen examples of each client."""
@@ -381,6 +398,6 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
     return rows[0].unsqueeze(0) if len(rows) == 1 else pad_sequence(list(rows), batch_first=True)
 
 
-def _batch_order(draw: np.random.Generator, examples: int, epochs: int, size: int) -> Iterator[Tensor]:
+def _batch_order(draw: np.random.Generator, epochs: int, sizes: list[int]) -> Iterator[Tensor]:
     for _ in range(epochs):
-        yield from torch.from_numpy(draw.permutation(examples)).split(size)
+        yield from torch.from_numpy(draw.permutation(sum(sizes))).split(sizes)

@@ -99,8 +99,9 @@ class Federation:
         rows = dict(enumerate(partition))
         noise = {client: noise_std(client) for client in rows} if noise_std else {}
         clients = Clients(data, rows, model, half, seed, batch_size, device, noise)
+        findings = clients.findings
         self.grid = engine(clients)
-        self.model = FlatModel(model, device)
+        self.model = FlatModel(model, device, findings=findings)
         supply = getattr(strategy, "supply", None)
         buffers = self.model.buffers.cpu()
         self.gateway = Gateway(self.grid, half, buffers, seed, participation, supply)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from pisa_fl.cohort import ClientData, FlatModel, fitting_cohort
 from pisa_fl.config import ConfigurationError
 from pisa_fl.data import ImageData
+from pisa_fl.examination import Findings, examine
 from pisa_fl.solver import InstructionError, Job, Outcome, Solver, failure_reason, tensor
 from strategies.client import ClientHalf
 from strategies.messages import (
@@ -80,6 +82,27 @@ class Clients:
     device: torch.device
     noise_std: Mapping[int, float] = field(default_factory=dict)
 
+    @cached_property
+    def findings(self) -> Findings:
+        """What training has to know of the model.
+
+        Raises:
+            ConfigurationError: It cannot be trained, or not on these clients' examples.
+        """
+        found = examine(self.model, self.data.shape)
+        if not found.takes_one:
+            remedy = (
+                "its normalisation needs two examples at least: give it more, or a model without (GroupNorm)"
+            )
+            if self.batch_size == 1:
+                raise ConfigurationError(f"batch_size=1 is impossible with this model, {remedy}")
+            for client, size in self.sizes.items():
+                if size == 1:
+                    raise ConfigurationError(
+                        f"client {client} has a single example and cannot train this model, {remedy}"
+                    )
+        return found
+
     @property
     def sizes(self) -> dict[int, int]:
         """Training examples of every client, by client number."""
@@ -111,7 +134,7 @@ class Clients:
         """
         if precision not in ("float32", "bfloat16"):
             raise ConfigurationError(f"engine.precision must be float32 or bfloat16, got {precision}")
-        model = FlatModel(copy.deepcopy(self.model), self.device, precision, compiled)
+        model = FlatModel(copy.deepcopy(self.model), self.device, precision, compiled, self.findings)
         images = tensor(self.data.train_images, self.device)
         labels = tensor(self.data.train_labels, self.device)
         on_cpu = self.device.type == "cpu"
@@ -381,8 +404,10 @@ class ClientHost:
         return read, list(arrays)
 
     def _by_name(self, flat: Mapping[str, Tensor], names: Sequence[str]) -> ArrayRecord:
-        tensors = dict(self._model.module.state_dict())  # for what is neither weight nor running statistic
-        tensors |= self._model.layout.views(flat[WEIGHTS])
+        self._model.load(flat[WEIGHTS])
+        tensors = dict(
+            self._model.module.state_dict()
+        )  # tied parameters, under all their names, and constants
         if BUFFERS in flat:
             tensors |= self._model.buffer_layout.views(flat[BUFFERS])
         return record({name: tensors[name].clone() for name in names})

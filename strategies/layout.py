@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -26,17 +26,43 @@ class Layout:
 
     @classmethod
     def of_parameters(cls, model: nn.Module) -> Layout:
-        """The layout of a model's trainable parameters."""
-        return cls({name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad})
+        """The layout of a model's trainable parameters.
+
+        Raises:
+            ValueError: There are none, or one of them cannot lie in a vector of float32.
+        """
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trained:
+            raise ValueError("the model has no trainable parameter: one must have requires_grad")
+        for name, parameter in trained.items():
+            if isinstance(parameter, nn.UninitializedParameter):
+                raise ValueError(
+                    f"parameter '{name}' has no shape yet: call the model once, or use layers that are not lazy"
+                )
+            if parameter.is_meta:
+                raise ValueError(
+                    f"parameter '{name}' is on the meta device, without values: build it on the CPU"
+                )
+            if parameter.dtype != torch.float32:
+                raise ValueError(
+                    f"parameter '{name}' is of {parameter.dtype}, and only torch.float32 is trained: call .float()"
+                )
+        return cls({name: tuple(p.shape) for name, p in trained.items()})
 
     @classmethod
-    def of_buffers(cls, model: nn.Module) -> Layout:
-        """The layout of a model's floating-point buffers (BatchNorm's running statistics).
+    def of_buffers(cls, model: nn.Module, names: Collection[str] | None = None) -> Layout:
+        """The layout of a model's floating-point buffers (BatchNorm's running statistics), or of those named.
 
         Integer buffers (BatchNorm's batch counter) are left out: they only matter to a running mean
         without momentum, and an average of them means nothing.
         """
-        return cls({name: tuple(b.shape) for name, b in model.named_buffers() if b.is_floating_point()})
+        return cls(
+            {
+                name: tuple(b.shape)
+                for name, b in model.named_buffers()
+                if b.is_floating_point() and (names is None or name in names)
+            }
+        )
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -65,7 +91,7 @@ class Layout:
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Named views of a flat tensor, (..., d) -> {name: (..., *shape)}; nothing is copied."""
         lead = flat.shape[:-1]
-        return {name: flat[..., self.spans[name]].view(*lead, *shape) for name, shape in self.shapes.items()}
+        return {name: flat[..., self.spans[name]].view(lead + shape) for name, shape in self.shapes.items()}
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One flat vector (d,) from named tensors.
