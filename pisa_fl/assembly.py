@@ -27,7 +27,7 @@ from pisa_fl.federation import Federation, seeded
 from pisa_fl.host import Clients
 from pisa_fl.models.check import check_model
 from pisa_fl.surroundings import own_surroundings
-from strategies import ClientHalf, Layout
+from strategies import ClientHalf, Layout, checks
 
 Engine = Callable[[Clients], ClientGrid]
 """Makes the grid that reaches the clients from what they are made of."""
@@ -77,11 +77,13 @@ def _prepare(config: DictConfig, engine: Engine) -> Federation:
     model, layout = _model(config, data)
     if config.init is not None:
         _initialise(model, Path(config.init))
+    server = build(config.strategy.server, Strategy, layout=layout, seed=config.seed)
+    checks.flowers_own(server)
     return Federation(
         data,
         partition,
         model,
-        build(config.strategy.server, Strategy, layout=layout, seed=config.seed),
+        server,
         build(config.strategy.client, ClientHalf, layout=layout, seed=config.seed),
         engine,
         seed=config.seed,
@@ -93,6 +95,7 @@ def _prepare(config: DictConfig, engine: Engine) -> Federation:
         round_timeout=config.round_timeout,
         patience=config.patience,
         accept_failures=config.accept_failures,
+        max_update=config.max_update,
     )
 
 

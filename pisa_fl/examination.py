@@ -48,12 +48,12 @@ def examine(model: nn.Module, shape: tuple[int, ...]) -> Findings:
         before = {name: buffer.clone() for name, buffer in own.named_buffers()}
         parameters = [p for p in own.parameters() if p.requires_grad]
         try:
-            outputs = [_moved(own, parameters, images) for _ in range(2)]
+            first, second = (_moved(own, parameters, images) for _ in range(2))
         except Exception as error:  # whatever a model of the user's raises
             raise ConfigurationError(
                 f"model: it cannot be trained on images of shape {tuple(shape)}: {first_line(error)}"
             ) from error
-        _check_output_follows(*outputs, parameters)
+        _check_output_follows(first, second, parameters)
         after = dict(own.named_buffers())
         statistics = tuple(
             name

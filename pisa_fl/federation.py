@@ -28,7 +28,18 @@ from pisa_fl.rundir import Metrics
 from pisa_fl.solver import TEST_PART, tensor
 from pisa_fl.surroundings import own_surroundings
 from strategies import ClientHalf
-from strategies.messages import BUFFERS, DIFFERENTIATED, LOSS, ROUND, WEIGHTS, record, vectors
+from strategies.messages import (
+    BUFFERS,
+    DIFFERENTIATED,
+    LARGEST,
+    LOSS,
+    ROUND,
+    WEIGHTS,
+    RoundError,
+    out_of_range,
+    record,
+    vectors,
+)
 
 WAIT = 1.0
 """Seconds between looks for clients while there are too few."""
@@ -40,6 +51,15 @@ class RunError(RuntimeError):
 
 class TooFewClientsError(RunError):
     """Fewer clients than `min_clients` gave a reply that could be accepted, or one failed that must not."""
+
+
+class DivergedError(RunError):
+    """A round gave values that must not be kept; nothing of it was."""
+
+
+def _attributes(strategy: Strategy) -> dict[str, Any]:
+    """What a strategy remembers that it replaces from round to round, as Flower's do."""
+    return {name: dict(v) if isinstance(v, dict) else v for name, v in vars(strategy).items()}
 
 
 def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
@@ -69,6 +89,7 @@ class Federation:
         round_timeout: Seconds that a round waits for replies; None: without end.
         patience: Seconds that a round with too few clients waits for others.
         accept_failures: Go on with those who answered if some clients failed.
+        max_update: How many times as long as the round's median a client's update may be; None: as long as it likes.
     """
 
     @own_surroundings()
@@ -90,6 +111,7 @@ class Federation:
         round_timeout: float | None = None,
         patience: float = 0.0,
         accept_failures: bool = True,
+        max_update: float | None = 20.0,
     ) -> None:
         if not len(data.test_images):
             raise ValueError("data: there are no test images, which the server needs")
@@ -104,7 +126,7 @@ class Federation:
         self.model = FlatModel(model, device, findings=findings)
         supply = getattr(strategy, "supply", None)
         buffers = self.model.buffers.cpu()
-        self.gateway = Gateway(self.grid, half, buffers, seed, participation, supply)
+        self.gateway = Gateway(self.grid, half, buffers, seed, participation, supply, max_update)
         self.arrays = record({WEIGHTS: self.model.weights.clone()})
         self.round = 0
         self.seconds = 0.0
@@ -118,6 +140,7 @@ class Federation:
 
         Raises:
             TooFewClientsError: Too few clients of a round gave an acceptable reply.
+            DivergedError: A round gave values that are not finite.
         """
         if self.round == 0:
             yield self._metrics({})
@@ -136,10 +159,22 @@ class Federation:
             self.gateway.undo()
             self.whole = True
             raise
-        arrays, metrics = self.strategy.aggregate_train(number, replies)
-        if arrays is not None:
+        before = _attributes(self.strategy)
+        try:
+            arrays, metrics = self.strategy.aggregate_train(number, replies)
             # Flower's adaptive servers answer in float64
-            self.arrays = record(vectors(arrays))
+            kept = self.arrays if arrays is None else record(vectors(arrays))
+            if wrong := out_of_range(vectors(kept) | {BUFFERS: self.gateway.buffers}):
+                raise RoundError(f"{wrong} of the server")
+        except RoundError as error:
+            vars(self.strategy).update(before)
+            self.gateway.undo()
+            self.whole = True
+            raise DivergedError(
+                f"round {number} gave values that are not finite or beyond {LARGEST:g} ({error}) and was undone:"
+                " lower strategy.lr, or raise sigma and rho where they are set by hand"
+            ) from error
+        self.arrays = kept
         self._evaluate_on_clients(number)
         self.round, self.whole = number, True
         self.seconds += time.perf_counter() - start

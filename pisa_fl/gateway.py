@@ -2,17 +2,18 @@
 
 Six things that every strategy needs, and that therefore none should do itself: the clients of a round are
 drawn by client number from the run's seed; replies are checked before the strategy sees them, and refused if
-they are not what was asked for, and asked for now; replies are put in the order of the clients, so that sums do
-not depend on who answered first; a client that lost its state is supplied from the strategy's ledger, if it has
-one, and asked again; payload, examples and failures are counted; and a model's running statistics (BatchNorm),
-which are no optimisation variables, are sent along and averaged by examples, so that no server half has to know
-them.
+they are not what was asked for, and asked for now, or if their update is out of all proportion to the others';
+replies are put in the order of the clients, so that sums do not depend on who answered first; a client that lost
+its state is supplied from the strategy's ledger, if it has one, and asked again; payload, examples and failures
+are counted; and a model's running statistics (BatchNorm), which are no optimisation variables, are sent along and
+averaged by examples, so that no server half has to know them.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,7 @@ from strategies.messages import (
     BUFFERS,
     DIFFERENTIATED,
     EXAMPLES,
+    LARGEST,
     LOSS,
     METRICS,
     ROUND,
@@ -39,6 +41,7 @@ from strategies.messages import (
     WEIGHTS,
     Field,
     arrays_of,
+    averaged,
     config_of,
     fault,
     integer,
@@ -53,6 +56,9 @@ log = logging.getLogger(__name__)
 
 REFUSED = 1002
 """Code of the error that takes the place of a reply that was refused."""
+
+COMPARED = 5
+"""Replies that it takes to tell what is usual."""
 
 _ANSWERS = (CLIENT_FAILED, STATE_LOST)
 
@@ -107,6 +113,11 @@ class Gateway(Grid):
         seed: Seed of the run.
         participation: Share of the clients that takes part in a round, in (0, 1].
         supply: The state of a client that lost it, or None if the server has none; as `Pisa.supply`.
+        max_update: How many times as long as the median an update |w_i - w| may be, with `COMPARED` replies or more;
+            None: as long as it likes.
+
+    Raises:
+        ValueError: max_update is impossible.
     """
 
     def __init__(
@@ -117,7 +128,12 @@ class Gateway(Grid):
         seed: int,
         participation: float,
         supply: Callable[[int], ArrayRecord | None] | None = None,
+        max_update: float | None = None,
     ) -> None:
+        number = isinstance(max_update, int | float) and not isinstance(max_update, bool)
+        if max_update is not None and not (number and 1 < max_update <= LARGEST):
+            raise ValueError(f"max_update must be a number above 1, or null, got {max_update}")
+        self._max_update = max_update
         self.traffic = Traffic()
         self.failures: list[Failure] = []
         self.buffers = buffers
@@ -175,8 +191,9 @@ class Gateway(Grid):
             sent |= again
             answers |= self._exchange(again, timeout)
         accepted = []
-        for node in sorted(sent):
-            reason = self._fault(node, sent[node], answers.get(node))
+        reasons = {node: self._fault(node, sent[node], answers.get(node)) for node in sorted(sent)}
+        reasons |= self._too_long(sent, {node: answers[node] for node, why in reasons.items() if why is None})
+        for node, reason in reasons.items():
             if sent[node].metadata.message_type == MessageType.TRAIN:
                 self._count(node, answers.get(node), reason)
             if node in answers:
@@ -273,6 +290,8 @@ class Gateway(Grid):
             return f"metrics {sorted(metrics)} are not those of a training reply"
         if not all(isinstance(v, int | float) and math.isfinite(v) for v in metrics.values()):
             return f"metrics hold NaN, infinite values or lists: {dict(metrics)}"
+        if abs(real(metrics, LOSS)) > LARGEST:
+            return f"a training loss of {metrics[LOSS]}"
         if metrics[ROUND] != self._round:
             return f"of round {metrics[ROUND]}, expected {self._round}"
         if metrics[EXAMPLES] != self._grid.sizes.get(client, metrics[EXAMPLES]):
@@ -284,13 +303,33 @@ class Gateway(Grid):
             self._asked[id(instruction.content)] = self._expected(instruction.content)
         return fault(arrays_of(content), self._asked[id(instruction.content)])
 
+    def _too_long(self, sent: Mapping[int, Message], replies: Mapping[int, Message]) -> dict[int, str]:
+        """Those whose update is out of all proportion to the others', and why they are refused."""
+        trained = {n: r for n, r in replies.items() if sent[n].metadata.message_type == MessageType.TRAIN}
+        if self._max_update is None or len(trained) < COMPARED:
+            return {}
+        start: dict[int, dict[str, Tensor]] = {}
+        lengths = {}
+        for node, reply in trained.items():
+            content = sent[node].content
+            if id(content) not in start:
+                start[id(content)] = vectors(arrays_of(content))
+            lengths[node] = _distance(vectors(arrays_of(reply.content)), start[id(content)])
+        median = statistics.median(lengths.values())
+        return {
+            node: f"its update is {length / median:.3g} times as long as the round's median,"
+            f" max_update={self._max_update:g}"
+            for node, length in lengths.items()
+            if length > self._max_update * median > 0
+        }
+
     def _expected(self, instruction: RecordDict) -> dict[str, Field]:
         """What the arrays of a reply must be: flat vectors, or the tensors by name as they were sent."""
         arrays = instruction.array_records[ARRAYS]
         if WEIGHTS not in arrays:
             return {name: Field(tuple(a.shape)) for name, a in arrays.items()}
         fields = self._half.reply_fields(config_of(instruction))
-        return fields | ({BUFFERS: Field(len(self.buffers))} if len(self.buffers) else {})
+        return fields | ({BUFFERS: averaged(len(self.buffers))} if len(self.buffers) else {})
 
     def _count(self, client: int, reply: Message | None, reason: str | None) -> None:
         """Add a training reply to the counters."""
@@ -346,6 +385,12 @@ class Gateway(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Receive what was sent for without waiting."""
         return self._grid.pull_messages(message_ids)
+
+
+def _distance(arrays: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
+    """|w_i - w| of flat weights, or of tensors by name."""
+    names = [WEIGHTS] if WEIGHTS in arrays else list(arrays)
+    return math.hypot(*(float(torch.linalg.vector_norm(arrays[name] - start[name])) for name in names))
 
 
 def _refusal(instruction: Message, reply: Message, reason: str) -> Message:

@@ -20,7 +20,7 @@ from pisa_fl.assembly import Engine, deals, prepare
 from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
 from pisa_fl.config import ConfigurationError, build, own_modules, settle
 from pisa_fl.explain import explain
-from pisa_fl.federation import Federation, RunError, TooFewClientsError
+from pisa_fl.federation import DivergedError, Federation, RunError, TooFewClientsError
 from pisa_fl.plots import draw_curves
 from pisa_fl.progress import Display, show_summary
 from pisa_fl.rundir import Metrics
@@ -269,7 +269,7 @@ def _last_checkpoint(
     except Exception as error:
         if path is not None and federation.whole and len(metrics) == federation.round + 1:
             try:
-                if isinstance(error, TooFewClientsError):
+                if isinstance(error, TooFewClientsError | DivergedError):
                     _write_failures(federation, federation.round + 1, path)
                 _save(federation, config, path)
                 _draw_partition(federation, path)

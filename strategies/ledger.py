@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -42,6 +42,17 @@ class _Sums:
         self.spread += share * float(gap @ gap)
 
 
+@dataclass(frozen=True)
+class _Before:
+    """What a ledger knew, but for its rows."""
+
+    rows: dict[int, int]
+    rounds: dict[int, int]
+    shares: dict[int, float]
+    centre: Tensor
+    sums: _Sums
+
+
 class Ledger:
     """Primal and dual of every client that has ever answered, N rows of length d.
 
@@ -72,6 +83,8 @@ class Ledger:
         self._shares: dict[int, float] = {}
         self._centre = torch.zeros(layout.size)
         self._sums = self._nothing(torch.float64)
+        self._begun: tuple[_Before, list[int], Mapping[int, Tensor], Tensor, Tensor | None] | None = None
+        self.largest_dual = torch.zeros(())
 
     @property
     def clients(self) -> list[int]:
@@ -95,6 +108,25 @@ class Ledger:
             consensus: w that they were sent, (d,).
             sigma: Penalty, () or (d,); None in a round that only measures, which leaves the duals as they are.
         """
+        self.begin(round_number, weights, examples, consensus, sigma)
+        self.commit()
+
+    def begin(
+        self,
+        round_number: int,
+        weights: Mapping[int, Tensor],
+        examples: Mapping[int, int],
+        consensus: Tensor,
+        sigma: Tensor | None,
+    ) -> None:
+        """As `accept`, but the rows stay as they were until `commit`, so that `undo` can take it back."""
+        before = _Before(
+            dict(self._rows),
+            dict(self._rounds),
+            dict(self._shares),
+            self._centre,
+            replace(self._sums, primal=self._sums.primal.clone(), dual=self._sums.dual.clone()),
+        )
         self._admit(weights)
         self._shift(consensus)
         order = sorted(weights, key=self._rows.__getitem__)
@@ -102,28 +134,56 @@ class Ledger:
         shares = {client: 1.0 if self._uniform else float(examples[client]) for client in order}
         step = None if sigma is None else sigma.expand_as(consensus)
 
-        def write(clients: Sequence[int]) -> _Sums:
+        def add(clients: Sequence[int]) -> tuple[_Sums, Tensor]:
             sums, gap, move = self._nothing(), torch.empty_like(consensus), torch.empty_like(consensus)
+            largest = torch.zeros(())
             for client in clients:
-                primal, dual = self.primal(client), self.dual(client)
+                dual = self.dual(client)
                 if not everybody:
-                    torch.sub(primal, consensus, out=gap)
+                    torch.sub(self.primal(client), consensus, out=gap)
                     sums.add(-self._shares[client], gap, dual)
                 torch.sub(weights[client], consensus, out=gap)
-                primal.copy_(weights[client])
                 if step is not None:
-                    dual += torch.mul(gap, step, out=move)
+                    dual = torch.add(dual, torch.mul(gap, step, out=move), out=move)
                 sums.add(shares[client], gap, dual)
-            return sums
+                largest = torch.maximum(largest, torch.linalg.vector_norm(dual))
+            return sums, largest
 
         if everybody:
             self._sums = self._nothing(torch.float64)
-        for sums in _threads.map(write, _blocks(order)):
+        self.largest_dual = torch.zeros(())
+        for sums, largest in _threads.map(add, _blocks(order)):
             self._sums.primal += sums.primal
             self._sums.dual += sums.dual
             self._sums.spread += sums.spread
+            self.largest_dual = torch.maximum(self.largest_dual, largest)
         self._shares |= shares
         self._rounds |= dict.fromkeys(order, round_number)
+        self._begun = before, order, weights, consensus, step
+
+    def commit(self) -> None:
+        """Write the rows of what was begun."""
+        assert self._begun is not None
+        _, order, weights, consensus, step = self._begun
+
+        def write(clients: Sequence[int]) -> None:
+            gap = torch.empty_like(consensus)
+            for client in clients:
+                self.primal(client).copy_(weights[client])
+                if step is not None:
+                    torch.sub(weights[client], consensus, out=gap)
+                    self.dual(client).add_(gap.mul_(step))
+
+        list(_threads.map(write, _blocks(order)))
+        self._begun = None
+
+    def undo(self) -> None:
+        """Forget what was begun."""
+        assert self._begun is not None
+        before = self._begun[0]
+        self._rows, self._rounds, self._shares = before.rows, before.rounds, before.shares
+        self._centre, self._sums = before.centre, before.sums
+        self._begun = None
 
     def accepted_round(self, client: int) -> int:
         """Round of the client's last accepted reply; 0 if there is none."""

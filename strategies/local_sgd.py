@@ -20,6 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from strategies import checks
 from strategies.client import ClientHalf, Cohort, Instruction, Update
 from strategies.layout import Layout
 from strategies.messages import WEIGHTS, real
@@ -42,14 +43,10 @@ class LocalSgd(ClientHalf):
     def __init__(
         self, layout: Layout, lr: float, momentum: float, weight_decay: float, local_epochs: int
     ) -> None:
-        if not lr > 0:
-            raise ValueError(f"strategy.lr must be positive, got {lr}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"strategy.momentum must be at least 0 and below 1, got {momentum}")
-        if weight_decay < 0:
-            raise ValueError(f"strategy.weight_decay must not be negative, got {weight_decay}")
-        if not isinstance(local_epochs, int) or local_epochs < 1:
-            raise ValueError(f"strategy.local_epochs must be a whole number of 1 or more, got {local_epochs}")
+        checks.positive("lr", lr)
+        checks.decay("momentum", momentum)
+        checks.not_negative("weight_decay", weight_decay)
+        checks.whole("local_epochs", local_epochs, 1)
         self.layout = layout
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.local_epochs = local_epochs

@@ -45,11 +45,13 @@ class Field:
         shape: Its shape; a number stands for the length of a vector.
         minimum: The smallest value it may hold.
         types: NumPy's names of the types it may have.
+        largest: The greatest size of a value.
     """
 
     shape: int | tuple[int, ...]
     minimum: float = -np.inf
     types: tuple[str, ...] = ("float32",)
+    largest: float = LARGEST
 
     @property
     def dimensions(self) -> tuple[int, ...]:
@@ -60,6 +62,28 @@ class Field:
     def size(self) -> int:
         """Number of elements."""
         return prod(self.dimensions)
+
+
+def averaged(shape: int, minimum: float = -np.inf) -> Field:
+    """The field of a vector whose averages are to be sent on, rounded as they are."""
+    return Field(shape, minimum, largest=LARGEST / 2)
+
+
+def squared(shape: int) -> Field:
+    """The field of a vector whose squares, or products with a penalty, are to be sent on."""
+    return Field(shape, largest=math.sqrt(LARGEST) / 2)
+
+
+def out_of_range(vectors: Mapping[str, Tensor]) -> str | None:
+    """The name of a vector that no message may hold, for it is not finite or too large; None if there is none."""
+    for name, vector in vectors.items():
+        if vector.numel() and not float(vector.abs().max()) <= LARGEST:
+            return name
+    return None
+
+
+class RoundError(ValueError):
+    """What a round gave is not finite, or beyond what messages may hold; whoever raises it kept nothing of it."""
 
 
 class TensorArray(Array):
@@ -187,9 +211,10 @@ def fault(arrays: ArrayRecord, expected: Mapping[str, Field]) -> str | None:
             return f"array '{name}' cannot be read: {error}"
         if values.shape != field.dimensions or values.dtype.name != array.dtype:
             return f"array '{name}' holds {values.dtype}{values.shape}, not what it says"
-        bounded = isinstance(array, TensorArray) and array.norm <= LARGEST
-        if values.size and not bounded and not (values.min() >= -LARGEST and values.max() <= LARGEST):
-            return f"array '{name}' holds NaN or infinite values, or some beyond {LARGEST:g}"
+        bounded = isinstance(array, TensorArray) and array.norm <= field.largest
+        largest = field.largest
+        if values.size and not bounded and not (values.min() >= -largest and values.max() <= largest):
+            return f"array '{name}' holds NaN or infinite values, or some beyond {largest:g}"
         if values.size and field.minimum > -np.inf and values.min() < field.minimum:
             return f"array '{name}' holds values below {field.minimum}"
     return None

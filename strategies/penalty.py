@@ -21,11 +21,13 @@ of any length. Such a residual, `SURPRISE` times q or more, only gives the direc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from strategies import checks
 from strategies.layout import Layout
 
 SURPRISE = 200.0
@@ -64,15 +66,12 @@ class Penalty:
 
     def __post_init__(self) -> None:
         for key in ("lr", "sigma", "rho"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ValueError(f"strategy.{key} must be positive, got {value}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"strategy.momentum must be at least 0 and below 1, got {self.momentum}")
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"strategy.gamma must be above 0 and at most 1, got {self.gamma}")
-        if self.grow_every < 1:
-            raise ValueError(f"strategy.grow_every must be at least 1 round, got {self.grow_every}")
+            if (value := getattr(self, key)) is not None:
+                checks.positive(key, value)
+        checks.decay("momentum", self.momentum)
+        checks.share("gamma", self.gamma)
+        checks.whole("grow_every", self.grow_every, 1)
+        checks.share("penalty.participation", self.participation)
 
     def sigma_at(self, round_number: int, scale: Tensor | None) -> Tensor | None:
         """Penalty of a round (counted from 1), () or (d,); None if it needs a scale and there is none.
@@ -81,10 +80,15 @@ class Penalty:
             round_number: The round.
             scale: Typical size of Q, (d,), or None if nothing was observed yet.
         """
-        growth = self.gamma ** -max(0, (round_number - 2) // self.grow_every)
+        growth = self._growth(max(0, (round_number - 2) // self.grow_every))
         if self.sigma is not None:
             return torch.tensor(self.sigma * growth)
         return None if scale is None else scale.clamp(min=QUIET) * (growth * self.participation / self.lr)
+
+    def _growth(self, times: int) -> float:
+        """What sigma has grown by, up to `checks.GREATEST`: nothing moves any more long before."""
+        most = math.log(checks.GREATEST)
+        return checks.GREATEST if -math.log(self.gamma) * times > most else self.gamma**-times
 
     def believed(self, residual: Tensor, scale: Tensor | None, layout: Layout) -> Tensor:
         """The residual (C, d), where a tensor's is out of all proportion to q brought to that size.

@@ -38,6 +38,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from strategies import checks
 from strategies.client import ClientHalf, Cohort, Instruction, Update
 from strategies.layout import Layout
 from strategies.ledger import Ledger
@@ -49,10 +50,13 @@ from strategies.messages import (
     ROUND,
     WEIGHTS,
     Field,
+    RoundError,
     arrays_of,
     integer,
     metrics_of,
+    out_of_range,
     record,
+    squared,
     vectors,
 )
 from strategies.penalty import Penalty
@@ -87,8 +91,8 @@ class Pisa(Strategy):
         alpha: Literal["examples", "uniform"],
         state: Literal["memory", "disk"] = "memory",
     ) -> None:
-        if lambda_ < 0:
-            raise ValueError(f"strategy.lambda must not be negative, got {lambda_}")
+        checks.not_negative("lambda", lambda_)
+        checks.whole("align_every", align_every, 0)
         if alpha not in ("examples", "uniform"):
             raise ValueError(f"strategy.alpha must be examples or uniform, got {alpha}")
         if state not in ("memory", "disk"):
@@ -132,15 +136,21 @@ class Pisa(Strategy):
         if not answers:
             return None, None
         weights = {node: arrays.pop(WEIGHTS) for node, arrays in answers.items()}
-        self.ledger.accept(server_round, weights, examples, self._consensus, self._sigma(server_round))
+        self.ledger.begin(server_round, weights, examples, self._consensus, self._sigma(server_round))
+        shared = self._shared
         if _measures(server_round, self.align_every):
             statistic = {
                 name: self.ledger.average({node: arrays[name] for node, arrays in answers.items()})[None]
                 for name in self.preconditioner.statistic_fields()
             }
-            self._shared = self.preconditioner.accumulate(self._shared, statistic)
-        sigma = self._sigma(server_round + 1)
+            shared = self.preconditioner.accumulate(shared, statistic)
+        sigma = self.penalty.sigma_at(server_round + 1, self.preconditioner.scale(shared))
         consensus = self._consensus if sigma is None else self.ledger.consensus(sigma, self.lambda_)
+        if wrong := out_of_range(shared | {WEIGHTS: consensus, DUAL: self.ledger.largest_dual}):
+            self.ledger.undo()
+            raise RoundError(f"{wrong} of the server")
+        self.ledger.commit()
+        self._shared = shared
         metrics = MetricRecord(
             {
                 "primal-residual": self.ledger.primal_residual(consensus),
@@ -231,8 +241,8 @@ class PisaClient(ClientHalf):
         local_steps: int,
         gradient: Literal["mean", "sum", "batch"],
     ) -> None:
-        if not isinstance(local_steps, int) or local_steps < 1:
-            raise ValueError(f"strategy.local_steps must be a whole number of 1 or more, got {local_steps}")
+        checks.whole("local_steps", local_steps, 1)
+        checks.whole("align_every", align_every, 0)
         if gradient not in ("mean", "sum", "batch"):
             raise ValueError(f"strategy.gradient must be mean, sum or batch, got {gradient}")
         self.layout, self.preconditioner, self.penalty = layout, preconditioner(layout), penalty
@@ -250,8 +260,8 @@ class PisaClient(ClientHalf):
         return super().instruction_fields() | (self.preconditioner.state_fields() if self.align_every else {})
 
     def reply_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
-        """The weights and, in rounds that measure, the statistic."""
-        fields = super().reply_fields(config)
+        """The weights, of which the dual is made, and, in rounds that measure, the statistic."""
+        fields = {WEIGHTS: squared(self.layout.size)}
         if _measures(integer(config, ROUND), self.align_every):
             fields |= self.preconditioner.statistic_fields()
         return fields
@@ -316,8 +326,6 @@ def _measures(round_number: int, align_every: int) -> bool:
 
 
 def _check_alignment(align_every: int, penalty: Penalty, preconditioner: Preconditioner) -> None:
-    if align_every < 0:
-        raise ValueError(f"strategy.align_every must be 0 (never) or more rounds, got {align_every}")
     if not align_every and penalty.sigma is None and preconditioner.state_fields():
         raise ValueError(
             "strategy.align_every=0 gives every client its own Q, for which there is no common automatic penalty:"

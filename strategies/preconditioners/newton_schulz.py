@@ -30,8 +30,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from strategies import checks
 from strategies.layout import Layout
-from strategies.messages import Field
+from strategies.messages import Field, squared
 from strategies.preconditioners.base import Preconditioner, State
 from strategies.preconditioners.second_moment import SecondMoment, one_of
 
@@ -84,10 +85,9 @@ class NewtonSchulz(Preconditioner):
     def __init__(
         self, layout: Layout, mu: float, steps: int, eps: float, others: Callable[[Layout], SecondMoment]
     ) -> None:
-        if not 0 <= mu < 1:
-            raise ValueError(f"strategy.preconditioner.mu must be at least 0 and below 1, got {mu}")
-        if steps < 1:
-            raise ValueError(f"strategy.preconditioner.steps must be at least 1, got {steps}")
+        checks.decay("preconditioner.mu", mu)
+        checks.whole("preconditioner.steps", steps, 1)
+        checks.not_negative("preconditioner.eps", eps)
         self.layout = layout
         self.mu, self.steps, self.eps = mu, steps, eps
         self._others, self._matrices = others(layout), _Matrices(layout)
@@ -98,7 +98,7 @@ class NewtonSchulz(Preconditioner):
 
     def statistic_fields(self) -> dict[str, Field]:
         """SISA's, and `gradient` (d,)."""
-        return self._others.statistic_fields() | {"gradient": Field(self.layout.size)}
+        return self._others.statistic_fields() | {"gradient": squared(self.layout.size)}
 
     def statistic(self, gradient: Tensor, residual: Tensor) -> dict[str, Tensor]:
         """SISA's, and the gradient itself."""
@@ -151,8 +151,7 @@ class Spectral(Preconditioner):
     def __init__(
         self, layout: Layout, beta: float, moment_of: str, others: Callable[[Layout], SecondMoment]
     ) -> None:
-        if not 0 <= beta < 1:
-            raise ValueError(f"strategy.preconditioner.beta must be at least 0 and below 1, got {beta}")
+        checks.decay("preconditioner.beta", beta)
         one_of("moment_of", moment_of, ("residual", "gradient"))
         self.layout, self.beta = layout, beta
         self._of_gradient = moment_of == "gradient"
@@ -166,7 +165,7 @@ class Spectral(Preconditioner):
 
     def statistic_fields(self) -> dict[str, Field]:
         """SISA's, and `factor` R (d,)."""
-        return self._others.statistic_fields() | {"factor": Field(self.layout.size)}
+        return self._others.statistic_fields() | {"factor": squared(self.layout.size)}
 
     def statistic(self, gradient: Tensor, residual: Tensor) -> dict[str, Tensor]:
         """SISA's, and the gradient or residual itself."""

@@ -16,8 +16,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from strategies import checks
 from strategies.layout import Layout
-from strategies.messages import Field
+from strategies.messages import Field, averaged, squared
 from strategies.preconditioners.base import Preconditioner, State
 
 
@@ -52,11 +53,9 @@ class SecondMoment(Preconditioner):
         one_of("moment_of", moment_of, ("residual", "gradient"))
         one_of("average", average, ("vector", "square"))
         one_of("bias_correction", bias_correction, ("exact", "first_step"))
-        if not 0 <= beta < 1:
-            raise ValueError(f"strategy.preconditioner.beta must be at least 0 and below 1, got {beta}")
-        for key, value in (("eps", eps), ("floor", floor)):
-            if value < 0:
-                raise ValueError(f"strategy.preconditioner.{key} must not be negative, got {value}")
+        checks.decay("preconditioner.beta", beta)
+        checks.not_negative("preconditioner.eps", eps)
+        checks.not_negative("preconditioner.floor", floor)
         self.layout = layout
         self.beta, self.eps, self.floor = beta, eps, floor
         self._of_gradient = moment_of == "gradient"
@@ -69,7 +68,7 @@ class SecondMoment(Preconditioner):
 
     def statistic_fields(self) -> dict[str, Field]:
         """`observed`: the residual or gradient, or its square, (d,)."""
-        return {"observed": Field(self.layout.size, minimum=0.0 if self._squared else -float("inf"))}
+        return {"observed": averaged(self.layout.size, 0.0) if self._squared else squared(self.layout.size)}
 
     def statistic(self, gradient: Tensor, residual: Tensor) -> dict[str, Tensor]:
         """The residual (or gradient), squared if squares are to be averaged."""

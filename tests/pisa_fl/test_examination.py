@@ -1,19 +1,21 @@
 """What a model must be, its buffers, and batches that it cannot take."""
 
 import copy
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, FedAvgM
 from torch import nn
 
 from pisa_fl.cohort import LocalCohort
-from pisa_fl.config import ConfigurationError
+from pisa_fl.config import ConfigurationError, build, compose
 from pisa_fl.data import ImageData
 from pisa_fl.engines.local import local_engine
 from pisa_fl.examination import examine
-from pisa_fl.federation import Federation
+from pisa_fl.federation import DivergedError, Federation
 from strategies import Layout, LocalSgd
 
 SHAPE = (1, 4, 4)
@@ -215,3 +217,45 @@ def test_a_client_or_a_batch_of_one_is_refused_where_it_is_impossible():
         federation(normed(nn.BatchNorm1d(5)), batch_size=1)
     run = federation(normed(nn.GroupNorm(1, 5)), sizes=(9, 1), batch_size=1)
     assert [m["clients_failed"] for m in run.rounds(1)] == [0, 0]
+
+
+def test_a_round_that_gives_impossible_values_is_undone_and_ends_the_run():
+    server = FedAvgM(
+        fraction_evaluate=0.0,
+        min_train_nodes=1,
+        min_available_nodes=1,
+        server_learning_rate=1.0,
+        server_momentum=0.5,
+    )
+    run = federation(Flat(), server=server)
+    list(run.rounds(2))
+    held = {name: array.numpy().copy() for name, array in run.arrays.items()}
+    traffic, momentum = replace(run.gateway.traffic), [v.copy() for v in server.momentum_vector]
+    server.server_learning_rate = math.inf
+    with pytest.raises(DivergedError, match=r"^round 3 gave values that are not finite.* lower strategy.lr"):
+        list(run.rounds(3))
+    assert run.round == 2
+    assert run.gateway.traffic == traffic
+    for name, array in run.arrays.items():
+        assert np.array_equal(array.numpy(), held[name])
+    for now, then in zip(server.momentum_vector, momentum, strict=True):
+        assert np.array_equal(now, then)
+    server.server_learning_rate = 1.0
+    assert [m["round"] for m in run.rounds(3)] == [3]
+
+
+def test_a_zero_initialised_head_learns():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    nn.init.zeros_(model[3].weight), nn.init.zeros_(model[3].bias)
+    config = compose("strategy=sisa", "strategy.lr=0.02")
+    layout = Layout.of_parameters(model)
+    server, half = (build(config.strategy[half], layout=layout) for half in ("server", "client"))
+    run = federation(model, sizes=(9, 17, 30, 8), server=server, half=half)
+    last, losses = run.model.weights.clone(), []
+    for line in run.rounds(30):
+        run.load_weights()
+        assert (run.model.weights - last).abs().max() <= 10 * 0.02
+        last = run.model.weights.clone()
+        losses.append(line["train_loss"])
+    assert losses[-1] < 0.9 * losses[0]

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from typing import ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -300,3 +301,64 @@ def test_participation_draws_by_the_documented_rule(participation, count):
         assert len(drawn[number]) == count
     if 1 < count < 10:
         assert len({tuple(d) for d in drawn.values()}) > 1
+
+
+class Alike(Scripted):
+    """A grid that knows nobody's number of examples."""
+
+    sizes: ClassVar = {}
+
+
+def lengths(values, max_update=20.0, names=False):
+    """A gateway's failures when clients answer with updates of these lengths."""
+    nodes = list(range(len(values)))
+    at = np.full(D, 3.0, np.float32)
+    script = {}
+    for node, length in enumerate(values):
+        moved = at + np.float32(length) * np.eye(D, dtype=np.float32)[0]
+        script[node] = content(0, weights=moved)
+        if names:
+            script[node] = RecordDict(
+                {
+                    "arrays": ArrayRecord({"a": Array(moved[:2]), "b": Array(moved[2:])}),
+                    "metrics": MetricRecord(metrics(0)),
+                }
+            )
+    gateway = Gateway(Alike(script, nodes), Half(), torch.empty(0), 0, 1.0, max_update=max_update)
+    gateway.begin(1)
+    sent = {"a": torch.tensor(at[:2]), "b": torch.tensor(at[2:])} if names else {"weights": torch.tensor(at)}
+    arrays_sent = record(sent)
+    said = ConfigRecord({"server-round": 1})
+    replies = gateway.send_and_receive(
+        [Message(RecordDict({"arrays": arrays_sent, "config": said}), n, "train") for n in nodes]
+    )
+    assert gateway.traffic.clients_failed == sum(r.has_error() for r in replies) == len(gateway.failures)
+    assert gateway.traffic.clients_ok == len(values) - len(gateway.failures)
+    return {f.client: f.reason for f in gateway.failures}
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_an_update_out_of_all_proportion_is_refused(names):
+    refused = lengths([1.0, 2.0, 1.5, 41.0, 1.0, 1e5], names=names)
+    assert list(refused) == [3, 5]
+    assert refused[3] == "its update is 23.4 times as long as the round's median, max_update=20"
+
+
+@pytest.mark.parametrize(
+    ("values", "options"),
+    [
+        ([1.0, 1.0, 1.0, 19.9, 1.0], {}),
+        ([1.0, 1.0, 1.0, 1e5], {}),  # too few to tell
+        ([0.0] * 6, {}),  # a round that only measures
+        ([0.0, 0.0, 0.0, 0.0, 5.0], {}),
+        ([1.0, 1.0, 1.0, 1e5, 1.0], {"max_update": None}),
+    ],
+)
+def test_updates_that_are_not_refused(values, options):
+    assert lengths(values, **options) == {}
+
+
+@pytest.mark.parametrize("value", [1, 0, -3, math.nan, math.inf, True, "20"])
+def test_an_impossible_max_update(value):
+    with pytest.raises(ValueError, match=r"^max_update must be a number above 1, or null, got"):
+        Gateway(Scripted({}), Half(), torch.empty(0), 0, 1.0, max_update=value)
