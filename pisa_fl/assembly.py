@@ -91,6 +91,7 @@ def _prepare(config: DictConfig, engine: Engine) -> Federation:
         participation=config.participation,
         device=_device(str(config.device)),
         noise_std=noise_std,
+        clients=config.clients,
         min_clients=config.min_clients,
         round_timeout=config.round_timeout,
         patience=config.patience,

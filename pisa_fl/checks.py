@@ -26,12 +26,12 @@ LONGEST = 2_000_000
 """Seconds of a time-out at most, 23 days: operating systems wait no longer."""
 
 
-def whole(least: int, most: int = 10**9, auto: bool = False) -> Check:
-    """A whole number; or `auto`."""
-    more = " or auto" if auto else ""
+def whole(least: int, most: int = 10**9, auto: bool = False, null: bool = False) -> Check:
+    """A whole number; or `auto`, or null."""
+    more = f"{' or auto' if auto else ''}{' or null' if null else ''}"
 
     def check(value: Any) -> str | None:
-        if auto and value == "auto":
+        if (auto and value == "auto") or (null and value is None):
             return None
         if type(value) is not int or value < least:
             return f"a whole number of at least {least}{more}"
@@ -93,7 +93,7 @@ ROOT: Mapping[str, Check] = {
     "clients": whole(1),
     "rounds": whole(0),
     "participation": number("above 0 and at most 1", lambda v: 0 < v <= 1),
-    "min_clients": whole(1),
+    "min_clients": whole(1, null=True),
     "round_timeout": _SECONDS,
     "patience": _SECONDS,
     "accept_failures": one_of(True, False),
@@ -144,7 +144,7 @@ def fault(config: DictConfig) -> str | None:
         if words is not None:
             return f"{key} must be {words}, got {_value(config, key)}"
     drawn = max(1, round(config.participation * config.clients))
-    if config.min_clients > drawn:
+    if config.min_clients is not None and config.min_clients > drawn:
         return f"min_clients={config.min_clients} is more than the {drawn} drawn for a round"
     for key, root in SAME.items():
         value = _select(config, key, config[root])

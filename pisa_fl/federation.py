@@ -44,6 +44,12 @@ from strategies.messages import (
 WAIT = 1.0
 """Seconds between looks for clients while there are too few."""
 
+TELL = 30.0
+"""Seconds between words about who is missing."""
+
+NAMED = 10
+"""Missing clients that are named, at most."""
+
 
 class RunError(RuntimeError):
     """A run that cannot go on, for a reason that lies outside its configuration."""
@@ -85,7 +91,8 @@ class Federation:
         device: Where clients compute and the model is evaluated.
         noise_std: Standard deviation of the noise on a client's pixels by client number, as
             `partitioners.FeatureNoisePartitioner` gives it; None for none.
-        min_clients: Accepted replies that a round needs.
+        clients: How many clients there are; None: those of the partition.
+        min_clients: Clients that a run needs to begin, and accepted replies that a round needs; None: all, and one.
         round_timeout: Seconds that a round waits for replies; None: without end.
         patience: Seconds that a round with too few clients waits for others.
         accept_failures: Go on with those who answered if some clients failed.
@@ -107,7 +114,8 @@ class Federation:
         participation: float = 1.0,
         device: str | torch.device = "cpu",
         noise_std: Callable[[int], float] | None = None,
-        min_clients: int = 1,
+        clients: int | None = None,
+        min_clients: int | None = None,
         round_timeout: float | None = None,
         patience: float = 0.0,
         accept_failures: bool = True,
@@ -120,9 +128,10 @@ class Federation:
         self.strategy, self.data, self.partition = strategy, data, partition
         rows = dict(enumerate(partition))
         noise = {client: noise_std(client) for client in rows} if noise_std else {}
-        clients = Clients(data, rows, model, half, seed, batch_size, device, noise)
-        findings = clients.findings
-        self.grid = engine(clients)
+        self.clients = len(partition) if clients is None else clients
+        parts = Clients(data, rows, model, half, seed, batch_size, device, noise)
+        findings = parts.findings
+        self.grid = engine(parts)
         self.model = FlatModel(model, device, findings=findings)
         supply = getattr(strategy, "supply", None)
         buffers = self.model.buffers.cpu()
@@ -131,9 +140,48 @@ class Federation:
         self.round = 0
         self.seconds = 0.0
         self.whole = True  # all of this as it was after the round; not while a round's replies are taken in
-        self._min_clients, self._round_timeout = min_clients, round_timeout
+        self._needed_to_begin = self.clients if min_clients is None else min_clients
+        self._min_clients, self._round_timeout = min_clients or 1, round_timeout
         self._patience, self._accept_failures = patience, accept_failures
         self._test = (tensor(data.test_images, device), tensor(data.test_labels, device))
+
+    def gather(self, tell: Callable[[str], None], stopped: Callable[[], bool]) -> None:
+        """Wait for clients that are elsewhere until enough of them are there to begin, at most `patience` seconds.
+
+        Args:
+            tell: Called every now and then with a line about who is missing.
+            stopped: Whether to give up.
+
+        Raises:
+            TooFewClientsError: Some are missing still.
+        """
+        start, told = time.monotonic(), -TELL
+        while self.grid.elsewhere and not stopped():
+            self.gateway.look()
+            there, needed = self.gateway.traffic.clients_reachable, self._needed_to_begin
+            if there >= needed:
+                return
+            waited = time.monotonic() - start
+            so_far = f"{there} of {self.clients} clients are there"
+            if waited >= self._patience:
+                enough = "" if needed == self.clients else f", min_clients={needed} are needed"
+                raise TooFewClientsError(
+                    f"{so_far} after patience={self._patience:g} seconds{enough}: {self._missing()};"
+                    f" min_clients={max(1, there)} would begin without them"
+                )
+            if waited >= told + TELL:
+                tell(f"{so_far}, waiting for {self._patience - waited:.0f} seconds more: {self._missing()}")
+                told = waited
+            time.sleep(WAIT)
+
+    def _missing(self) -> str:
+        """Which clients are missing, and why."""
+        away = self.grid.turned_away
+        there = set(self.grid.get_node_ids()) | {one.client for one in away}
+        numbers = [str(number) for number in range(self.clients) if number not in there]
+        more = f" and {len(numbers) - NAMED} others" if len(numbers) > NAMED else ""
+        absent = [f"not online: {', '.join(numbers[:NAMED])}{more}"] if numbers else []
+        return "; ".join([*absent, *(f"turned away: {one}" for one in away)])
 
     def rounds(self, count: int) -> Iterator[Metrics]:
         """Train up to round `count`, yielding the metrics of every round, of round 0 first.
@@ -143,6 +191,7 @@ class Federation:
             DivergedError: A round gave values that are not finite.
         """
         if self.round == 0:
+            self.gateway.look()
             yield self._metrics({})
         while self.round < count:
             yield self._metrics(self._train())
@@ -195,7 +244,7 @@ class Federation:
                 return replies
             away = gateway.traffic.silent or reachable < self._min_clients
             if not away or time.monotonic() >= deadline:
-                example = "".join(f"; client {f.client}: {f.reason}" for f in gateway.failures[:1])
+                example = "".join(f"; {failure}" for failure in gateway.failures[:1])
                 raise TooFewClientsError(f"{reason}{example}")
             time.sleep(WAIT)
             gateway.begin_again()
@@ -237,6 +286,9 @@ class Federation:
             "seconds": self.seconds,
             "clients_ok": traffic.clients_ok,
             "clients_failed": traffic.clients_failed,
+            "clients_expected": self.clients,
+            "clients_reachable": traffic.clients_reachable,
+            "clients_turned_away": traffic.clients_turned_away,
         }
         # what Flower's strategies average of the clients' replies is here already
         added = {key: value for key, value in reported.items() if key not in (ROUND, LOSS, DIFFERENTIATED)}

@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from torch import Tensor
 
-from pisa_fl.engines.base import ClientGrid
+from pisa_fl.engines.base import ClientGrid, TurnedAway
 from pisa_fl.host import CLIENT_FAILED, printable
 from pisa_fl.randomness import numpy_generator
 from strategies.client import ClientHalf
@@ -65,17 +65,20 @@ _ANSWERS = (CLIENT_FAILED, STATE_LOST)
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a reply was not accepted.
+    """Why a reply was not accepted, or a client not admitted.
 
     Attributes:
-        client: Client number.
+        client: Client number; None for a client that was turned away before it said a number.
         reason: One line.
         traceback: Of the client's own code; empty if there is none, or if it was reported before.
     """
 
-    client: int
+    client: int | None
     reason: str
     traceback: str = ""
+
+    def __str__(self) -> str:
+        return f"{'a client' if self.client is None else f'client {self.client}'}: {self.reason}"
 
 
 @dataclass
@@ -91,6 +94,8 @@ class Traffic:
         examples: Examples of the clients accepted in this round.
         loss_sum: Sum of their training losses, each times its examples.
         silent: Clients that did not answer; they might another time, while one that answered would do so again.
+        clients_reachable: Clients that could be reached when the round began.
+        clients_turned_away: Those that wanted to take part then and were not admitted.
     """
 
     bytes_up: int = 0
@@ -101,6 +106,8 @@ class Traffic:
     examples: int = 0
     loss_sum: float = 0.0
     silent: int = 0
+    clients_reachable: int = 0
+    clients_turned_away: int = 0
 
 
 class Gateway(Grid):
@@ -115,6 +122,10 @@ class Gateway(Grid):
         supply: The state of a client that lost it, or None if the server has none; as `Pisa.supply`.
         max_update: How many times as long as the median an update |w_i - w| may be, with `COMPARED` replies or more;
             None: as long as it likes.
+
+    Attributes:
+        failures: Of the present round.
+        turned_away: All who were, so far.
 
     Raises:
         ValueError: max_update is impossible.
@@ -136,6 +147,7 @@ class Gateway(Grid):
         self._max_update = max_update
         self.traffic = Traffic()
         self.failures: list[Failure] = []
+        self.turned_away: list[TurnedAway] = []
         self.buffers = buffers
         self._grid, self._half, self._supply = grid, half, supply
         self._seed, self._participation = seed, participation
@@ -169,8 +181,19 @@ class Gateway(Grid):
         self.traffic.examples, self.traffic.loss_sum = 0, 0.0
         self._nodes = self._draw()
 
-    def _draw(self) -> list[int]:
+    def look(self) -> list[int]:
+        """See which clients can be reached, in order, and note who was turned away, once each."""
         nodes = sorted(self._grid.get_node_ids())
+        away = self._grid.turned_away
+        self.traffic.clients_reachable, self.traffic.clients_turned_away = len(nodes), len(away)
+        for one in away:
+            if one not in self.turned_away:
+                self.turned_away.append(one)
+                self.failures.append(Failure(one.client, f"turned away: {one.reason}"))
+        return nodes
+
+    def _draw(self) -> list[int]:
+        nodes = self.look()
         if self._participation >= 1 or not nodes:
             return nodes
         draw = numpy_generator(self._seed, "participation", self._round)

@@ -39,7 +39,7 @@ from pisa_fl.config import ConfigurationError, imported_folders
 from pisa_fl.engines.local import LocalGrid
 from pisa_fl.federation import RunError
 from pisa_fl.progress import Display, show_summary
-from pisa_fl.simulation import OUTCOME, STOP, Interrupted, Result, stop_signals
+from pisa_fl.simulation import OUTCOME, STOP, WAITING, Interrupted, Result, stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -178,9 +178,11 @@ class FlowerRun:
             )
             stack.callback(_kill, follow)
             seen = len(metrics), len(failures)
+            waiting = ""
             while True:
                 ended = follow.poll() is not None
                 seen = _show_news(directory, seen, display)
+                waiting = _show_waiting(directory, waiting)
                 if ended:
                     break
                 if stop:
@@ -364,10 +366,22 @@ def _show_news(directory: Path, seen: tuple[int, int], display: Display) -> tupl
     metrics, failures = _written(directory)
     for line in failures[seen[1] :]:
         trace = f"\n{line['traceback']}" if "traceback" in line else ""
-        log.warning("round %s: client %s failed: %s%s", line["round"], line["client"], line["reason"], trace)
+        who = "a client" if line["client"] is None else f"client {line['client']}"
+        log.warning("round %s: %s failed: %s%s", line["round"], who, line["reason"], trace)
     for line in metrics[seen[0] :]:
         display.show(line)
     return len(metrics), len(failures)
+
+
+def _show_waiting(directory: Path, shown: str) -> str:
+    """Show for whom the run waits, if that is news; what was shown last."""
+    try:
+        line = (directory / WAITING).read_text()
+    except FileNotFoundError:
+        return ""
+    if line != shown:
+        log.warning("%s", line)
+    return line
 
 
 def _not_python(folder: str, names: list[str]) -> list[str]:

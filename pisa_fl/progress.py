@@ -61,12 +61,22 @@ class Display:
         """Show a round's metrics."""
         loss = "not finite" if metrics["test_loss"] is None else f"{metrics['test_loss']:.4f}"
         status = f"accuracy {100 * metrics['test_accuracy']:.2f} %  loss {loss}"
+        status += f"  {clients_in(metrics)}"
         self._progress.update(self._task, completed=metrics["round"], status=status)
         if not self._live:
             failed = f"  failed {metrics['clients_failed']}" if metrics["clients_failed"] else ""
             console.print(
                 f"round {metrics['round']:>{len(str(self._rounds))}}/{self._rounds}  {status}{failed}"
             )
+
+
+def clients_in(metrics: dict[str, Any]) -> str:
+    """How many clients a round had: `2/3 clients`, or of a share that was drawn `5/5 clients of 40/50`."""
+    ok, reachable, expected = (metrics[f"clients_{key}"] for key in ("ok", "reachable", "expected"))
+    asked = ok + metrics["clients_failed"]
+    if asked in (0, reachable):
+        return f"{ok if asked else reachable}/{expected} clients"
+    return f"{ok}/{asked} clients of {'' if reachable == expected else f'{reachable}/'}{expected}"
 
 
 def show_summary(summary: dict[str, Any], directory: str) -> None:
@@ -79,6 +89,10 @@ def show_summary(summary: dict[str, Any], directory: str) -> None:
     for target, cost in summary["targets"].items():
         reached = "not reached" if cost is None else f"round {cost['round']}, {cost['passes']:.0f} passes"
         table.add_row(f"{100 * float(target):g} % reached", reached)
+    counts = f"{summary['clients_ok']} answered, {summary['clients_reachable']} of {summary['clients_expected']} there"
+    table.add_row("clients, at the fewest", f"{counts}; failures: {summary['clients_failed']}")
+    for who in summary["turned_away"]:
+        table.add_row("turned away", who)
     table.add_row("rounds / passes", f"{summary['rounds']} / {summary['passes']:.0f}")
     table.add_row(
         "payload up / down", f"{_megabytes(summary['bytes_up'])} / {_megabytes(summary['bytes_down'])}"

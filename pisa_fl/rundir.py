@@ -115,8 +115,9 @@ def _line(text: bytes) -> dict[str, Any] | None:
 
 
 def read_metrics(directory: Path) -> list[Metrics]:
-    """The lines of metrics.jsonl."""
-    return read_lines(directory / "metrics.jsonl")
+    """The lines of metrics.jsonl; none of a run that ended before it measured anything."""
+    path = directory / "metrics.jsonl"
+    return read_lines(path) if path.exists() else []
 
 
 def rewind(directory: Path, last: int) -> list[Metrics]:
@@ -156,7 +157,7 @@ def _damaged(path: Path, number: int) -> ConfigurationError:
 
 
 def summarise(metrics: Sequence[Metrics], targets: Iterable[float], seed: int) -> dict[str, Any]:
-    """What summary.json holds."""
+    """What summary.json holds, but for the clients."""
     last = metrics[-1]
     best = max(metrics, key=lambda m: m["test_accuracy"])
     return {
@@ -174,6 +175,24 @@ def summarise(metrics: Sequence[Metrics], targets: Iterable[float], seed: int) -
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "git_commit": git_commit(),
         "seed": seed,
+    }
+
+
+def summarise_clients(metrics: Sequence[Metrics], turned_away: Sequence[str]) -> dict[str, Any]:
+    """What summary.json says of the clients: the fewest that were there and answered, failures in all, who was refused.
+
+    Args:
+        metrics: The run's.
+        turned_away: Who was not admitted, and why.
+    """
+    trained = metrics[1:] or metrics
+    return {
+        "clients_expected": metrics[-1]["clients_expected"],
+        "clients_reachable": min(line["clients_reachable"] for line in trained),
+        "clients_ok": min(line["clients_ok"] for line in trained),
+        "clients_failed": sum(line["clients_failed"] for line in metrics),
+        "clients_turned_away": max(line["clients_turned_away"] for line in metrics),
+        "turned_away": list(turned_away),
     }
 
 

@@ -21,6 +21,7 @@ from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
 from pisa_fl.config import ConfigurationError, build, own_modules, settle
 from pisa_fl.explain import explain
 from pisa_fl.federation import DivergedError, Federation, RunError, TooFewClientsError
+from pisa_fl.files import write
 from pisa_fl.plots import draw_curves
 from pisa_fl.progress import Display, show_summary
 from pisa_fl.rundir import Metrics
@@ -36,6 +37,9 @@ LAUNCHER = "pisa_fl.launcher.FlowerRun"
 
 OUTCOME = ".outcome.json"
 """Name of a file in the run directory by which a run elsewhere tells why it ended before its time."""
+
+WAITING = ".waiting"
+"""Name of a file in the run directory with a line about the clients for which a run elsewhere waits."""
 
 STOP = "stop"
 """Name of a file in the run directory that asks the run to stop after its round."""
@@ -187,6 +191,7 @@ def _run(federation: Federation, config: DictConfig, path: Path | None, metrics:
         stop_signals() as stop,
         _last_checkpoint(federation, config, path, metrics),
     ):
+        _gather(federation, path, stop)
         for line in federation.rounds(config.rounds):
             if path is not None:
                 _write_round(federation, line, path)
@@ -204,11 +209,40 @@ def _run(federation: Federation, config: DictConfig, path: Path | None, metrics:
             if stopped and not finished:
                 raise Interrupted(f"stopped after round {federation.round} of {config.rounds}{_go_on(path)}")
     federation.load_weights()
+    turned_away = [str(one) for one in federation.gateway.turned_away]
     summary = rundir.summarise(metrics, config.targets, config.seed)
+    summary |= rundir.summarise_clients(metrics, turned_away)
     if path is not None:
         _write_end(federation, config, metrics, summary, path)
         show_summary(summary, str(path))
     return Result(metrics, summary, federation.model.module, path)
+
+
+def _gather(federation: Federation, path: Path | None, stop: list[int]) -> None:
+    """Wait until the clients are there; whoever follows the run elsewhere is told by a file.
+
+    Raises:
+        TooFewClientsError: They do not come.
+        Interrupted: The run was asked to stop meanwhile.
+    """
+
+    def tell(line: str) -> None:
+        log.warning("%s", line)
+        if path is not None:
+            write(path / WAITING, line)
+
+    def stopped() -> bool:
+        return bool(stop) or (path is not None and (path / STOP).exists())
+
+    try:
+        federation.gather(tell, stopped)
+    finally:
+        if path is not None:
+            (path / WAITING).unlink(missing_ok=True)
+    if federation.round and path is not None:  # else they are written with round 0
+        _write_failures(federation, federation.round, path)
+    if federation.round and stopped():
+        raise Interrupted(f"stopped after round {federation.round}, while clients were waited for")
 
 
 def _write_start(federation: Federation, config: DictConfig, path: Path) -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,12 +22,33 @@ SERVER_NODE = 1
 """Flower's node id of the server side; a client's node id is its client number."""
 
 
+@dataclass(frozen=True)
+class TurnedAway:
+    """A client that wants to take part and may not.
+
+    Attributes:
+        client: Its number, as far as it is known.
+        reason: One line.
+    """
+
+    client: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'a client' if self.client is None else f'client {self.client}'}: {self.reason}"
+
+
 class ClientGrid(Grid):
     """Carries messages between the server half and the clients.
 
     Any Flower strategy runs on it, by `strategy.start(grid=..., ...)`. An engine says who the clients are and how
     messages reach them, and hands out what they remember if it can, for a checkpoint.
+
+    Attributes:
+        elsewhere: Clients come and go as they like, so that some may be away when a run begins.
     """
+
+    elsewhere = False
 
     def __init__(self) -> None:
         self._sent = 0
@@ -43,6 +65,11 @@ class ClientGrid(Grid):
     @abstractmethod
     def deliver(self, messages: Sequence[Message], timeout: float | None) -> Iterable[Message]:
         """Replies of the clients, in any order; those that are not there after `timeout` seconds are left out."""
+
+    @property
+    def turned_away(self) -> Sequence[TurnedAway]:
+        """Those that were online, and not admitted, when the clients were last asked for."""
+        return ()
 
     @property
     @abstractmethod

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from pisa_fl.engines.base import ClientGrid
+from pisa_fl.engines.base import ClientGrid, TurnedAway
 from pisa_fl.host import CLIENT_FAILED, Clients, printable
 from strategies.messages import CONFIG, config_of
 
@@ -50,10 +51,12 @@ class FlowerGrid(ClientGrid):
         grid: Flower's grid.
     """
 
+    elsewhere = True
+
     def __init__(self, clients: Clients, grid: Grid) -> None:
         super().__init__()
         self._grid, self._clients = grid, clients
-        self._met: dict[int, Introduction | None] = {}  # by node id; None: turned away
+        self._met: dict[int, Introduction | TurnedAway] = {}  # by node id
         self._asked: dict[str, int] = {}  # message id -> node id
         self._nodes: dict[int, int] = {}  # client number -> node id
         self._sizes = dict(clients.sizes)
@@ -68,10 +71,22 @@ class FlowerGrid(ClientGrid):
         self._meet(sorted(self._grid.get_node_ids()))
         self._nodes = {}
         for node, introduction in self._met.items():
-            if introduction is not None and introduction.client not in self._nodes:  # the first to come
-                self._nodes[introduction.client] = node
+            if isinstance(introduction, Introduction) and introduction.client not in self._nodes:
+                self._nodes[introduction.client] = node  # the first to come
                 self._sizes[introduction.client] = introduction.examples
         return sorted(self._nodes)
+
+    @property
+    def turned_away(self) -> Sequence[TurnedAway]:
+        """Those that do not fit, and those whose number another node has."""
+        admitted, away = set(self._nodes.values()), []
+        for node, introduction in self._met.items():
+            if isinstance(introduction, TurnedAway):
+                away.append(introduction)
+            elif node not in admitted:
+                number = introduction.client
+                away.append(TurnedAway(number, f"another node takes part as client {number}"))
+        return away
 
     def deliver(self, messages: Sequence[Message], timeout: float | None) -> Iterable[Message]:
         """Replies of the nodes, addressed as from client numbers."""
@@ -114,21 +129,23 @@ class FlowerGrid(ClientGrid):
             node = self._asked.pop(reply.metadata.reply_to_message_id)
             if reply.has_error() and reply.error.code != CLIENT_FAILED:
                 continue  # Flower's own: it is asked again
+            said = {} if reply.has_error() else config_of(reply.content)
             try:
-                self._met[node] = self._introduction(reply)
+                if reply.has_error():
+                    raise ValueError(reply.error.reason)
+                self._met[node] = self._introduction(said)
             except ValueError as error:
-                log.warning("a client is turned away: %s", printable(str(error)))
-                self._met[node] = None
+                reason = printable(str(error)).partition("\n")[0]
+                log.warning("a client is turned away: %s", reason)
+                number = said.get("client")
+                self._met[node] = TurnedAway(number if type(number) is int else None, reason)
 
-    def _introduction(self, reply: Message) -> Introduction:
+    def _introduction(self, said: Mapping[str, Any]) -> Introduction:
         """What a client said of itself.
 
         Raises:
             ValueError: It does not fit this federation.
         """
-        if reply.has_error():
-            raise ValueError(reply.error.reason)
-        said = config_of(reply.content)
         client, examples = said.get("client"), said.get("examples")
         data, rows = self._clients.data, self._clients.rows
         expected = {
@@ -145,7 +162,7 @@ class FlowerGrid(ClientGrid):
             raise ValueError(f"client {client} says that it has {examples} examples")
         if rows and examples != len(rows[client]):
             raise ValueError(f"client {client} has {examples} examples, {len(rows[client])} were dealt to it")
-        if any(other is not None and other.client == client for other in self._met.values()):
+        if any(isinstance(other, Introduction) and other.client == client for other in self._met.values()):
             log.warning(
                 "a second node says that it is client %d: it has to wait until the first is gone", client
             )

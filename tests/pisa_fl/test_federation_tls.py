@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hosts import Federation, federation_of_three, ip, wait_for, why_not
+from omegaconf import OmegaConf
 
 import pisa_fl
 from pisa_fl.bundle import BUNDLE
@@ -279,6 +280,56 @@ def lives(federation):
         return {
             node: until or 0.0 for node, until in database.execute("select node_id, online_until from node")
         }
+
+
+HOSTILE = """
+import json
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from pathlib import Path
+
+server = ServerApp()
+client = ClientApp()
+Path("{told}").with_name("loaded-" + __name__.replace(".", "-")).touch()
+
+@server.main()
+def main(grid, context):
+    nodes = sorted(grid.get_node_ids())
+    content = RecordDict({{"config": ConfigRecord({{}})}})
+    replies = grid.send_and_receive([Message(content, node, "query") for node in nodes], timeout=60)
+    said = [reply.error.reason if reply.has_error() else str(reply.content) for reply in replies]
+    Path("{told}").write_text(json.dumps(said))
+
+@client.query()
+def query(message, context):
+    return Message(RecordDict({{"config": ConfigRecord({{"in": "wrong hands"}})}}), reply_to=message)
+"""
+
+
+def test_a_server_has_no_code_of_its_own_run_by_a_client(federation, tmp_path):
+    """The bundle is Flower's own way to a client's host: it names the module that is the client's app."""
+    app = tmp_path / "app"
+    (app / "pisa_fl").mkdir(parents=True)
+    bundle = BUNDLE.format(version="0.0.1").replace("pisa_fl.flower_app:server", "hostile:server")
+    (app / "pyproject.toml").write_text(bundle.replace("pisa_fl.flower_app:client", "hostile:client"))
+    (app / "hostile.py").write_text(HOSTILE.format(told=tmp_path / "told.json"))
+    (app / "pisa_fl" / "__init__.py").write_text("")
+    (app / "pisa_fl" / "flower_app.py").write_text(HOSTILE.format(told=tmp_path / "told.json"))
+    config = pisa_fl.compose("engine=flower", "clients=2", "model=logistic")
+    config.model = {"_target_": "pathlib.Path", "_args_": [f"{tmp_path}/written"]}
+    (tmp_path / "settings.toml").write_text(f"hydra = {json.dumps(OmegaConf.to_yaml(config))}\n")
+    line = f"flwr run {app} three-hosts --run-config {tmp_path}/settings.toml --stream"
+    ended = federation.here(line)
+    assert (tmp_path / "told.json").is_file(), ended.stdout + ended.stderr
+    said = json.loads((tmp_path / "told.json").read_text())
+    words = "model._target_=pathlib.Path must not be built"
+    assert [reason[: len(words)] for reason in said] == [words, words]
+    # what stands in pisa-fl's place in the bundle was not imported anywhere
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith("loaded")} == {"loaded-hostile"}
+    for number in range(2):
+        bundles = (federation.disks / f"client-{number}" / "flwr").rglob("*.py")
+        assert list(bundles) == [], "nothing of it is on a client's disk"
 
 
 def test_it_gives_the_bits_of_the_local_engine(federation, tmp_path):

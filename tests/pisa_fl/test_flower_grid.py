@@ -26,8 +26,9 @@ from pisa_fl.allowed import SIMULATION
 from pisa_fl.data import ImageData
 from pisa_fl.engines import flower
 from pisa_fl.engines.flower import FlowerGrid
+from pisa_fl.federation import TooFewClientsError
 from pisa_fl.host import CLIENT_FAILED, Clients
-from pisa_fl.simulation import STOP, Interrupted
+from pisa_fl.simulation import STOP, WAITING, Interrupted
 from strategies.messages import STATE_LOST
 
 SUPERLINK = 1  # Flower's node id of whoever answers in place of a node
@@ -668,3 +669,110 @@ def test_a_strategy_of_flowers_starts_on_the_grid_itself(tmp_path, in_new_proces
     assert over_flower.evaluate_metrics_clientapp[2]["accuracy"] == pytest.approx(
         local.evaluate_metrics_clientapp[2]["accuracy"]
     )
+
+
+# --- clients that are missing
+
+
+def failures_in(directory):
+    path = directory / "failures.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+VERSION = f"client 1 has version 0.0.1, the server {version('pisa-fl')}"
+
+
+def test_absent_clients_are_seen_and_counted(tmp_path, in_new_processes, capsys):
+    config = configure(tmp_path, "min_clients=2")
+    link = SuperLink()
+
+    def before(message):
+        in_new_processes(message)
+        if message.metadata.message_type == "train" and message.content["config"]["server-round"] == 2:
+            link.join(app(config, 3, in_new_processes))
+
+    link.join(app(config, 0, before))
+    link.join(scripted(1, introduction=words(1, version="0.0.1")))
+    link.join(app(config, 2, in_new_processes))
+    directory = tmp_path / "flower"
+    result = run(config, directory, engine_on(link))
+    for key, numbers in (
+        ("ok", [0, 2, 2, 3, 3]),
+        ("failed", [0, 0, 0, 0, 0]),
+        ("expected", [4, 4, 4, 4, 4]),
+        ("reachable", [2, 2, 2, 3, 3]),
+        ("turned_away", [1, 1, 1, 1, 1]),
+    ):
+        assert [line[f"clients_{key}"] for line in result.metrics] == numbers, key
+    assert failures_in(directory) == [{"round": 0, "client": 1, "reason": f"turned away: {VERSION}"}]
+    summary = json.loads((directory / "summary.json").read_text())
+    clients = {
+        key: summary[f"clients_{key}"] for key in ("expected", "reachable", "ok", "failed", "turned_away")
+    }
+    assert clients == {"expected": 4, "reachable": 2, "ok": 2, "failed": 0, "turned_away": 1}
+    assert summary["turned_away"] == [f"client 1: {VERSION}"]
+    said = capsys.readouterr().out
+    rounds = [line.split("  ")[-1] for line in said.splitlines() if line.startswith("round ")]
+    assert rounds == ["2/4 clients"] * 3 + ["3/4 clients"] * 2
+    assert "client 1 has version 0.0.1" in said[said.index("Result") :]
+
+
+def test_a_run_begins_when_the_clients_that_it_was_asked_for_are_there(tmp_path, clock, monkeypatch, caplog):
+    monkeypatch.setattr("pisa_fl.federation.time", clock)
+    clock.perf_counter = clock.monotonic
+    config = configure(tmp_path, "rounds=1", "patience=100")
+    link, directory, told = SuperLink(clock), tmp_path / "flower", []
+    for number in range(3):
+        link.join(app(config, number))
+    sleep = clock.sleep
+
+    def until_the_last_comes(seconds):
+        sleep(seconds)
+        if (directory / WAITING).exists() and (line := (directory / WAITING).read_text()) not in told:
+            told.append(line)
+        if clock.now >= 1075 and len(link.nodes) < CLIENTS:
+            link.join(app(config, 3))
+
+    monkeypatch.setattr(clock, "sleep", until_the_last_comes)
+    result = run(config, directory, engine_on(link))
+    assert [line["clients_ok"] for line in result.metrics] == [0, 4]
+    assert told == [
+        f"3 of 4 clients are there, waiting for {left} seconds more: not online: 3" for left in (100, 70, 40)
+    ]
+    assert [record.getMessage() for record in caplog.records] == told
+    assert not (directory / WAITING).exists()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_ends_when_the_clients_that_it_was_asked_for_do_not_come(tmp_path, clock, resumed):
+    config = configure(tmp_path, "rounds=2", "checkpoint.every=1")
+    directory = tmp_path / "flower"
+    if resumed:
+
+        def stop(message):
+            if message.metadata.message_type == "train":
+                (directory / STOP).touch()
+
+        with pytest.raises(Interrupted):
+            on_apps(config, directory, stop)
+        flower_app.hosted.cache_clear()
+    link = SuperLink(clock)
+    link.join(app(config, 2))
+    link.join(scripted(1, introduction=words(1, version="0.0.1")))
+    link.join(scripted(0, introduction=Error(CLIENT_FAILED, "client 0: there is no data")))
+    with pytest.raises(TooFewClientsError) as error:
+        resume(directory, engine_on(link)) if resumed else run(config, directory, engine_on(link))
+    away = [f"client 1: {VERSION}", "a client: client 0: there is no data"]
+    start = "1 of 4 clients are there after patience=0 seconds: not online: 0, 3; "
+    assert str(error.value).startswith(start)
+    assert set(str(error.value).split("; ")[1:-1]) == {f"turned away: {one}" for one in away}
+    assert str(error.value).endswith("; min_clients=1 would begin without them")
+    assert {(f["client"], f["reason"]) for f in failures_in(directory)} == {
+        (1, f"turned away: {VERSION}"),
+        (None, "turned away: client 0: there is no data"),
+    }
+    # those who come later go on with it
+    flower_app.hosted.cache_clear()
+    result = on_apps(config, directory, start=resume)
+    assert [line["clients_ok"] for line in result.metrics] == [0, 4, 4]
+    assert failures_in(directory) == [], "they are of a round that was done again"

@@ -265,7 +265,8 @@ def test_a_federation_of_own_data_learns_and_counts_what_was_introduced(tmp_path
 
 
 def test_passes_count_the_examples_of_those_who_have_been_met(tmp_path, server):
-    config = configure(tmp_path, server, f"data.classes={CLASSES}", "strategy=sisa", "clients=3", "rounds=3")
+    chosen = ["strategy=sisa", "clients=3", "rounds=3", "min_clients=1"]
+    config = configure(tmp_path, server, f"data.classes={CLASSES}", *chosen)
     link = SuperLink()
     folders = own_folders(tmp_path)
 

@@ -26,6 +26,9 @@ KEYS = {
     "seconds",
     "clients_ok",
     "clients_failed",
+    "clients_expected",
+    "clients_reachable",
+    "clients_turned_away",
 }
 RESIDUALS = {"primal_residual", "dual_residual"}
 FILES = {
@@ -135,6 +138,8 @@ def test_metrics_of_an_admm_method(sisa):
     assert [line["passes"] for line in metrics] == [0, 1, 2]
     assert [line["clients_ok"] for line in metrics] == [0, 10, 10]
     assert [line["clients_failed"] for line in metrics] == [0, 0, 0]
+    for key, number in (("expected", 10), ("reachable", 10), ("turned_away", 0)):
+        assert [line[f"clients_{key}"] for line in metrics] == [number] * 3
     assert metrics[0]["seconds"] == 0 < metrics[1]["seconds"] < metrics[2]["seconds"]
     assert abs(metrics[0]["test_loss"] - math.log(10)) < 0.1
     assert abs(metrics[0]["test_accuracy"] - 0.1) < 0.1
@@ -180,6 +185,11 @@ def test_summary(sisa):
         last[key] for key in ("round", "passes", "bytes_up", "bytes_down", "seconds")
     ]
     assert summary["seed"] == 0
+    clients = {
+        key: summary[f"clients_{key}"] for key in ("expected", "reachable", "ok", "failed", "turned_away")
+    }
+    assert clients == {"expected": 10, "reachable": 10, "ok": 10, "failed": 0, "turned_away": 0}
+    assert summary["turned_away"] == []
     assert summary["peak_memory_bytes"] > 50e6
     assert summary["versions"].keys() >= {"pisa-fl", "flwr", "torch", "python"}
     assert summary["git_commit"] is None or re.fullmatch(r"[0-9a-f]{40}", summary["git_commit"])
