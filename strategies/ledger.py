@@ -53,11 +53,24 @@ class _Before:
     sums: _Sums
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """What was begun: what to go back to, and what to write."""
+
+    before: _Before
+    order: Sequence[int]
+    weights: Mapping[int, Tensor]
+    consensus: Tensor
+    step: Tensor | None
+    gone: Sequence[int]
+
+
 class Ledger:
     """Primal and dual of every client that has ever answered, N rows of length d.
 
     A client enters with its first accepted reply; from then on its row stays in every sum, whether it takes part in a
-    round or not. What a round costs depends on who takes part, not on N: the sums over all clients
+    round or not, until it is forgotten. What a round costs depends on who takes part, not on N: the sums over all
+    clients
 
         P = sum n_i (w_i - c),     R = sum n_i |w_i - c|^2,     D = sum n_i pi_i
 
@@ -83,7 +96,7 @@ class Ledger:
         self._shares: dict[int, float] = {}
         self._centre = torch.zeros(layout.size)
         self._sums = self._nothing(torch.float64)
-        self._begun: tuple[_Before, list[int], Mapping[int, Tensor], Tensor, Tensor | None] | None = None
+        self._begun: _Begun | None = None
         self.largest_dual = torch.zeros(())
 
     @property
@@ -118,8 +131,12 @@ class Ledger:
         examples: Mapping[int, int],
         consensus: Tensor,
         sigma: Tensor | None,
+        gone: Sequence[int] = (),
     ) -> None:
-        """As `accept`, but the rows stay as they were until `commit`, so that `undo` can take it back."""
+        """As `accept`, but the rows stay as they were until `commit`, so that `undo` can take it back.
+
+        Clients that are gone, and are none of those, are forgotten with it.
+        """
         before = _Before(
             dict(self._rows),
             dict(self._rounds),
@@ -129,8 +146,9 @@ class Ledger:
         )
         self._admit(weights)
         self._shift(consensus)
+        self._leave(gone)
         order = sorted(weights, key=self._rows.__getitem__)
-        everybody = len(order) == len(self._rows)
+        everybody = len(order) == len(self._rows) - len(gone)
         shares = {client: 1.0 if self._uniform else float(examples[client]) for client in order}
         step = None if sigma is None else sigma.expand_as(consensus)
 
@@ -159,12 +177,12 @@ class Ledger:
             self.largest_dual = torch.maximum(self.largest_dual, largest)
         self._shares |= shares
         self._rounds |= dict.fromkeys(order, round_number)
-        self._begun = before, order, weights, consensus, step
+        self._begun = _Begun(before, order, weights, consensus, step, gone)
 
     def commit(self) -> None:
         """Write the rows of what was begun."""
         assert self._begun is not None
-        _, order, weights, consensus, step = self._begun
+        weights, consensus, step = self._begun.weights, self._begun.consensus, self._begun.step
 
         def write(clients: Sequence[int]) -> None:
             gap = torch.empty_like(consensus)
@@ -174,16 +192,40 @@ class Ledger:
                     torch.sub(weights[client], consensus, out=gap)
                     self.dual(client).add_(gap.mul_(step))
 
-        list(_threads.map(write, _blocks(order)))
+        list(_threads.map(write, _blocks(self._begun.order)))
+        self._remove(self._begun.gone)
         self._begun = None
 
     def undo(self) -> None:
         """Forget what was begun."""
         assert self._begun is not None
-        before = self._begun[0]
+        before = self._begun.before
         self._rows, self._rounds, self._shares = before.rows, before.rounds, before.shares
         self._centre, self._sums = before.centre, before.sums
         self._begun = None
+
+    def forget(self, clients: Iterable[int]) -> None:
+        """Take clients out, as if they had never answered."""
+        gone = list(clients)
+        self._leave(gone)
+        self._remove(gone)
+
+    def _leave(self, clients: Iterable[int]) -> None:
+        """Take clients out of the sums."""
+        for client in clients:
+            gap = self.primal(client) - self._centre
+            self._sums.add(-self._shares.pop(client), gap, self.dual(client))
+
+    def _remove(self, clients: Iterable[int]) -> None:
+        """Take out the rows of clients that have left the sums; the last row fills the place of each."""
+        for client in clients:
+            last = next(reversed(self._rows))
+            for rows in (self._weights, self._duals):
+                rows[self._rows[client]].copy_(rows[self._rows[last]])
+                rows[self._rows[last]].zero_()
+            self._rows[last] = self._rows[client]
+            del self._rows[client], self._rounds[client]
+            self._rows = dict(sorted(self._rows.items(), key=lambda item: item[1]))
 
     def accepted_round(self, client: int) -> int:
         """Round of the client's last accepted reply; 0 if there is none."""

@@ -9,7 +9,8 @@ sum_i alpha_i F_i(w) + (lambda/2)|w|^2. A round, for every client i that takes p
     pi_i    += sigma (w_i - w)                                    dual step            (client and server)
     w        = sum_i alpha_i (sigma w_i + pi_i) / (sigma + lambda)        consensus              (server)
 
-The server keeps w_i and pi_i of every client in its ledger; absent clients' rows stay in the sum. The client
+The server keeps w_i and pi_i of every client in its ledger; absent clients' rows stay in the sum, unless
+`forget_after` takes them out: who comes back then begins anew, from pi_i = 0. The client
 keeps a replica of its own dual. `preconditioner` decides the method: `Identity` is PISA, `SecondMoment` SISA,
 `NewtonSchulz` and `Spectral` NSISA. sigma and rho come from `penalty`.
 
@@ -27,7 +28,7 @@ Symbols: w `consensus`, w_i `weights`, pi_i `dual`, g_i `gradient`, g_i + pi_i `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -76,6 +77,8 @@ class Pisa(Strategy):
         align_every: Rounds between exchanges of the statistic; 0 leaves every client its own.
         alpha: `examples` (n_i/n, the paper) or `uniform` (1/N).
         state: Where the ledger's rows are kept: in `memory`, or on `disk` (`strategies.memory.zeros`).
+        forget_after: Rounds without an accepted reply after which a client leaves the sums, to begin anew with its
+            next; None: never.
 
     Raises:
         ValueError: A value is outside its range, or the automatic penalty is asked for without alignment.
@@ -90,6 +93,7 @@ class Pisa(Strategy):
         align_every: int,
         alpha: Literal["examples", "uniform"],
         state: Literal["memory", "disk"] = "memory",
+        forget_after: int | None = None,
     ) -> None:
         checks.not_negative("lambda", lambda_)
         checks.whole("align_every", align_every, 0)
@@ -97,9 +101,12 @@ class Pisa(Strategy):
             raise ValueError(f"strategy.alpha must be examples or uniform, got {alpha}")
         if state not in ("memory", "disk"):
             raise ValueError(f"state must be memory or disk, got {state}")
+        if forget_after is not None:
+            checks.whole("forget_after", forget_after, 1)
         self.preconditioner, self.penalty = preconditioner(layout), penalty
         self.lambda_, self.align_every = lambda_, align_every
         _check_alignment(align_every, penalty, self.preconditioner)
+        self.forget_after = forget_after
         self.ledger = Ledger(layout, alpha == "uniform", state == "disk")
         self._shared = {
             name: torch.zeros(1, field.size) for name, field in self.preconditioner.state_fields().items()
@@ -136,7 +143,9 @@ class Pisa(Strategy):
         if not answers:
             return None, None
         weights = {node: arrays.pop(WEIGHTS) for node, arrays in answers.items()}
-        self.ledger.begin(server_round, weights, examples, self._consensus, self._sigma(server_round))
+        sigma = self._sigma(server_round)
+        gone = self._gone(server_round, answers)
+        self.ledger.begin(server_round, weights, examples, self._consensus, sigma, gone)
         shared = self._shared
         if _measures(server_round, self.align_every):
             statistic = {
@@ -158,6 +167,14 @@ class Pisa(Strategy):
             }
         )
         return record({WEIGHTS: consensus}), metrics
+
+    def _gone(self, server_round: int, answers: Collection[int]) -> list[int]:
+        """Clients that have not answered for so long that they are forgotten."""
+        if self.forget_after is None:
+            return []
+        last = server_round - self.forget_after
+        known = self.ledger.clients
+        return [c for c in known if c not in answers and self.ledger.accepted_round(c) <= last]
 
     def supply(self, client: int) -> ArrayRecord | None:
         """The dual of a client that lost it, from the ledger; None for a client that has none."""

@@ -170,14 +170,16 @@ PRECONDITIONERS = {
 }
 
 
-def pisa_bench(preconditioner, align_every=1, lambda_=0.0, local_steps=1, alpha="examples", **options):
+def pisa_bench(
+    preconditioner, align_every=1, lambda_=0.0, local_steps=1, alpha="examples", forget_after=None, **options
+):
     """A bench of PISA; what is neither of Pisa nor of Bench is of its penalty."""
     bench = {key: options.pop(key) for key in ("participation", "cohort") if key in options}
     settings = {"lr": 0.1, "momentum": 0.9, "sigma": 6.0, "rho": 1.0, "gamma": 1.0, "grow_every": 10}
     penalty = Penalty(**settings | options)
     make = PRECONDITIONERS[preconditioner]
     return Bench(
-        Pisa(LAYOUT, make, penalty, lambda_, align_every, alpha),
+        Pisa(LAYOUT, make, penalty, lambda_, align_every, alpha, forget_after=forget_after),
         PisaClient(LAYOUT, make, penalty, align_every, local_steps, "mean"),
         **bench,
     )

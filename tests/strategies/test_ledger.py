@@ -190,6 +190,72 @@ class PlainLedger:
         return consensus, primal, ((alpha * pi).sum(0) - lambda_ * consensus).norm()
 
 
+def test_forgotten_clients_leave_the_sums_and_come_back_as_new_ones():
+    layout, draw = Layout({"w": (70,)}), torch.Generator().manual_seed(6)
+    ledger, plain = Ledger(layout, uniform=False), PlainLedger()
+    again, consensus, sigma = Ledger(layout, uniform=False), torch.zeros(70), torch.full((70,), 2.0)
+    clients, gone = range(100), [3, 99, 0, 98, 64, 97, 50]
+    for number in range(1, 6):
+        picked = [i for i in clients if number < 3 or ((i + number) % 3 and (number == 5 or i not in gone))]
+        weights = {i: consensus + 0.1 * torch.randn(70, generator=draw) for i in picked}
+        examples = {i: 3 + i for i in picked}
+        if number == 3:
+            ledger.forget(gone)
+            for client in gone:
+                del plain.rows[client]
+            assert sorted(ledger.clients) == sorted(set(clients) - set(gone))
+            assert [ledger.accepted_round(i) for i in gone] == [0] * len(gone)
+            again.load_state_dict(ledger.state_dict())
+        for book in (partial(ledger.accept, number), partial(again.accept, number), plain.accept):
+            book(weights, examples, consensus, sigma)
+        expected, primal, dual = plain.sums(sigma, 0.3)
+        consensus = ledger.consensus(sigma, 0.3)
+        assert (consensus.double() - expected).norm() <= 1e-6 * expected.norm()
+        assert ledger.primal_residual(consensus) == pytest.approx(float(primal), rel=1e-5)
+        assert ledger.dual_residual(consensus, 0.3) == pytest.approx(float(dual), rel=1e-5)
+        if number >= 3:
+            assert torch.equal(again.consensus(sigma, 0.3), consensus)
+    for client, (weights, dual, _) in plain.rows.items():
+        assert torch.equal(ledger.primal(client).double(), weights)
+        torch.testing.assert_close(ledger.dual(client).double(), dual, rtol=1e-5, atol=1e-6)
+    ledger.forget(ledger.clients)
+    assert ledger.clients == []
+
+
+@pytest.mark.parametrize(("align_every", "penalty"), [(0, "by hand"), (1, "automatic")])
+def test_a_client_that_stays_away_is_forgotten_and_begins_anew(align_every, penalty):
+    options = {"lambda_": LAMBDA, "cohort": 1, **PENALTIES[penalty]}
+    bench = pisa_bench("second moment", align_every, forget_after=2, **options)
+    others, gone = set(CLIENTS) - {1}, 1
+    ledger = bench.strategy.ledger
+    with solving(PROBLEM):
+        for drawn, known in ((None, True), (None, True), (others, True), (None, True), (others, True)):
+            bench.round(drawn)
+            assert (gone in ledger.clients) is known
+        before = ledger.dual(gone).clone()
+        assert before.any()
+        bench.round(others)  # the second in a row
+        assert set(ledger.clients) == others
+        [*_, reply] = [r for r in bench.round() if r.metadata.src_node_id == gone]
+        assert not reply.has_error(), "nothing of what it remembers was asked for"
+        assert gone in ledger.clients
+        for client in CLIENTS:
+            assert torch.equal(bench.host.states[client].pending["dual"], ledger.dual(client))
+        state = bench.host.states[gone]
+        assert (state.round, dict(state.accepted)) == (0, {})
+
+
+def test_without_a_number_nobody_is_forgotten():
+    with pytest.raises(ValueError, match=r"strategy.forget_after must be a whole number of 1 or more, got 0"):
+        pisa_bench("identity", forget_after=0)
+    never, late = pisa_bench("identity", cohort=1), pisa_bench("identity", cohort=1, forget_after=9)
+    with solving(PROBLEM):
+        for bench in (never, late):
+            for drawn in (None, {0}, {0}, {0}, None):
+                bench.round(drawn)
+    assert torch.equal(never.consensus, late.consensus)
+
+
 @pytest.mark.parametrize(("uniform", "on_disk"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("clients", [3, 150])
 def test_sums_are_those_of_all_rows_whoever_took_part(uniform, on_disk, clients):
