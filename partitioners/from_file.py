@@ -17,8 +17,8 @@ class FromFilePartitioner(IndexPartitioner):
         path: the file, {"0": [indices], "1": [...], ...}.
 
     Raises:
-        ValueError: the file is missing, is not a partition, is of another number of clients, or (when
-            dealing) does not deal every example of the data set exactly once.
+        ValueError: (when dealing) the file is missing, is not a partition, is of another number of clients,
+            or does not deal every example of the data set exactly once.
     """
 
     _shuffle = False  # the file's order is kept
@@ -26,13 +26,13 @@ class FromFilePartitioner(IndexPartitioner):
     def __init__(self, num_partitions: int, path: str | Path) -> None:
         super().__init__(num_partitions, seed=0)
         self._path = path
-        self._loaded = load(path)
-        if len(self._loaded) != num_partitions:
-            raise ValueError(
-                f"{path} is a partition among {len(self._loaded)} clients but clients={num_partitions}: "
-                f"set clients={len(self._loaded)}"
-            )
 
     def _deal(self, labels: NDArray[np.int64], rng: np.random.Generator) -> Partition:
-        check(self._loaded, len(labels), source=str(self._path))
-        return self._loaded
+        dealt = load(self._path)
+        if len(dealt) != self.num_partitions:
+            raise ValueError(
+                f"{self._path} is a partition among {len(dealt)} clients but clients={self.num_partitions}: "
+                f"set clients={len(dealt)}"
+            )
+        check(dealt, len(labels), source=str(self._path))
+        return dealt

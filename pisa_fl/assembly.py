@@ -18,6 +18,7 @@ from torch import nn
 
 import partitioners
 from partitioners import Partition
+from pisa_fl.checkpoint import known_identity
 from pisa_fl.client_state import StateFile
 from pisa_fl.config import ConfigurationError, build, resolve, settle
 from pisa_fl.data import ImageData
@@ -25,6 +26,7 @@ from pisa_fl.engines.base import ClientGrid, is_child
 from pisa_fl.explain import explain
 from pisa_fl.federation import Federation, seeded
 from pisa_fl.host import Clients
+from pisa_fl.identity import Identity, expected, of_deal, of_settings, of_tensors, of_weights
 from pisa_fl.models.check import check_model
 from pisa_fl.surroundings import own_surroundings
 from strategies import ClientHalf, Layout, checks
@@ -42,44 +44,60 @@ class Partitioner(Protocol):
 
 
 @own_surroundings()
-def prepare(config: DictConfig, engine: Engine | None = None) -> Federation:
+def prepare(config: DictConfig, engine: Engine | None = None, run: Path | None = None) -> Federation:
     """Build everything a configuration names, without writing anything.
 
     Args:
         config: As `compose` gives it; it is resolved here.
         engine: In place of the configuration's.
+        run: Directory of the run to go on with: deal and initial weights are those that it holds.
 
     Raises:
-        ConfigurationError: Something in it is impossible or missing.
+        ConfigurationError: Something in it is impossible or missing, or not as it was when the run began.
     """
     config = settle(config)
     if is_child():
         torch.set_num_threads(1)  # building a model may not use several
     try:
-        return _prepare(config, engine or (lambda clients: build(config.engine, ClientGrid, clients=clients)))
+        known = None if run is None else known_identity(run / "checkpoint", config.run_id)
+        own = engine or (lambda clients: build(config.engine, ClientGrid, clients=clients))
+        return _prepare(config, own, Identity(known), run)
     except (ValueError, OSError) as error:
         raise ConfigurationError(explain(error)) from error
 
 
-def _prepare(config: DictConfig, engine: Engine) -> Federation:
+def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path | None) -> Federation:
+    identity.note(of_settings(config))
     data = build(config.data, ImageData)
+    identity.note({"data": data.digest})
     partition: Partition = []
     noise_std = None
     if deals(config):
         partitioner = build(config.partition, Partitioner)
-        partition = partitioners.deal(partitioner, data.train_labels)
+        if run is not None and (dealt := run / "partition.json").is_file():
+            with expected("deal"):
+                partition = partitioners.load(dealt)
+        else:
+            partition = partitioners.deal(partitioner, data.train_labels)
         if len(partition) != config.clients:
             raise ConfigurationError(
                 f"partition deals to {len(partition)} clients but clients={config.clients}:"
                 f" set clients={len(partition)}"
             )
         noise_std = getattr(partitioner, "noise_std", None)
+    noise = {client: noise_std(client) for client in range(len(partition))} if noise_std else {}
+    identity.note(of_deal(partition, noise))
     model, layout = _model(config, data)
-    if config.init is not None:
+    identity.note(of_tensors(model))
+    if run is not None and (initial := run / "initial.safetensors").is_file():
+        with expected("weights"):
+            _initialise(model, initial)
+    elif config.init is not None:
         _initialise(model, Path(config.init))
+    identity.note(of_weights(model))
     server = build(config.strategy.server, Strategy, layout=layout, seed=config.seed)
     checks.flowers_own(server)
-    return Federation(
+    federation = Federation(
         data,
         partition,
         model,
@@ -98,6 +116,8 @@ def _prepare(config: DictConfig, engine: Engine) -> Federation:
         accept_failures=config.accept_failures,
         max_update=config.max_update,
     )
+    federation.identity = identity.parts
+    return federation
 
 
 @own_surroundings()

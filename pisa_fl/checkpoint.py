@@ -25,11 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pisa_fl.config import ConfigurationError, first_line
+from pisa_fl.config import ConfigurationError
+from pisa_fl.explain import first_line
 from pisa_fl.federation import Federation
 from pisa_fl.files import digest, naming, replace, sync
 from pisa_fl.gateway import Traffic
 from pisa_fl.host import ClientState
+from pisa_fl.identity import run_id
 from strategies.messages import WEIGHTS, record, vectors
 
 log = logging.getLogger(__name__)
@@ -95,6 +97,31 @@ def load_checkpoint(federation: Federation, folder: Path) -> bool:
     return False
 
 
+def known_identity(folder: Path, number: str) -> Mapping[str, str] | None:
+    """What the last whole checkpoint of a run tells of its identity; None if there is no checkpoint.
+
+    Args:
+        folder: Of the checkpoints.
+        number: The run's id.
+
+    Raises:
+        ConfigurationError: There are some, but no whole one of this run.
+    """
+    found = checkpoints(folder)
+    states = [json.loads((path / "state.json").read_text()) for path in reversed(found) if _is_whole(path)]
+    own = next((state for state in states if state.get("run_id") == number), None)
+    if own is not None:
+        return dict(own["identity"])
+    if states:
+        others = ", ".join(sorted({str(state.get("run_id")) for state in states}))
+        raise ConfigurationError(
+            f"resume: {folder} is of run {others} and config.yaml of run {number}: put the files of one run together"
+        )
+    if found:
+        raise ConfigurationError(f"resume: {folder} holds no checkpoint that is whole")
+    return None
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, whole or not, from the first round to the last."""
     rounds = {path: re.fullmatch(r"round-([0-9]+)", path.name) for path in folder.glob("round-*")}
@@ -114,6 +141,8 @@ def _write_all(federation: Federation, folder: Path) -> None:
         clients |= {f"{client}.accepted.{name}": value for name, value in held.accepted.items()}
         clients |= {f"{client}.pending.{name}": value for name, value in held.pending.items()}
     state = {
+        "run_id": run_id(federation.identity),
+        "identity": dict(federation.identity),
         "round": federation.round,
         "seconds": federation.seconds,
         "traffic": asdict(federation.gateway.traffic),
@@ -147,6 +176,8 @@ def _names(folder: Path) -> list[str]:
 def _restore(federation: Federation, folder: Path) -> None:
     """Read everything, and then let the federation have it."""
     state = json.loads((folder / "state.json").read_text())
+    if state["run_id"] != run_id(federation.identity):
+        raise ValueError("it is of another run")
     server, clients = _read(folder, "server"), _read(folder, "clients")
     arrays, traffic = record(_part(server, "arrays")), Traffic(**state["traffic"])
     states = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import re
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +26,8 @@ CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") i
 
 
 _COMPOSING = threading.RLock()
+PATHS = ("init", "data.root", "data.path", "data.cache", "partition.path")
+"""Keys that name files or folders."""
 
 imported_folders: list[Path] = []
 """Folders of the user's own modules, which other hosts need as well."""
@@ -49,6 +53,33 @@ def own_modules() -> set[str]:
         for path in folder.iterdir()
         if path.suffix == ".py" or path.is_dir()
     }
+
+
+def own_folders(config: DictConfig) -> list[str]:
+    """Folders of the user's from which the configuration takes modules; as its run found them, if it says so."""
+    if "imports" in config:
+        return [str(folder) for folder in config.imports]
+    found = re.findall(r"^ *_target_: *[\"']?(\w+)", OmegaConf.to_yaml(config), re.MULTILINE)
+    return [
+        str(folder)
+        for folder in imported_folders
+        if any((folder / f"{name}.py").is_file() or (folder / name).is_dir() for name in found)
+    ]
+
+
+def located(config: DictConfig) -> DictConfig:
+    """The configuration with the paths in it from the root, so that it holds from every working directory."""
+    config = config.copy()
+    for key in PATHS:
+        value = OmegaConf.select(config, key)
+        if isinstance(value, str) and not value.startswith("~"):
+            OmegaConf.update(config, key, literal(os.path.abspath(value)))
+    return config
+
+
+def literal(text: str) -> str:
+    """A text in which OmegaConf finds no interpolation."""
+    return re.sub(r"(\\*)\$\{", lambda found: f"{2 * found[1]}\\${{", text)
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None) -> DictConfig:

@@ -97,6 +97,9 @@ class Federation:
         patience: Seconds that a round with too few clients waits for others.
         accept_failures: Go on with those who answered if some clients failed.
         max_update: How many times as long as the round's median a client's update may be; None: as long as it likes.
+
+    Attributes:
+        identity: What the run's bits follow from (`pisa_fl.identity`); empty for a federation from objects.
     """
 
     @own_surroundings()
@@ -137,6 +140,7 @@ class Federation:
         buffers = self.model.buffers.cpu()
         self.gateway = Gateway(self.grid, half, buffers, seed, participation, supply, max_update)
         self.arrays = record({WEIGHTS: self.model.weights.clone()})
+        self.identity: Mapping[str, str] = {}
         self.round = 0
         self.seconds = 0.0
         self.whole = True  # all of this as it was after the round; not while a round's replies are taken in

@@ -27,7 +27,7 @@ from pisa_fl.engines.flower import FlowerGrid
 from pisa_fl.explain import first_line
 from pisa_fl.federation import RunError
 from pisa_fl.files import write
-from pisa_fl.host import CLIENT_FAILED, ClientHost
+from pisa_fl.host import CLIENT_FAILED, ClientHost, Clients
 from pisa_fl.solver import failure_reason
 from strategies.messages import CONFIG
 
@@ -41,10 +41,17 @@ def main(grid: Grid, context: Context) -> None:
     config = configuration(context)
     set_threads(config.engine.threads)
     directory = Path(str(config.engine.directory))
-    if not (directory / "config.yaml").is_file():
+    if not (directory / simulation.FLOWER_LOG).is_file():
         raise ConfigurationError(f"{directory} is not to be seen here: start pisa-fl on the SuperLink's host")
+
+    def engine(clients: Clients) -> FlowerGrid:
+        return FlowerGrid(clients, grid)
+
     try:
-        simulation.run(config, directory, lambda clients: FlowerGrid(clients, grid))
+        if config.resume is None:
+            simulation.begin(_at_home(config, directory), directory, engine, {simulation.FLOWER_LOG})
+        else:
+            simulation.resume(directory, engine, config.get("allow") or ())
     except (ConfigurationError, RunError, OSError) as error:
         _leave(directory, error)
         raise
@@ -121,6 +128,15 @@ def client_configuration(context: Context) -> DictConfig:
     config.engine.state = None
     if config.data.get("cache") is not None:
         config.data.cache = os.environ.get("PISA_FL_CACHE", "~/.cache/pisa-fl")
+    return config
+
+
+def _at_home(config: DictConfig, directory: Path) -> DictConfig:
+    """The configuration without what the launcher added, for the directory may be moved."""
+    config = config.copy()
+    config.engine.directory = None
+    if config.engine.state == str(directory / "clients"):
+        config.engine.state = None
     return config
 
 

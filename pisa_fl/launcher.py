@@ -30,16 +30,24 @@ from typing import IO, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from pisa_fl import rundir
+from pisa_fl import claim, rundir
 from pisa_fl.allowed import SIMULATION
 from pisa_fl.assembly import prepare
 from pisa_fl.bundle import BUNDLE
 from pisa_fl.client_state import StateFile
-from pisa_fl.config import ConfigurationError, imported_folders
+from pisa_fl.config import ConfigurationError, imported_folders, literal, own_folders
 from pisa_fl.engines.local import LocalGrid
 from pisa_fl.federation import RunError
 from pisa_fl.progress import Display, show_summary
-from pisa_fl.simulation import OUTCOME, STOP, WAITING, Interrupted, Result, stop_signals
+from pisa_fl.simulation import (
+    FLOWER_LOG,
+    OUTCOME,
+    STOP,
+    WAITING,
+    Interrupted,
+    Result,
+    stop_signals,
+)
 
 log = logging.getLogger(__name__)
 
@@ -127,19 +135,15 @@ class FlowerRun:
         """
         if self.connection is not None:
             _check_connection(self.connection)
-        federation = prepare(config, lambda clients: LocalGrid(clients.host([], 1, self.chunk)))
+        origin = directory if resume else None
+        federation = prepare(config, lambda clients: LocalGrid(clients.host([], 1, self.chunk)), origin)
         with ExitStack() as stack:
             kept = directory
             if directory is None:
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pisa-fl-")))
             directory = directory.resolve()
-            directory.mkdir(parents=True, exist_ok=True)
-            for leftover in (STOP, OUTCOME):
-                (directory / leftover).unlink(missing_ok=True)
-            config = self._addressed(config, directory, resume)
-            if not resume:
-                rundir.write_config(directory / "config.yaml", config)
-            self._run(config, directory)
+            stack.enter_context(_handed_on(directory, resume))
+            self._run(self._addressed(config, directory, resume), directory)
             metrics = rundir.read_metrics(directory)
             summary = json.loads((directory / "summary.json").read_text())
             federation.model.module.load_state_dict(load_file(directory / "model.safetensors"))
@@ -150,6 +154,8 @@ class FlowerRun:
     def _addressed(self, config: DictConfig, directory: Path, resume: bool) -> DictConfig:
         """The configuration with what only this run knows."""
         addressed = config.copy()
+        OmegaConf.set_struct(addressed, False)
+        addressed.imports = [literal(folder) for folder in own_folders(config)]
         addressed.resume = str(directory) if resume else None
         addressed.engine.directory = str(directory)
         addressed.engine.experiment = self.experiment or f"{config.name}-{secrets.token_hex(6)}"
@@ -161,7 +167,7 @@ class FlowerRun:
         """Start the run and follow it to its end."""
         with ExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pisa-fl-")))
-            output = stack.enter_context((directory / "flower.log").open("a"))
+            output = stack.enter_context((directory / FLOWER_LOG).open("a"))
             environment = _environment()
             connection = self.connection
             if connection is None:
@@ -170,18 +176,17 @@ class FlowerRun:
                 stack.enter_context(_superlink(work / "home", connection, environment, output))
             stop = stack.enter_context(stop_signals())
             number = self._submit(config, connection, work, environment)
-            metrics, failures = _written(directory)  # of the run that is resumed
-            last = int(metrics[-1]["round"]) if metrics else 0
+            news = News(directory)
+            last = max(news.last, 0)
             display = stack.enter_context(Display(str(config.name), config.rounds, last, config.progress))
             follow = _start(
                 "flwr", "log", str(number), connection, "--stream", env=environment, output=output
             )
             stack.callback(_kill, follow)
-            seen = len(metrics), len(failures)
             waiting = ""
             while True:
                 ended = follow.poll() is not None
-                seen = _show_news(directory, seen, display)
+                news.show(display)
                 waiting = _show_waiting(directory, waiting)
                 if ended:
                     break
@@ -232,6 +237,23 @@ def _usable(name: str, value: str) -> bool:
     return (
         name.lower() not in PROXIES or "://" not in value or value.lower().startswith(("http://", "https://"))
     )
+
+
+@contextmanager
+def _handed_on(directory: Path, resume: bool) -> Iterator[None]:
+    """A directory that the server's process may claim, and no other launcher: the log is this one's meanwhile.
+
+    Raises:
+        ConfigurationError: It is somebody else's.
+    """
+    with ExitStack() as stack:
+        with claim.claimed(directory):
+            if not resume:
+                claim.check_free(directory)
+            (directory / FLOWER_LOG).touch()
+            stack.enter_context(claim.locked(directory / FLOWER_LOG))
+            (directory / OUTCOME).unlink(missing_ok=True)
+        yield
 
 
 def _check_connection(name: str) -> None:
@@ -347,30 +369,39 @@ def _conclude(directory: Path, status: str) -> None:
         raise kinds.get(said["kind"], RunError)(said["reason"])
     if status != "finished:completed" or not (directory / "summary.json").is_file():
         raise FlowerError(
-            f"Flower's run ended as {status}: see {directory}/flower.log; if there is a checkpoint, go on with:"
-            f" pisa-fl resume={directory}"
+            f"Flower's run ended as {status}: see {directory}/{FLOWER_LOG}; if there is a checkpoint, go on with:"
+            f" {claim.resume_command(directory)}"
         )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return rundir.read_lines(path) if path.is_file() else []
+class News:
+    """What a run elsewhere writes after it began, or was resumed.
 
+    Args:
+        directory: The run directory.
 
-def _written(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The metrics and the failures that are there."""
-    return _lines(directory / "metrics.jsonl"), _lines(directory / "failures.jsonl")
+    Attributes:
+        last: The last round that was measured before, -1 for none.
+    """
 
+    def __init__(self, directory: Path) -> None:
+        self._metrics = rundir.NewLines(directory / "metrics.jsonl")
+        self._failures = rundir.NewLines(directory / "failures.jsonl")
+        self.last = max((int(line["round"]) for line in self._metrics.read()), default=-1)
+        self._failures.read()
 
-def _show_news(directory: Path, seen: tuple[int, int], display: Display) -> tuple[int, int]:
-    """Show the rounds and failures that were written since; how many there are now."""
-    metrics, failures = _written(directory)
-    for line in failures[seen[1] :]:
-        trace = f"\n{line['traceback']}" if "traceback" in line else ""
-        who = "a client" if line["client"] is None else f"client {line['client']}"
-        log.warning("round %s: %s failed: %s%s", line["round"], who, line["reason"], trace)
-    for line in metrics[seen[0] :]:
-        display.show(line)
-    return len(metrics), len(failures)
+    def show(self, display: Display) -> None:
+        """Show the rounds and failures that were written since the last time."""
+        for line in self._new(self._failures):
+            trace = f"\n{line['traceback']}" if "traceback" in line else ""
+            who = "a client" if line["client"] is None else f"client {line['client']}"
+            log.warning("round %s: %s failed: %s%s", line["round"], who, line["reason"], trace)
+        for line in self._new(self._metrics):
+            display.show(line)
+
+    def _new(self, lines: rundir.NewLines) -> Iterator[dict[str, Any]]:
+        """Lines but for those of before, which are read again if a run that goes on takes later ones out."""
+        return (line for line in lines.read() if line["round"] > self.last)
 
 
 def _show_waiting(directory: Path, shown: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from pisa_fl import claim
 from pisa_fl.config import CONF, ConfigurationError, explain_composition, import_from, settle
 from pisa_fl.explain import explain
 from pisa_fl.text import tolerate_any_text, visible
@@ -77,7 +77,7 @@ def _task(config: DictConfig) -> None:
     except Exception as error:
         raise _Mistake(error) from error
     finally:
-        _remove_if_empty(directory)
+        claim.withdraw(directory)
 
 
 def _run(settings: DictConfig, directory: Path) -> None:
@@ -129,15 +129,6 @@ def _give_up(status: int, error: BaseException) -> NoReturn:
 
 def _say(text: str) -> None:
     print(f"pisa-fl: {visible(text)}", file=sys.stderr)
-
-
-def _remove_if_empty(directory: Path) -> None:
-    """Take back the folders that Hydra made for a run that wrote nothing."""
-    with suppress(OSError):  # the first that is not empty ends it
-        for folder in (directory, *directory.parents):
-            if Path.cwd().is_relative_to(folder):
-                break
-            folder.rmdir()
 
 
 if __name__ == "__main__":

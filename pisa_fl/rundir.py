@@ -1,6 +1,6 @@
 """The run directory: every file of a run, and how each is written.
 
-config.yaml           the resolved configuration
+config.yaml           the resolved configuration, and the id of the run
 partition.json        {"0": [indices], ...}; readable by partition=from_file
 partition.png         clients x classes, drawn after the first round
 initial.safetensors   weights of round 0, by PyTorch's names; readable by init=
@@ -15,7 +15,6 @@ checkpoint/           to resume from
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -23,8 +22,7 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -32,43 +30,19 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pisa_fl.config import ConfigurationError
+from pisa_fl.config import ConfigurationError, literal, own_folders
 from pisa_fl.files import append, write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Metrics = dict[str, float | int]
-"""One line of metrics.jsonl."""
+Metrics = dict[str, Any]
+"""One line of metrics.jsonl: numbers, and the run's id."""
 
 ALWAYS = ("test_accuracy", "passes", "bytes_up", "bytes_down", "seconds")
 """What every line of metrics.jsonl has, as a number."""
 
 PACKAGES = ("pisa-fl", "flwr", "flwr-datasets", "hydra-core", "torch", "torchvision", "numpy")
-
-
-@contextmanager
-def claimed(directory: Path | None) -> Iterator[None]:
-    """Nobody else writes the run directory meanwhile.
-
-    Raises:
-        ConfigurationError: Somebody does.
-    """
-    if directory is None:
-        yield
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigurationError(
-                f"resume: {directory} is being written by a run that goes on: stop it first (touch {directory}/stop)"
-            ) from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -78,9 +52,12 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     write(path, save(dict(state)))
 
 
-def write_config(path: Path, config: DictConfig) -> None:
-    """Write the resolved configuration."""
-    write(path, OmegaConf.to_yaml(config))
+def write_config(path: Path, config: DictConfig, run_id: str) -> None:
+    """Write the resolved configuration, with what only a run directory says: whose it is, and where modules lie."""
+    stored = config.copy()
+    OmegaConf.set_struct(stored, False)
+    stored.run_id, stored.imports = run_id, [literal(folder) for folder in own_folders(config)]
+    write(path, OmegaConf.to_yaml(stored))
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
@@ -120,11 +97,11 @@ def read_metrics(directory: Path) -> list[Metrics]:
     return read_lines(path) if path.exists() else []
 
 
-def rewind(directory: Path, last: int) -> list[Metrics]:
+def rewind(directory: Path, last: int, run_id: str) -> list[Metrics]:
     """Take the lines of the rounds after `last` out of metrics.jsonl and failures.jsonl; the metrics that are left.
 
     Raises:
-        ConfigurationError: Lines of rounds up to it are damaged or missing.
+        ConfigurationError: Lines of rounds up to it are damaged or missing, or of another run; nothing is changed.
     """
     metrics, failures = directory / "metrics.jsonl", directory / "failures.jsonl"
     kept = {path: read_lines(path, last) for path in (metrics, failures) if path.exists()}
@@ -133,6 +110,11 @@ def rewind(directory: Path, last: int) -> list[Metrics]:
             raise _damaged(metrics, number + 1)
     if len(kept.get(metrics, [])) <= last:
         raise _damaged(metrics, len(kept.get(metrics, [])) + 1)
+    if others := {str(line.get("run_id")) for line in kept.get(metrics, [])} - {run_id}:
+        raise ConfigurationError(
+            f"resume: {metrics} has lines of run {', '.join(sorted(others))} and config.yaml is of run {run_id}:"
+            " put the files of one run together"
+        )
     for path, lines in kept.items():
         write(path, "".join(json.dumps(line) + "\n" for line in lines))
     return kept.get(metrics, [])
@@ -156,11 +138,36 @@ def _damaged(path: Path, number: int) -> ConfigurationError:
     )
 
 
+class NewLines:
+    """The lines of a .jsonl file as they come, each once; all of them again if the file is replaced.
+
+    Args:
+        path: The file, which need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file, self._read = path, 0, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The lines since the last time; one that is incomplete waits for the next."""
+        try:
+            with self._path.open("rb") as file:
+                if (number := os.fstat(file.fileno()).st_ino) != self._file:
+                    self._file, self._read = number, 0
+                file.seek(self._read)
+                whole, end, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        self._read += len(whole) + len(end)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
 def summarise(metrics: Sequence[Metrics], targets: Iterable[float], seed: int) -> dict[str, Any]:
     """What summary.json holds, but for the clients."""
     last = metrics[-1]
     best = max(metrics, key=lambda m: m["test_accuracy"])
     return {
+        "run_id": last.get("run_id"),
         "rounds": last["round"],
         "final_accuracy": last["test_accuracy"],
         "final_loss": last["test_loss"],
@@ -212,7 +219,7 @@ def write_events(directory: Path, metrics: Sequence[Metrics]) -> None:
     writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
     for line in metrics:
         for key, value in line.items():
-            if key != "round" and value is not None:
+            if key != "round" and isinstance(value, int | float):
                 event = Event(wall_time=now, step=int(line["round"]), summary=scalar(key, value))
                 writer.write(event.SerializeToString())
     for old in directory.glob("events.out.tfevents.*"):

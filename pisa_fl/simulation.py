@@ -14,14 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import partitioners
-from pisa_fl import files, rundir
+from pisa_fl import claim, files, rundir
 from pisa_fl.allowed import check_targets
 from pisa_fl.assembly import Engine, deals, prepare
 from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
-from pisa_fl.config import ConfigurationError, build, own_modules, settle
+from pisa_fl.config import ConfigurationError, build, located, own_folders, own_modules, settle
 from pisa_fl.explain import explain
 from pisa_fl.federation import DivergedError, Federation, RunError, TooFewClientsError
 from pisa_fl.files import write
+from pisa_fl.identity import run_id
 from pisa_fl.plots import draw_curves
 from pisa_fl.progress import Display, show_summary
 from pisa_fl.rundir import Metrics
@@ -43,6 +44,9 @@ WAITING = ".waiting"
 
 STOP = "stop"
 """Name of a file in the run directory that asks the run to stop after its round."""
+
+FLOWER_LOG = "flower.log"
+"""Name of a file in the run directory with what Flower said; a launcher leaves it before its run begins elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def run(config: DictConfig, directory: Path | str | None = None, engine: Engine 
         engine: In place of the configuration's.
 
     Raises:
-        ConfigurationError: Before anything is written, if the configuration is impossible.
+        ConfigurationError: Before anything is written, if the configuration is impossible or the directory holds a run.
         OSError: Before anything is written, if there is no room for what clients are to remember.
         RunError: Too few clients of a round gave an acceptable reply (a checkpoint was written), the engine failed, or
             a file cannot be written.
@@ -85,13 +89,24 @@ def run(config: DictConfig, directory: Path | str | None = None, engine: Engine 
     config = settle(config)
     if config.resume is not None:
         return resume(Path(str(config.resume)), engine, config.get("allow") or ())
+    config = located(config)
     if engine is None and (launcher := _launcher(config)):
         return launcher.launch(config, path)
-    federation = prepare(config, engine)
-    with rundir.claimed(path), _begun(path):
+    return begin(config, path, engine)
+
+
+def begin(
+    config: DictConfig, path: Path | None, engine: Engine | None, beside: Collection[str] = ()
+) -> Result:
+    """Run a new federation; as `run`, in a directory that may hold the files `beside`."""
+    with claim.claimed(path):
         if path is not None:
-            _write_start(federation, config, path)
-        return _run(federation, config, path, [])
+            claim.check_free(path, beside)
+        federation = prepare(config, engine)
+        with _begun(path, config):
+            if path is not None:
+                _write_start(federation, config, path)
+            return _run(federation, config, path, [])
 
 
 def _launcher(config: DictConfig) -> FlowerRun | None:
@@ -117,8 +132,39 @@ def resume(directory: Path, engine: Engine | None = None, allow: Collection[str]
             the modules of a `--config-dir`.
 
     Raises:
-        ConfigurationError: It is no run directory, has something built that is not allowed, or holds no whole
-            checkpoint.
+        ConfigurationError: It is no run directory, has something built that is not allowed, holds no whole checkpoint,
+            or something is not as it was when the run began.
+    """
+    directory = directory.absolute()
+    config = _stored(directory, allow)
+    if engine is None and (launcher := _launcher(config)):
+        return launcher.launch(config, directory, resume=True)
+    with claim.claimed(directory), _begun(directory, config):
+        files.sweep(directory)
+        federation = prepare(config, engine, directory)
+        try:
+            if not load_checkpoint(federation, directory / "checkpoint"):
+                _check_begun_lately(federation, config, directory)
+                _write_start(federation, config, directory)
+            if config.rounds < federation.round:
+                raise ConfigurationError(
+                    f"resume: rounds={config.rounds} in {directory}/config.yaml is less than the {federation.round}"
+                    " rounds that are done: set it to these or more"
+                )
+            last = federation.round or -1  # the untrained model is measured again
+            metrics = rundir.rewind(directory, last, config.run_id)
+            rundir.check_numbers(directory, metrics)
+        except BaseException:
+            federation.grid.close()
+            raise
+        return _run(federation, config, directory, metrics)
+
+
+def _stored(directory: Path, allow: Collection[str]) -> DictConfig:
+    """The configuration in a run directory.
+
+    Raises:
+        ConfigurationError: There is none, or one of another version, or that has something built that is not allowed.
     """
     if not (directory / "config.yaml").is_file():
         raise ConfigurationError(f"resume: {directory} is not a run directory, it has no config.yaml")
@@ -128,45 +174,41 @@ def resume(directory: Path, engine: Engine | None = None, allow: Collection[str]
         raise ConfigurationError(f"resume: {directory}/config.yaml cannot be read") from error
     if not isinstance(config, DictConfig):
         raise ConfigurationError(f"resume: {directory}/config.yaml cannot be read as a configuration")
+    if "run_id" not in config:
+        raise ConfigurationError(
+            f"resume: {directory} was written by another version of pisa-fl, which gave runs no run_id: go on with that"
+            " version, or begin a run anew in another directory"
+        )
     config.allow = sorted({*allow, *own_modules()})  # of this command, and not of the file
     try:
         check_targets(config, config.allow)
     except ConfigurationError as error:
-        raise ConfigurationError(f"resume: {directory}/config.yaml: {error}") from error
-    config = settle(config)
-    if engine is None and (launcher := _launcher(config)):
-        return launcher.launch(config, directory, resume=True)
-    with rundir.claimed(directory), _begun(directory):
-        files.sweep(directory)
-        federation = prepare(config, engine)
-        try:
-            if not load_checkpoint(federation, directory / "checkpoint"):
-                _check_begun_lately(directory, config.checkpoint.every)
-                _write_start(federation, config, directory)
-            metrics = rundir.rewind(
-                directory, federation.round or -1
-            )  # the untrained model is measured again
-            rundir.check_numbers(directory, metrics)
-        except BaseException:
-            federation.grid.close()
-            raise
-        return _run(federation, config, directory, metrics)
+        folders = "".join(
+            f", or give --config-dir {folder} if you trust that" for folder in own_folders(config)
+        )
+        raise ConfigurationError(f"resume: {directory}/config.yaml: {error}{folders}") from error
+    return settle(config)
 
 
-def _check_begun_lately(directory: Path, every: int) -> None:
-    """Check that a run without any checkpoint need not have one yet.
+def _check_begun_lately(federation: Federation, config: DictConfig, directory: Path) -> None:
+    """Check that a run without any checkpoint need not have one yet, and is to begin as it did.
 
     Raises:
-        ConfigurationError: It has lost them.
+        ConfigurationError: It has lost them, or something is not as it was.
     """
     metrics = directory / "metrics.jsonl"
     rounds = [line["round"] for line in rundir.read_lines(metrics)] if metrics.exists() else []
-    if (directory / "summary.json").exists() or max(rounds, default=0) > every:
+    if (directory / "summary.json").exists() or max(rounds, default=0) > config.checkpoint.every:
         raise ConfigurationError(f"resume: {directory}/checkpoint holds no checkpoint that is whole")
+    if run_id(federation.identity) != config.run_id:
+        raise ConfigurationError(
+            f"resume: data, deal, model or settings are not those that {directory} began with, and it has no checkpoint"
+            " to tell which: put them back as they were, or begin a run anew in another directory"
+        )
 
 
 @contextmanager
-def _begun(path: Path | None) -> Iterator[None]:
+def _begun(path: Path | None, config: DictConfig) -> Iterator[None]:
     """What the system refuses to a run that has begun is no fault of its configuration.
 
     Raises:
@@ -176,11 +218,11 @@ def _begun(path: Path | None) -> Iterator[None]:
         yield
     except OSError as error:
         begun = path is not None and (path / "config.yaml").is_file()
-        raise RunError(f"{explain(error)}{_go_on(path) if begun else ''}") from error
+        raise RunError(f"{explain(error)}{_go_on(path, config) if begun else ''}") from error
 
 
-def _go_on(path: Path | None) -> str:
-    return "" if path is None else f"; go on with: pisa-fl resume={path}"
+def _go_on(path: Path | None, config: DictConfig) -> str:
+    return "" if path is None else f"; go on with: {claim.resume_command(path, own_folders(config))}"
 
 
 def _run(federation: Federation, config: DictConfig, path: Path | None, metrics: list[Metrics]) -> Result:
@@ -192,7 +234,8 @@ def _run(federation: Federation, config: DictConfig, path: Path | None, metrics:
         _last_checkpoint(federation, config, path, metrics),
     ):
         _gather(federation, path, stop)
-        for line in federation.rounds(config.rounds):
+        for measured in federation.rounds(config.rounds):
+            line = measured | {"run_id": run_id(federation.identity)}
             if path is not None:
                 _write_round(federation, line, path)
             metrics.append(line)
@@ -207,7 +250,9 @@ def _run(federation: Federation, config: DictConfig, path: Path | None, metrics:
             if path is not None:
                 (path / STOP).unlink(missing_ok=True)  # heard, and not to be heard again after a resume
             if stopped and not finished:
-                raise Interrupted(f"stopped after round {federation.round} of {config.rounds}{_go_on(path)}")
+                raise Interrupted(
+                    f"stopped after round {federation.round} of {config.rounds}{_go_on(path, config)}"
+                )
     federation.load_weights()
     turned_away = [str(one) for one in federation.gateway.turned_away]
     summary = rundir.summarise(metrics, config.targets, config.seed)
@@ -246,9 +291,8 @@ def _gather(federation: Federation, path: Path | None, stop: list[int]) -> None:
 
 
 def _write_start(federation: Federation, config: DictConfig, path: Path) -> None:
-    rundir.write_config(path / "config.yaml", config)
+    rundir.write_config(path / "config.yaml", config, run_id(federation.identity))
     rundir.write_weights(path / "initial.safetensors", federation.model.state_dict())
-    (path / "partition.png").unlink(missing_ok=True)  # of another run in this directory
     if federation.partition:
         partitioners.save(federation.partition, path / "partition.json")
 

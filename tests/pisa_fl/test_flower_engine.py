@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 import pisa_fl
-from pisa_fl.launcher import _show_news
+from pisa_fl import ConfigurationError, claim, rundir
+from pisa_fl.launcher import News, _handed_on
 
 if find_spec("ray") is None:  # imported here, it would not read what the ray engine has it read
     pytest.skip("Flower's simulation needs Ray", allow_module_level=True)
@@ -200,12 +201,50 @@ def test_rounds_and_failures_that_end_while_others_are_shown_are_shown_too(tmp_p
                 with failures.open("a") as file:
                     file.write(json.dumps({"round": number, "client": 0, "reason": "lost"}) + "\n")
 
+    news = News(tmp_path)
+    news.show(Display())
     metrics.write_text('{"round": 0}\n')
-    seen = 0, 0
     for _ in range(7):
-        seen = _show_news(tmp_path, seen, Display())
+        news.show(Display())
     assert shown == [0, 1, 2, 3, 4, 5]
     assert [r.args[0] for r in caplog.records if r.name == "pisa_fl.launcher"] == [1, 2, 3, 4, 5]
+
+
+def test_only_lines_that_are_new_and_whole_are_read(tmp_path, monkeypatch):
+    """Of a run that goes on, whose last rounds are taken out and done again."""
+    path, shown, passed = tmp_path / "metrics.jsonl", [], []
+    display = type("Display", (), {"show": lambda _, line: shown.append(line["round"])})()
+    loads = json.loads
+    monkeypatch.setattr(rundir.json, "loads", lambda text: passed.append(text) or loads(text))
+    path.write_text('{"round": 0}\n{"round": 1}\n{"round": 2}\n{"rou')
+    news = News(tmp_path)
+    assert news.last == 2
+    with path.open("a") as file:
+        file.write('nd": 3}\n{"round": ')
+    passed.clear()
+    for _ in range(3):
+        news.show(display)
+    assert [len(passed), shown] == [1, [3]]
+    news = News(tmp_path)
+    rundir.rewind(tmp_path, 1)
+    rundir.append_line(path, {"round": 2})
+    for number in (3, 4):
+        rundir.append_line(path, {"round": number})
+        news.show(display)
+    assert shown == [3, 4]
+
+
+def test_two_launchers_do_not_begin_in_one_directory(tmp_path, command):
+    """The first has handed its claim on, and the server's process has not begun."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "flower.log").touch()
+    ended = command("engine=flower", "model=logistic", "hydra.run.dir=run")
+    assert ended.status == 2
+    assert "as its flower.log tells" in ended.err
+    with claim.locked(directory / "flower.log"), pytest.raises(ConfigurationError, match="is being written"):
+        _handed_on(directory, resume=True).__enter__()
+    assert [path.name for path in directory.iterdir()] == ["flower.log"]
 
 
 def test_the_error_of_a_client_is_shown_once_with_its_own_traceback(tmp_path):

@@ -8,8 +8,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from omegaconf import OmegaConf
+from PIL import Image
 
 import pisa_fl
 from pisa_fl import simulation
@@ -236,9 +240,9 @@ def test_a_file_called_stop_stops_a_run_once(tmp_path, command, long_reference):
 def test_two_processes_do_not_write_one_run_directory(tmp_path, command):
     process = start(tmp_path)
     directory = tmp_path / "run"
-    assert refused(command, f"resume={directory}").startswith(
-        f"pisa-fl: resume: {directory} is being written by a run that goes on"
-    )
+    ended = command(f"resume={directory}")
+    assert ended.status == 2
+    assert ended.err.startswith(f"pisa-fl: {directory} is being written by a run that goes on")
     assert process.poll() is None
     process.kill()
     process.communicate(timeout=60)
@@ -283,7 +287,7 @@ def test_no_whole_checkpoint(copy, command):
 def test_a_folder_that_is_no_run_directory(command, tmp_path, folder):
     (tmp_path / "empty").mkdir()
     line = refused(command, f"resume={folder}")
-    assert line == f"pisa-fl: resume: {folder} is not a run directory, it has no config.yaml"
+    assert line == f"pisa-fl: resume: {tmp_path / folder} is not a run directory, it has no config.yaml"
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
@@ -335,3 +339,186 @@ def test_other_overrides_beside_resume_are_refused(copy, command):
     line = refused(command, f"resume={copy}", "rounds=9")
     assert line == "pisa-fl: resume uses the run's own configuration: leave out rounds=9"
     assert yaml.safe_load((copy / "config.yaml").read_text())["rounds"] == ROUNDS
+
+
+# --- what is not as it was when the run began
+
+
+IMAGES = (
+    "data=imagefolder",
+    "data.path=data",
+    "data.cache=null",
+    "data.channels=1",
+    "batch_size=4",
+    "clients=4",
+)
+
+
+def write_images(folder, first, last):
+    rng = np.random.default_rng(first)
+    for split in ("train", "test"):
+        for shade, name in enumerate("abcd"):
+            below = folder / split / name
+            below.mkdir(parents=True, exist_ok=True)
+            for number in range(first, last):
+                pixels = (rng.integers(0, 120, (8, 8)) + 40 * shade).astype(np.uint8)
+                Image.fromarray(pixels).save(below / f"{number:03}.png")
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory):
+    """A folder with images, an init file, a partition file, and a run on them that was stopped after round 0."""
+    folder = tmp_path_factory.mktemp("pictured")
+    write_images(folder / "data", 0, 8)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        pisa_fl.run(pisa_fl.compose(*QUICK, *IMAGES, "rounds=0", "seed=3"), "first")
+        files = [
+            "init=first/initial.safetensors",
+            "partition=from_file",
+            "partition.path=first/partition.json",
+        ]
+        (folder / "run").mkdir()
+        (folder / "run" / "stop").touch()
+        with pytest.raises(simulation.Interrupted):
+            pisa_fl.run(pisa_fl.compose(*QUICK, *IMAGES, *files, "rounds=2"), "run")
+        config = pisa_fl.compose(*QUICK, *IMAGES, *files, "rounds=2")
+        pisa_fl.run(config, "whole")
+    return folder
+
+
+@pytest.fixture
+def pictures(pictured, tmp_path):
+    return shutil.copytree(pictured, tmp_path / "pictures")
+
+
+def edit(directory, **changes):
+    """Edit config.yaml by hand: dots are double underscores."""
+    config = OmegaConf.load(directory / "config.yaml")
+    for key, value in changes.items():
+        OmegaConf.update(config, key.replace("__", "."), value)
+    OmegaConf.save(config, directory / "config.yaml")
+
+
+def test_a_copied_run_goes_on_elsewhere_without_what_it_does_not_need(pictures, pictured, command, tmp_path):
+    """From another working directory, without init and partition file, with the data where they were."""
+    shutil.rmtree(pictures / "first")
+    copied = shutil.copytree(pictures / "run", tmp_path / "copied")
+    shutil.rmtree(pictured / "first")
+    assert command(f"resume={copied}").status == 0
+    assert_same_end(copied, pictured / "whole")
+    assert not (pictured / "run" / "model.safetensors").exists()
+
+
+def test_other_data(pictures, command):
+    edit(pictures / "run", data__path=str(pictures / "data"))
+    whole = content(pictures / "run")
+    write_images(pictures / "data", 8, 9)
+    line = refused(command, f"resume={pictures / 'run'}")
+    assert line == "pisa-fl: resume: the data are not those of the run: put them back as they were"
+    for path in pictures.glob("data/*/*/008.png"):
+        path.unlink()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(pictures / "data" / "test" / "a" / "000.png")
+    assert refused(command, f"resume={pictures / 'run'}") == line
+    assert content(pictures / "run") == whole
+
+
+def swap(path):
+    """The last two examples of the first client change places."""
+    deal = json.loads(path.read_text())
+    deal["0"][-2:] = reversed(deal["0"][-2:])
+    path.write_text(json.dumps(deal))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("partition.json", swap, "partition.json is not what was dealt"),
+        ("partition.json", truncate, "partition.json is not what was dealt"),
+        ("initial.safetensors", flip, "initial.safetensors does not hold the weights"),
+        ("initial.safetensors", truncate, "initial.safetensors does not hold the weights"),
+    ],
+)
+def test_other_files(copy, command, name, damage, words):
+    damage(copy / name)
+    before = content(copy)
+    assert words in refused(command, f"resume={copy}")
+    assert content(copy) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"batch_size": 32},
+        {"participation": 1.0},
+        {"strategy__rho": 7.0},
+        {"strategy__server__lambda_": 0.5},
+        {"partition__classes_per_client": 3},
+        {"model__hidden": [10]},
+        {"engine__precision": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_another_configuration(copy, command, change):
+    edit(copy, **change)
+    before = content(copy)
+    [(key, value)] = change.items()
+    line = refused(command, f"resume={copy}")
+    assert line.startswith(f"pisa-fl: resume: {key.replace('__', '.')} is {json.dumps(value)} in config.yaml")
+    assert content(copy) == before
+
+
+def test_another_model_of_the_same_configuration(copy, command, monkeypatch):
+    def wider(shape, classes, hidden):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 11))
+
+    monkeypatch.setattr("pisa_fl.models.mlp.mlp", wider)
+    assert "the model's tensors are not those of the run" in refused(command, f"resume={copy}")
+
+
+def test_what_only_says_how_the_run_is_made_may_be_edited(copy, finished, command, tmp_path):
+    edit(
+        copy,
+        name="other",
+        rounds=ROUNDS + 1,
+        checkpoint__every=3,
+        progress=True,
+        engine__workers=0,
+        targets=[0.1],
+    )
+    assert command(f"resume={copy}").status == 0
+    longer = tmp_path / "longer"
+    pisa_fl.run(pisa_fl.compose(*overrides("own moments", f"rounds={ROUNDS + 1}")), longer)
+    assert_same_end(copy, longer)
+    edit(copy, rounds=ROUNDS)
+    before = content(copy)
+    assert f"rounds={ROUNDS} in" in (line := refused(command, f"resume={copy}"))
+    assert f"less than the {ROUNDS + 1} rounds that are done" in line
+    assert content(copy) == before
+
+
+def test_files_of_another_run(copy, command, tmp_path):
+    other = tmp_path / "other"
+    pisa_fl.run(pisa_fl.compose(*overrides("own moments", "seed=1", "rounds=1")), other)
+    whole = shutil.copytree(copy, tmp_path / "saved")
+    shutil.copy(other / "metrics.jsonl", copy)
+    assert "metrics.jsonl has lines of run" in refused(command, f"resume={copy}")
+    shutil.copy(whole / "metrics.jsonl", copy)
+    shutil.copytree(other / "checkpoint" / "round-000001", copy / "checkpoint" / "round-000009")
+    assert command(f"resume={copy}").status == 0
+    shutil.rmtree(copy / "checkpoint")
+    shutil.copytree(other / "checkpoint", copy / "checkpoint")
+    assert "put the files of one run together" in refused(command, f"resume={copy}")
+
+
+def test_a_run_of_a_version_without_ids(copy, command):
+    config = OmegaConf.load(copy / "config.yaml")
+    del config["run_id"]
+    OmegaConf.save(config, copy / "config.yaml")
+    assert "was written by another version of pisa-fl" in refused(command, f"resume={copy}")
+
+
+def content(directory):
+    """Every file below a folder, and what it holds."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}

@@ -1,0 +1,197 @@
+"""Whose a run directory is: of one run for good, written by one process at a time.
+
+A directory is claimed before anything in it is checked, written or removed, and a folder that a refused run had made is
+taken back before the claim ends. Folders that others made are left alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shlex
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from pisa_fl.config import ConfigurationError, literal
+
+FILES = (
+    "config.yaml",
+    "partition.json",
+    "partition.png",
+    "initial.safetensors",
+    "model.safetensors",
+    "metrics.jsonl",
+    "failures.jsonl",
+    "summary.json",
+    "curves.png",
+    "events.out.tfevents.*",
+    "checkpoint",
+    "flower.log",
+)
+"""What tells that a directory holds a run."""
+
+_made: set[Path] = set()
+"""Folders that this process made and may take back."""
+
+
+@contextmanager
+def claimed(directory: Path | None) -> Iterator[None]:
+    """Nobody else writes the directory meanwhile; it is made, and taken back if nothing was written.
+
+    Raises:
+        ConfigurationError: Somebody does.
+        OSError: It cannot be made or opened.
+    """
+    if directory is None:
+        yield
+        return
+    directory = Path(os.path.abspath(directory))
+    handle = _open(directory)
+    try:
+        yield
+    finally:
+        _take_back(directory)
+        os.close(handle)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Nobody else holds a file of a run directory meanwhile.
+
+    Raises:
+        ConfigurationError: Somebody does.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        _lock(handle, path.parent)
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_free(directory: Path, beside: Collection[str] = ()) -> None:
+    """Check that a directory holds no run.
+
+    Args:
+        directory: Claimed.
+        beside: Files of a run that may be there.
+
+    Raises:
+        ConfigurationError: It holds one.
+    """
+    found = (path.name for name in FILES if name not in beside for path in directory.glob(name))
+    if (name := next(found, None)) is not None:
+        raise ConfigurationError(
+            f"{directory} holds a run already, as its {name} tells: choose another directory, or go on with that"
+            f" run: {resume_command(directory)}"
+        )
+
+
+def make_new(directory: Path) -> Path:
+    """Make a folder that nobody else has: of this name, or with -2, -3, ... behind it.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    directory = Path(os.path.abspath(directory))
+    for number in count(1):
+        folder = directory if number == 1 else directory.with_name(f"{directory.name}-{number}")
+        make(folder.parent)
+        with suppress(FileExistsError):
+            folder.mkdir()
+            _made.add(folder)
+            return folder
+    raise AssertionError
+
+
+def make(directory: Path) -> None:
+    """Make a folder and those above it, noting those that were not there.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    directory = Path(os.path.abspath(directory))
+    for folder in reversed([directory, *directory.parents]):
+        if not folder.is_dir():
+            with suppress(FileExistsError):  # another process was faster, or it is a file
+                folder.mkdir()
+                _made.add(folder)
+    directory.mkdir(exist_ok=True)
+
+
+def note_made(folders: Iterable[Path]) -> None:
+    """Note folders that were made for this process by others."""
+    _made.update(folders)
+
+
+def withdraw(directory: Path) -> None:
+    """Take a folder back, and those above it, that this process made for a run that wrote nothing."""
+    if directory in _made:
+        with suppress(ConfigurationError, OSError), claimed(directory):
+            pass
+
+
+def resume_command(directory: Path, folders: Iterable[str] = ()) -> str:
+    """The command that goes on with a run, as it can be pasted into a shell.
+
+    Args:
+        directory: The run directory.
+        folders: Of the user's modules that the run needs.
+    """
+    path = os.path.abspath(directory)
+    own = "".join(f"--config-dir {shlex.quote(folder)} " for folder in folders)
+    return f"pisa-fl {own}resume={shlex.quote(quoted(path))}"
+
+
+def quoted(text: str) -> str:
+    """A text as the value of an override: in quotes if Hydra would read it as anything else."""
+    if re.fullmatch(r"/[A-Za-z0-9_/.@%+-]*", text):
+        return text
+    return str(QuotedString(literal(text), Quote.double).with_quotes())
+
+
+def _take_back(directory: Path) -> None:
+    """Remove a folder, and those above it, as far as they are empty and this process made them."""
+    empty = True
+    for folder in (directory, *directory.parents):
+        if folder not in _made:
+            break
+        _made.discard(folder)
+        try:
+            if empty:
+                folder.rmdir()
+        except OSError:
+            empty = False
+
+
+def _open(directory: Path) -> int:
+    """A handle of the directory, made if need be, that is locked as long as it is open."""
+    while True:
+        make(directory)
+        try:
+            handle = os.open(directory, os.O_RDONLY)
+        except FileNotFoundError:  # another process took it back
+            continue
+        try:
+            _lock(handle, directory)
+            if directory.is_dir() and os.path.samestat(os.fstat(handle), directory.stat()):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _lock(handle: int, directory: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigurationError(
+            f"{directory} is being written by a run that goes on: choose another directory, or stop it"
+            f" (touch {shlex.quote(f'{directory}/stop')}) and go on with it later: {resume_command(directory)}"
+        ) from None
