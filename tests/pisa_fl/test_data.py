@@ -585,6 +585,15 @@ def written(mode, kind, pixels):
     return lambda path: image.save(path, kind)
 
 
+def premultiplied(path):
+    """Write black with an alpha that TIFF's tag ExtraSamples (338) says the colours are multiplied with."""
+    written("RGBA", "TIFF", np.dstack([BLACK, ALPHA]))(path)
+    content = path.read_bytes()
+    tag = struct.pack("<HHI", 338, 3, 1)
+    assert content.count(tag + b"\2") == 1
+    path.write_bytes(content.replace(tag + b"\2", tag + b"\1"))
+
+
 def palette(alpha=None):
     image = Image.fromarray((np.arange(30) % 7).astype(np.uint8).reshape(5, 6), "L")
     image = Image.frombytes("P", (6, 5), image.tobytes())
@@ -633,7 +642,7 @@ MODES = {
         saved(np.dstack([BLACK, ALPHA]), "WEBP", lossless=True, exact=True),
         over_white(BLACK, ALPHA),
     ),
-    "RGBa": (written("RGBa", "TIFF", np.dstack([BLACK, ALPHA])), over_white(BLACK, ALPHA)),
+    "RGBa": (premultiplied, over_white(BLACK, ALPHA)),
     "RGBX": (written("RGBX", "TIFF", np.dstack([COLOUR, ALPHA])), COLOUR),
     "CMYK": (
         written("CMYK", "TIFF", np.dstack([COLOUR, ALPHA])),
@@ -1029,7 +1038,7 @@ def test_numbers_from_the_configuration():
     sentence = refusal("mnist_mini", ValueError, mean=[0.1, 0.2])
     assert "data.mean has 2 numbers but the images have 1 channels" in sentence
     for key in ("mean", "std"):
-        for value in (float("nan"), [float("inf")], True, "1", None, [[0.5]], [None], 10**400, {"a": 1}):
+        for value in (float("nan"), [float("inf")], True, "1", None, [[0.5]], [None], 10**400):
             sentence = refusal("mnist_mini", ValueError, **{key: value})
             assert re.match(rf"data\.{key}=.* must be a finite number, or a list with one for each", sentence)
 
