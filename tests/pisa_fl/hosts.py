@@ -217,7 +217,7 @@ def federation_of_three(folder: Path) -> Iterator[Federation]:
         yield federation
 
 
-def wait_for(condition: Callable[[], bool], explain: Callable[[], str], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], explain: Callable[[], str], seconds: float = 180) -> None:
     """Wait until something is so; otherwise fail with an explanation."""
     end = time.monotonic() + seconds
     while not condition():
