@@ -44,7 +44,11 @@ PARTS = (
         ("pisa_fl.models", "torch.nn", "torchvision.models"),
         ("torch.nn.modules.module.Module",),
     ),
-    Part("partition", ("partitioners",), ("partitioners.base.IndexPartitioner",)),
+    Part(
+        "partition",
+        ("partitioners", "flwr_datasets.partitioner"),
+        ("partitioners.base.IndexPartitioner", "flwr_datasets.partitioner.partitioner.Partitioner"),
+    ),
     Part(
         "strategy[.].*",
         ("strategies", "flwr.serverapp.strategy"),

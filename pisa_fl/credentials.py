@@ -75,6 +75,7 @@ ENVIRONMENT = """\
 export FLWR_HOME="$(cd "$(dirname "${{BASH_SOURCE[0]:-$0}}")" && pwd)/flwr"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 {direct}
+export PISA_FL_NODES="${{FLWR_HOME%/flwr}}/nodes.txt"  # which key is which client's
 mkdir -p "$FLWR_HOME"
 cat >"$FLWR_HOME/config.toml.$$" <<END
 [superlink]

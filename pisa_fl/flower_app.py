@@ -23,7 +23,7 @@ from pisa_fl.assembly import one_client
 from pisa_fl.client_state import StateFile
 from pisa_fl.config import ConfigurationError
 from pisa_fl.engines.base import set_threads
-from pisa_fl.engines.flower import FlowerGrid
+from pisa_fl.engines.flower import NODES, FlowerGrid
 from pisa_fl.explain import first_line
 from pisa_fl.federation import RunError
 from pisa_fl.files import write
@@ -44,8 +44,11 @@ def main(grid: Grid, context: Context) -> None:
     if not (directory / simulation.FLOWER_LOG).is_file():
         raise ConfigurationError(f"{directory} is not to be seen here: start pisa-fl on the SuperLink's host")
 
+    nodes = os.environ.get(NODES)
+    registered = None if nodes is None else Path(nodes)
+
     def engine(clients: Clients) -> FlowerGrid:
-        return FlowerGrid(clients, grid)
+        return FlowerGrid(clients, grid, registered)
 
     try:
         if config.resume is None:

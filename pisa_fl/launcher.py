@@ -36,6 +36,7 @@ from pisa_fl.assembly import prepare
 from pisa_fl.bundle import BUNDLE
 from pisa_fl.client_state import StateFile
 from pisa_fl.config import ConfigurationError, imported_folders, literal, own_folders
+from pisa_fl.engines.flower import NODES
 from pisa_fl.engines.local import LocalGrid
 from pisa_fl.federation import RunError
 from pisa_fl.progress import Display, show_summary
@@ -171,6 +172,7 @@ class FlowerRun:
             environment = _environment()
             connection = self.connection
             if connection is None:
+                environment.pop(NODES, None)  # of a federation's SuperLink
                 environment |= {"FLWR_HOME": str(work / "home"), SIMULATION: "1"}
                 connection = "simulation"
                 stack.enter_context(_superlink(work / "home", connection, environment, output))

@@ -1,17 +1,21 @@
 """The server's side of `engine=flower`: Flower's grid, with client numbers for node ids.
 
 Flower knows its clients by node ids, drawn afresh for every simulation. A client's number is its `partition-id`,
-which only the client knows; so whoever is new is asked to introduce itself before it takes part.
+which only the client knows; so whoever is new is asked to introduce itself before it takes part. In a federation with
+keys a node id belongs to a key, and `nodes.txt`, which `register.sh` writes, tells which number is that key's: whoever
+gives another is turned away, for a number is all it takes to be sent a client's dual.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -25,6 +29,9 @@ log = logging.getLogger(__name__)
 
 INTRODUCTION = 120.0
 """Seconds that a round waits for new clients to introduce themselves; whoever is later takes part in a later one."""
+
+NODES = "PISA_FL_NODES"
+"""Environment variable with the path of nodes.txt, in the SuperLink's environment and so in its runs'."""
 
 LONGEST_PAUSE = 1.0
 """Seconds between looks for replies, at most."""
@@ -49,13 +56,15 @@ class FlowerGrid(ClientGrid):
     Args:
         clients: What the clients are made of; without rows, they hold their own data.
         grid: Flower's grid.
+        registered: The file that tells which node is which client, lines `NODE client-NUMBER KEY`; None: there are no
+            keys, and a number is the first node's that gives it, for as long as that is online.
     """
 
     elsewhere = True
 
-    def __init__(self, clients: Clients, grid: Grid) -> None:
+    def __init__(self, clients: Clients, grid: Grid, registered: Path | None = None) -> None:
         super().__init__()
-        self._grid, self._clients = grid, clients
+        self._grid, self._clients, self._registered = grid, clients, registered
         self._met: dict[int, Introduction | TurnedAway] = {}  # by node id
         self._asked: dict[str, int] = {}  # message id -> node id
         self._nodes: dict[int, int] = {}  # client number -> node id
@@ -133,15 +142,15 @@ class FlowerGrid(ClientGrid):
             try:
                 if reply.has_error():
                     raise ValueError(reply.error.reason)
-                self._met[node] = self._introduction(said)
+                self._met[node] = self._introduction(node, said)
             except ValueError as error:
                 reason = printable(str(error)).partition("\n")[0]
                 log.warning("a client is turned away: %s", reason)
                 number = said.get("client")
                 self._met[node] = TurnedAway(number if type(number) is int else None, reason)
 
-    def _introduction(self, said: Mapping[str, Any]) -> Introduction:
-        """What a client said of itself.
+    def _introduction(self, node: int, said: Mapping[str, Any]) -> Introduction:
+        """What the client at a node said of itself.
 
         Raises:
             ValueError: It does not fit this federation.
@@ -158,6 +167,9 @@ class FlowerGrid(ClientGrid):
                 raise ValueError(f"client {client} has {key} {said.get(key)}, the server {value}")
         if not isinstance(client, int) or client < 0 or (rows and client not in rows):
             raise ValueError(f"client {client} is none of the {len(rows)} of this federation")
+        if self._registered is not None and (own := _numbers(self._registered).get(node)) != client:
+            whose = "in no line of nodes.txt, which register.sh writes" if own is None else f"client {own}'s"
+            raise ValueError(f"client {client} is not who it says: its key is {whose}")
         if not isinstance(examples, int) or not 1 <= examples < 2**40:
             raise ValueError(f"client {client} says that it has {examples} examples")
         if rows and examples != len(rows[client]):
@@ -167,3 +179,12 @@ class FlowerGrid(ClientGrid):
                 "a second node says that it is client %d: it has to wait until the first is gone", client
             )
         return Introduction(client, examples)
+
+
+def _numbers(registered: Path) -> dict[int, int]:
+    """Client numbers by node id, as far as nodes.txt has them."""
+    try:
+        text = registered.read_text()
+    except FileNotFoundError:
+        return {}
+    return {int(node): int(number) for node, number in re.findall(r"(?m)^(\d+) client-(\d+) ", text)}

@@ -283,6 +283,29 @@ def lives(federation):
         }
 
 
+def test_a_registered_client_is_not_given_the_number_of_another(federation, tmp_path):
+    host, log = federation.clients[1], federation.disks / "client-1.log"
+    host.kill()
+    wait_for(lambda: federation.status()["client-1"] == "offline", log.read_text, seconds=120)
+    start = federation.home.parent / "client-1" / "start.sh"
+    honest = start.read_text()
+    start.write_text(honest.replace("partition-id=1", "partition-id=0"))
+    try:
+        federation.start_client(1)
+        line = "pisa-fl engine=flower engine.connection=three-hosts hydra.run.dir=stolen clients=2 rounds=1"
+        ended = federation.here(
+            f"{line} model=logistic partition.classes_per_client=5 progress=false patience=15", cwd=tmp_path
+        )
+    finally:
+        start.write_text(honest)
+        host.kill()
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "client 0 is not who it says: its key is client 1's" in ended.stderr
+    assert "1 of 2 clients are there after patience=15 seconds: not online: 1" in ended.stderr
+    wait_for(lambda: federation.status()["client-1"] == "offline", log.read_text, seconds=120)
+    federation.start_client(1)
+
+
 HOSTILE = """
 import json
 from flwr.app import ConfigRecord, Message, RecordDict

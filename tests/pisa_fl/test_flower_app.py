@@ -475,7 +475,9 @@ def test_a_client_builds_nothing_but_what_a_part_of_a_federation_is_made_of(conf
             assert str(error.value).startswith(f"{place}._target_={target} must not be built: ")
             assert "\n" not in str(error.value)
         OmegaConf.update(config, place, before, merge=False)
-    check_targets(config, parts=CLIENT)
+    flowers = {"_target_": "flwr_datasets.partitioner.IidPartitioner", "num_partitions": CLIENTS}
+    for part, node in (("model", {"_target_": "torchvision.models.resnet18"}), ("partition", flowers)):
+        check_targets(OmegaConf.merge(config, {part: None}, {part: node}), parts=CLIENT)
     config.model = {"_target_": "torch.nn.Sequential", "_args_": [[{"_target_": "os.system"}]]}
     said = refusal(context_of(config, **{"partition-id": 0}))
     assert said.startswith("model._args_.0.0._target_=os.system must not be built: its package is none of")

@@ -671,6 +671,36 @@ def test_a_strategy_of_flowers_starts_on_the_grid_itself(tmp_path, in_new_proces
     )
 
 
+# --- a number belongs to a key
+
+
+def test_nobody_takes_the_number_of_anothers_key(tmp_path, clock):
+    link, table = SuperLink(clock), tmp_path / "nodes.txt"
+    grid = FlowerGrid(clients(), link, table)
+    thief, honest = link.join(scripted(0), 2**63 + 1), link.join(scripted(2), 2**63 + 2)
+    table.write_text(f"11 client-0 old\n{thief} client-1 AAAA\n{honest} client-2 BBBB\n12 client-0 CCCC\n")
+    assert grid.get_node_ids() == [2], "client 0 is offline, and its number is not to be had"
+    [away] = grid.turned_away
+    assert str(away) == "client 0: client 0 is not who it says: its key is client 1's"
+    unknown = link.join(scripted(1), 2**63 + 3)
+    assert grid.get_node_ids() == [2]
+    assert grid.turned_away[1].reason.endswith("its key is in no line of nodes.txt, which register.sh writes")
+    # a restarted client has the node id of its key; keys that were added meanwhile are known
+    with table.open("a") as file:
+        file.write(f"{unknown} client-1 DDDD\n")
+    for node in (thief, unknown):
+        link.online.remove(node)
+    assert grid.get_node_ids() == [2]
+    link.nodes[thief].answer = scripted(1)
+    link.online |= {thief, unknown}
+    assert grid.get_node_ids() == [1, 2]
+    table.unlink()
+    link.online.remove(honest)
+    grid.get_node_ids()
+    link.online.add(honest)
+    assert grid.get_node_ids() == [1], "without the table nobody is known"
+
+
 # --- clients that are missing
 
 
