@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -108,6 +109,9 @@ def configuration(context: Context) -> DictConfig:
     """
     text = str(context.run_config.get("hydra", ""))
     try:
+        # nothing that is written once and stands for much: a few lines of it would fill the memory
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it has YAML aliases")
         config = OmegaConf.create(text)
     except Exception as error:  # whatever the text makes the YAML parser raise
         raise ConfigurationError(f"the run-config key `hydra` cannot be read: {first_line(error)}") from error

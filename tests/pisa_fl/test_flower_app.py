@@ -334,6 +334,7 @@ def test_a_node_that_is_configured_wrong_says_so(configure, node_config, words):
         "a: ${b",
         "!!python/object/apply:os.getcwd []",
         "x: 1",
+        "engine: &a [1, 1]\nb: &b [*a, *a]",
     ],
 )
 def test_a_configuration_that_is_none_is_said_to_be_none(text):
