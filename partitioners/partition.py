@@ -100,6 +100,8 @@ def load(path: str | Path) -> Partition:
     Raises:
         ValueError: the file cannot be read, or is not JSON of that shape with the keys 0..n-1.
     """
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        raise ValueError(f"partition.path={path} is no file: set it to a run's partition.json")
     try:
         clients = json.loads(Path(path).read_text())
         lists = [clients[str(client)] for client in range(len(clients))]
@@ -108,7 +110,7 @@ def load(path: str | Path) -> Partition:
         return [np.array(indices, dtype=np.int64) for indices in lists]
     except OSError as error:
         raise ValueError(f"cannot read partition.path={path}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, OverflowError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise ValueError(
             f'{path} is not a partition file, {{"0": [indices], "1": [indices], ...}} with the clients\' '
             "numbers without a gap: set partition.path to a run's partition.json"

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
@@ -223,7 +223,7 @@ def build(node: DictConfig, kind: type = object, **available: Any) -> Any:
     _check_values(node)
     named = f"{node._get_full_key('_target_')}={node._target_}"
     try:
-        parameters = inspect.signature(target).parameters
+        parameters = _parameters(target)
         extra = {key: value for key, value in available.items() if key in parameters and key not in node}
         built = instantiate(node, _partial_=True, _convert_="all")(**extra)
     except (Exception, SystemExit) as error:
@@ -232,6 +232,14 @@ def build(node: DictConfig, kind: type = object, **available: Any) -> Any:
         what = f"the class {built.__name__}" if inspect.isclass(built) else f"a {type(built).__name__}"
         raise ConfigurationError(f"{named} must give a {kind.__name__} and gives {what}")
     return built
+
+
+def _parameters(target: Any) -> Collection[str]:
+    """Names of a target's parameters, as far as they can be read."""
+    try:
+        return inspect.signature(target).parameters
+    except ValueError:
+        return ()
 
 
 def _target(node: DictConfig) -> Any:
@@ -244,6 +252,8 @@ def _target(node: DictConfig) -> Any:
 
     name = node._target_
     named = f"{node._get_full_key('_target_')}={name}"
+    if not isinstance(name, str) or not name:
+        raise ConfigurationError(f"{named} is no name: name a class or a function")
     try:
         target = get_object(name)
     except (Exception, SystemExit) as error:
@@ -272,7 +282,8 @@ def _check_values(node: DictConfig) -> None:
         value = None if OmegaConf.is_missing(node, key) else node[key]
         if key in hints and not any(_fits(value, kind) for kind in _members(hints[key])):
             words = [_words(kind) for kind in _members(hints[key])]
-            listed = " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+            *others, last = dict.fromkeys(words)
+            listed = f"{', '.join(others)} or {last}" if others else last
             raise ConfigurationError(f"{_origin(node, str(key))} must be {listed}, got {value}")
         if isinstance(value, DictConfig):
             _check_values(value)
@@ -294,21 +305,28 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind; kinds other than numbers, texts, lists of them and null are not judged."""
+    """Whether a value is of a kind; of others than those named here any."""
     if get_origin(kind) is Sequence:
         (inner,) = get_args(kind)
         return isinstance(value, ListConfig) and all(any(_fits(v, k) for k in _members(inner)) for v in value)
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
-    if kind in (int, bool, NoneType) or kind is str:
+    if kind in (int, bool, NoneType):
         return type(value) is kind
+    if kind in (str, Path):
+        return isinstance(value, str)
+    if get_origin(kind) is Callable:
+        return isinstance(value, DictConfig) and "_target_" in value
     return value == kind if isinstance(kind, str) else True
 
 
 def _words(kind: Any) -> str:
     if get_origin(kind) is Sequence:
         return f"a list with {_words(get_args(kind)[0])} in each place"
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a text", NoneType: "null"}
+    if get_origin(kind) is Callable:
+        return "keys with a _target_"
+    names = {float: "a number", int: "a whole number", bool: "true or false", NoneType: "null"}
+    names |= {str: "a text", Path: "a text"}
     return kind if isinstance(kind, str) else names.get(kind, getattr(kind, "__name__", str(kind)))
 
 

@@ -42,10 +42,12 @@ def explain(error: BaseException) -> str:
 def meant(word: str, words: Iterable[str]) -> str:
     """`did you mean ...? `, with the word that is the most like this one; nothing if none is."""
     known = list(words)
-    last = word.rpartition(".")[2]
-    # the key of a group, given without it
-    close = sorted((w for w in known if w.rpartition(".")[2] == last), key=len)
-    close = close or get_close_matches(word, known, 1)
+    group, _, last = word.rpartition(".")
+    beside = [w for w in known if w.rpartition(".")[0] == group]
+    # another spelling of a key, or the key of a group given without it
+    close = get_close_matches(word, beside, 1) or sorted(
+        (w for w in known if w.endswith(f".{last}")), key=len
+    )
     return f"did you mean {close[0]}? " if close else ""
 
 

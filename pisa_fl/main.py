@@ -42,9 +42,11 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     arguments = sys.argv[1:]
     folder = _config_dir(arguments)
-    if folder is not None:
-        import_from(folder)
     try:
+        if folder is not None:
+            if not Path(folder).is_dir() or not folder:
+                raise ConfigurationError(f"--config-dir={folder} is not a folder, or not found")
+            import_from(folder)
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_task)()
     except (SystemExit, SweepError) as end:
         if wants_traceback and end.__cause__ is not None:

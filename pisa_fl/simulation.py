@@ -187,7 +187,10 @@ def _stored(directory: Path, allow: Collection[str]) -> DictConfig:
             f", or give --config-dir {folder} if you trust that" for folder in own_folders(config)
         )
         raise ConfigurationError(f"resume: {directory}/config.yaml: {error}{folders}") from error
-    return settle(config)
+    try:
+        return settle(config)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"resume: {directory}/config.yaml: {error}") from error
 
 
 def _check_begun_lately(federation: Federation, config: DictConfig, directory: Path) -> None:

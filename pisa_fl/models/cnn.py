@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 
+from pisa_fl.models.widths import check_widths
+
 POOL = 2
 
 
@@ -22,7 +24,7 @@ class SimpleCNN(nn.Module):
         hidden: widths of the two hidden linear layers.
 
     Raises:
-        ValueError: if the images are too small for two convolutions and pools.
+        ValueError: if a number is impossible, or the images are too small for two convolutions and pools.
     """
 
     def __init__(
@@ -34,6 +36,9 @@ class SimpleCNN(nn.Module):
         hidden: Sequence[int],
     ) -> None:
         super().__init__()
+        check_widths("model.channels", channels, places=2)
+        check_widths("model.kernel", [kernel])
+        check_widths("model.hidden", hidden, places=2)
         depth, height, width = shape
         for _ in channels:
             height, width = (height - kernel + 1) // POOL, (width - kernel + 1) // POOL

@@ -6,6 +6,8 @@ from itertools import pairwise
 
 from torch import nn
 
+from pisa_fl.models.widths import check_widths
+
 
 def mlp(shape: tuple[int, int, int], classes: int, hidden: Sequence[int]) -> nn.Sequential:
     """Return linear layers with ReLU between them; without hidden layers it is logistic regression.
@@ -17,7 +19,11 @@ def mlp(shape: tuple[int, int, int], classes: int, hidden: Sequence[int]) -> nn.
         shape: (channels, height, width) of the images.
         classes: number of classes.
         hidden: widths of the hidden layers.
+
+    Raises:
+        ValueError: if a width is impossible.
     """
+    check_widths("model.hidden", hidden)
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise([math.prod(shape), *hidden, classes]):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]

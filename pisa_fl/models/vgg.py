@@ -7,6 +7,7 @@ from torch import nn
 
 from pisa_fl.models.mlp import mlp
 from pisa_fl.models.norm import norm_layer
+from pisa_fl.models.widths import check_widths
 
 POOL = 2
 
@@ -33,8 +34,11 @@ def vgg9(
         group_channels: channels in a group, for `norm: group`.
 
     Raises:
-        ValueError: if the images are too small, or `norm` or `group_channels` is impossible.
+        ValueError: if the images are too small, or a width, `norm` or `group_channels` is impossible.
     """
+    check_widths("model.channels", channels)
+    if not channels:
+        raise ValueError("model.channels is empty: give a number for each convolution, or use model=mlp")
     depth, height, width = shape
     normalise = norm_layer(norm, group_channels)
     layers: list[nn.Module] = []
