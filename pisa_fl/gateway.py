@@ -332,12 +332,12 @@ class Gateway(Grid):
         if self._max_update is None or len(trained) < COMPARED:
             return {}
         start: dict[int, dict[str, Tensor]] = {}
-        lengths = {}
+        lengths, gap = {}, dict[str, Tensor]()
         for node, reply in trained.items():
             content = sent[node].content
             if id(content) not in start:
                 start[id(content)] = vectors(arrays_of(content))
-            lengths[node] = _distance(vectors(arrays_of(reply.content)), start[id(content)])
+            lengths[node] = _distance(vectors(arrays_of(reply.content)), start[id(content)], gap)
         median = statistics.median(lengths.values())
         return {
             node: f"its update is {length / median:.3g} times as long as the round's median,"
@@ -410,10 +410,14 @@ class Gateway(Grid):
         return self._grid.pull_messages(message_ids)
 
 
-def _distance(arrays: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
-    """|w_i - w| of flat weights, or of tensors by name."""
-    names = [WEIGHTS] if WEIGHTS in arrays else list(arrays)
-    return math.hypot(*(float(torch.linalg.vector_norm(arrays[name] - start[name])) for name in names))
+def _distance(arrays: Mapping[str, Tensor], start: Mapping[str, Tensor], gap: dict[str, Tensor]) -> float:
+    """|w_i - w| of flat weights, or of tensors by name; `gap` is memory that is used again."""
+    square = 0.0
+    for name in [WEIGHTS] if WEIGHTS in arrays else arrays:
+        own = gap.setdefault(name, torch.empty_like(start[name]))
+        flat = torch.sub(arrays[name], start[name], out=own).flatten()
+        square += float(flat @ flat)
+    return math.sqrt(square)
 
 
 def _refusal(instruction: Message, reply: Message, reason: str) -> Message:

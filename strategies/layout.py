@@ -114,12 +114,11 @@ class Layout:
         """Mean of each tensor, (C, d) -> (C, T)."""
         return torch.stack([part.mean(dim=-1) for part in flat.split(self.sizes, dim=-1)], dim=-1)
 
-    def root_mean_square(self, flat: Tensor) -> Tensor:
-        """Root mean square of each tensor, (C, d) -> (C, T)."""
-        norms = torch.stack(
-            [torch.linalg.vector_norm(p, dim=-1) for p in flat.split(self.sizes, dim=-1)], dim=-1
+    def norms(self, flat: Tensor) -> Tensor:
+        """Euclidean norm of each tensor, (C, d) -> (C, T)."""
+        return torch.stack(
+            [torch.linalg.vector_norm(part, dim=-1) for part in flat.split(self.sizes, -1)], -1
         )
-        return norms / torch.tensor(self.sizes, dtype=flat.dtype, device=flat.device).clamp(min=1).sqrt()
 
     def expand(self, per_tensor: Tensor) -> Tensor:
         """One value a tensor -> one value an element, (..., T) -> (..., d)."""

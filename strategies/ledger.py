@@ -164,7 +164,7 @@ class Ledger:
                 if step is not None:
                     dual = torch.add(dual, torch.mul(gap, step, out=move), out=move)
                 sums.add(shares[client], gap, dual)
-                largest = torch.maximum(largest, torch.linalg.vector_norm(dual))
+                largest = torch.maximum(largest, dual @ dual)
             return sums, largest
 
         if everybody:
@@ -174,7 +174,7 @@ class Ledger:
             self._sums.primal += sums.primal
             self._sums.dual += sums.dual
             self._sums.spread += sums.spread
-            self.largest_dual = torch.maximum(self.largest_dual, largest)
+            self.largest_dual = torch.maximum(self.largest_dual, largest.sqrt())
         self._shares |= shares
         self._rounds |= dict.fromkeys(order, round_number)
         self._begun = _Begun(before, order, weights, consensus, step, gone)

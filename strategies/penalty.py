@@ -90,21 +90,23 @@ class Penalty:
         most = math.log(checks.GREATEST)
         return checks.GREATEST if -math.log(self.gamma) * times > most else self.gamma**-times
 
-    def believed(self, residual: Tensor, scale: Tensor | None, layout: Layout) -> Tensor:
+    def believed(self, residual: Tensor, size: Tensor | None, layout: Layout) -> Tensor:
         """The residual (C, d), where a tensor's is out of all proportion to q brought to that size.
 
         Args:
             residual: g_i + pi_i, or what takes its place.
-            scale: q of each tensor, (T,), or None for a penalty by hand, which leaves the residual as it is.
+            size: Norm that each tensor has if its elements are q, (T,), or None for a penalty by hand, which leaves
+                the residual as it is.
             layout: Of the residual.
         """
-        if scale is None:
+        if size is None:
             return residual
-        size = layout.root_mean_square(residual)
-        surprising = size > SURPRISE * scale
+        norms = layout.norms(residual)
+        surprising = norms > SURPRISE * size
         if not surprising.any():
             return residual
-        share = torch.where(surprising, scale.clamp(min=QUIET) / size, 1.0).clamp(max=1.0)
+        least = layout.norms(torch.full_like(residual[:1], QUIET))
+        share = torch.where(surprising, torch.maximum(size, least) / norms, 1.0).clamp(max=1.0)
         return residual * layout.expand(share)
 
     @property

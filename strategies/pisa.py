@@ -223,14 +223,15 @@ class _Common:
         held: The state of the common Q; empty if every client has its own.
         observed: Whether anything was observed of it yet.
         sigma: The penalty; None in a round that only measures.
-        scale: Size q of Q on each tensor, (T,), that an automatic penalty follows; None for one by hand.
+        size: Norm of each tensor if its elements are q, (T,), the size that an automatic penalty follows; None for
+            one by hand.
     """
 
     instruction: Instruction
     held: Mapping[str, Tensor]
     observed: bool
     sigma: Tensor | None
-    scale: Tensor | None
+    size: Tensor | None
 
 
 class PisaClient(ClientHalf):
@@ -288,7 +289,7 @@ class PisaClient(ClientHalf):
         if self._common is None or self._common.instruction is not instruction:
             self._common = self._prepare(instruction)
         sigma, rho = self._common.sigma, self.penalty.rho_value
-        believed = partial(self.penalty.believed, scale=self._common.scale, layout=self.layout)
+        believed = partial(self.penalty.believed, size=self._common.size, layout=self.layout)
         preconditioner, aligned = self.preconditioner, self.align_every > 0
         consensus, dual = instruction.arrays[WEIGHTS], state[DUAL]
         held: Mapping[str, Tensor] = self._common.held if aligned else state
@@ -325,9 +326,8 @@ class PisaClient(ClientHalf):
         sigma = self.penalty.sigma_at(integer(instruction.config, ROUND), scale)
         if sigma is not None:
             sigma = sigma.to(arrays[WEIGHTS].device)
-        if scale is not None:
-            scale = self.layout.mean(scale.to(arrays[WEIGHTS].device))
-        return _Common(instruction, held, any(vector.any() for vector in held.values()), sigma, scale)
+        size = None if scale is None else self.layout.norms(scale.to(arrays[WEIGHTS].device))
+        return _Common(instruction, held, any(vector.any() for vector in held.values()), sigma, size)
 
     def _gradients(self, cohort: Cohort) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """The stochastic gradient: at weights (d,) or (C, d), gradients (C, d) and losses (C,)."""
