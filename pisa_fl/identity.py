@@ -20,16 +20,7 @@ from torch import nn
 from partitioners import Partition
 from pisa_fl.config import PATHS, ConfigurationError
 
-SETTINGS = (
-    "seed",
-    "clients",
-    "participation",
-    "batch_size",
-    "engine.precision",
-    "data.augment",
-    "model",
-    "strategy",
-)
+SETTINGS = ("seed", "clients", "participation", "batch_size", "data.augment", "model", "strategy")
 """Keys of the configuration that the bits follow from, those below them included."""
 
 ELSEWHERE = ("rounds", "state")
@@ -92,10 +83,11 @@ def run_id(parts: Mapping[str, str]) -> str:
 
 def of_settings(config: DictConfig) -> dict[str, str]:
     """The parts of the configuration, by dotted key."""
-    parts: dict[str, str] = {}
+    # not every engine has the key, and those without compute so
+    parts = _flat("engine.precision", OmegaConf.select(config, "engine.precision", default="float32"))
     for key in (*SETTINGS, DEAL):
         value = OmegaConf.select(config, key)
-        plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         parts |= _flat(key, plain)
     return {
         key: value
