@@ -27,7 +27,6 @@ from pisa_fl.explain import explain
 from pisa_fl.federation import Federation, seeded
 from pisa_fl.host import Clients
 from pisa_fl.identity import Identity, expected, of_deal, of_settings, of_tensors, of_weights
-from pisa_fl.models.check import check_model
 from pisa_fl.surroundings import own_surroundings
 from strategies import ClientHalf, Layout, checks
 
@@ -157,7 +156,6 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: StateF
             if hasattr(partitioner, "noise_std"):
                 noise = {number: partitioner.noise_std(number)}
         model, layout = _model(config, data)
-        check_model(model, data)
         half = build(config.strategy.client, ClientHalf, layout=layout, seed=config.seed)
         device = _device(str(config.device))
         return Clients(data, {number: rows}, model, half, config.seed, config.batch_size, device, noise)

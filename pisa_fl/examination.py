@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pisa_fl.config import ConfigurationError, first_line
+from pisa_fl.config import ConfigurationError
+from pisa_fl.explain import first_line
+from pisa_fl.randomness import global_generators
 from strategies.layout import Layout
 
 IMAGES = 4
@@ -31,28 +33,42 @@ class Findings:
     takes_one: bool
 
 
-def examine(model: nn.Module, shape: tuple[int, ...]) -> Findings:
-    """Try a copy of a model on random images of a shape, (channels, height, width); nothing of the caller's changes.
+def examine(model: nn.Module, shape: tuple[int, ...], classes: int) -> Findings:
+    """Try a copy of a model on random images; nothing of the caller's changes.
+
+    Args:
+        model: The model.
+        shape: (channels, height, width) of the images.
+        classes: How many logits it has to give at least.
 
     Raises:
-        ConfigurationError: It cannot be trained: a pass fails, or its output does not follow from its parameters.
+        ConfigurationError: It cannot be trained: a pass fails, it gives no logits, or they do not follow from its
+            parameters.
     """
     try:
         Layout.of_parameters(model)
-        own = copy.deepcopy(model).cpu().train()
+        own = copy.deepcopy(model).cpu()
     except (ValueError, RuntimeError, TypeError) as error:
         raise ConfigurationError(f"model: {first_line(error)}") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with global_generators(0):
         images = torch.randn(IMAGES, *shape)
         before = {name: buffer.clone() for name, buffer in own.named_buffers()}
         parameters = [p for p in own.parameters() if p.requires_grad]
         try:
+            evaluated = own.eval()(images)
+            own.train()
             first, second = (_moved(own, parameters, images) for _ in range(2))
         except Exception as error:  # whatever a model of the user's raises
             raise ConfigurationError(
-                f"model: it cannot be trained on images of shape {tuple(shape)}: {first_line(error)}"
+                f"model: {type(model).__name__} cannot take images of (channels, height, width) {tuple(shape)}:"
+                f" {type(error).__name__}: {first_line(error)}"
             ) from error
+        for output, mode in ((evaluated, "in evaluation"), (second, "in training")):
+            if (words := _fault(output, classes)) is not None:
+                raise ConfigurationError(
+                    f"model: {type(model).__name__} must give logits, one float tensor of (images, classes),"
+                    f" and gives {words} {mode}"
+                )
         _check_output_follows(first, second, parameters)
         after = dict(own.named_buffers())
         statistics = tuple(
@@ -68,6 +84,17 @@ def examine(model: nn.Module, shape: tuple[int, ...]) -> Findings:
     return Findings(statistics, takes_one)
 
 
+def _fault(output: Any, classes: int) -> str | None:
+    """What a model gave for the images that it was tried on, if that is no logits."""
+    if not isinstance(output, Tensor):
+        return f"a {type(output).__name__}"
+    if output.dim() != 2 or len(output) != IMAGES or not output.is_floating_point():
+        return f"{output.dtype} of shape {tuple(output.shape)} for {IMAGES} images"
+    if output.shape[1] < classes:
+        return f"{output.shape[1]} numbers an image for {classes} classes"
+    return None if output.isfinite().all() else "numbers that are not finite"
+
+
 def _moved(model: nn.Module, parameters: Sequence[nn.Parameter], images: Tensor) -> Any:
     """Output of a training pass after the parameters were given other values, as training does it.
 
@@ -75,18 +102,16 @@ def _moved(model: nn.Module, parameters: Sequence[nn.Parameter], images: Tensor)
     """
     for parameter in parameters:
         parameter.data = parameter.data + torch.randn(parameter.shape) * 0.1
-    with torch.random.fork_rng(devices=[]):  # dropout and its like draw the same every time
+    with global_generators(0):  # dropout and its like draw the same every time
         return model(images)
 
 
-def _check_output_follows(first: Any, second: Any, parameters: Sequence[nn.Parameter]) -> None:
+def _check_output_follows(first: Tensor, second: Tensor, parameters: Sequence[nn.Parameter]) -> None:
     """Refuse a model whose output is not a differentiable function of the parameters that training sets.
 
     Raises:
         ConfigurationError: It is not.
     """
-    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
-        raise ConfigurationError(f"model: it must give a tensor of logits, got {type(second).__name__}")
     if not second.requires_grad:
         raise ConfigurationError(
             "model: its output has no gradient, so it would never learn:"

@@ -22,7 +22,6 @@ from pisa_fl.engines.base import ClientGrid
 from pisa_fl.engines.local import local_engine
 from pisa_fl.gateway import Gateway
 from pisa_fl.host import Clients
-from pisa_fl.models.check import check_model
 from pisa_fl.randomness import global_generators, numpy_generator
 from pisa_fl.rundir import Metrics
 from pisa_fl.solver import TEST_PART, tensor
@@ -126,7 +125,6 @@ class Federation:
     ) -> None:
         if not len(data.test_images):
             raise ValueError("data: there are no test images, which the server needs")
-        check_model(model, data)
         device = torch.device(device)
         self.strategy, self.data, self.partition = strategy, data, partition
         rows = dict(enumerate(partition))

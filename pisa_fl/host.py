@@ -89,7 +89,7 @@ class Clients:
         Raises:
             ConfigurationError: It cannot be trained, or not on these clients' examples.
         """
-        found = examine(self.model, self.data.shape)
+        found = examine(self.model, self.data.shape, len(self.data.classes))
         if not found.takes_one:
             remedy = (
                 "its normalisation needs two examples at least: give it more, or a model without (GroupNorm)"

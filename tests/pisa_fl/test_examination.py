@@ -114,22 +114,22 @@ def federation(model, sizes=(9, 17), batch_size=8, epochs=1, server=None, half=N
         (lambda: Flat().half(), "float16"),
         (lambda: Flat(phase=nn.Parameter(torch.zeros(2, dtype=torch.complex64))), "complex64"),
         (lambda: Flat().to("meta"), "meta"),
-        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(15, 3)), "cannot be trained on images"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(15, 3)), "cannot take images of"),
     ],
 )
 def test_a_model_that_would_never_learn_is_refused_in_one_sentence(model, sentence):
     with pytest.raises(ConfigurationError, match=sentence) as refused:
-        examine(model(), SHAPE)
+        examine(model(), SHAPE, 3)
     assert "\n" not in str(refused.value)
 
 
 def test_only_what_a_training_pass_changes_is_a_running_statistic():
     table, seen = torch.full((4, 4), -torch.inf).triu(1).nan_to_num(0.0), torch.tensor(0.0)
-    assert examine(OwnAverage(table=table, seen=seen), SHAPE).statistics == ("seen",)
+    assert examine(OwnAverage(table=table, seen=seen), SHAPE, 3).statistics == ("seen",)
     model = normed(nn.BatchNorm1d(5))
     nn.init.zeros_(model[1].weight), nn.init.zeros_(model[1].bias)  # its mean would stay at zero
     held = {name: value.clone() for name, value in model.state_dict().items()}
-    found = examine(model, SHAPE)
+    found = examine(model, SHAPE, 3)
     assert found.statistics == ("2.running_mean", "2.running_var")
     assert not found.takes_one
     for name, value in model.state_dict().items():
@@ -147,7 +147,7 @@ def test_only_what_a_training_pass_changes_is_a_running_statistic():
     ],
 )
 def test_whether_one_example_is_enough_is_found_out(model, one):
-    assert examine(model(), SHAPE).takes_one == one
+    assert examine(model(), SHAPE, 3).takes_one == one
 
 
 @pytest.mark.parametrize("fill", [-np.inf, float(torch.finfo(torch.bfloat16).min), -1e13])
