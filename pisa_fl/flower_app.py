@@ -30,6 +30,7 @@ from pisa_fl.federation import RunError
 from pisa_fl.files import write
 from pisa_fl.host import CLIENT_FAILED, ClientHost, Clients
 from pisa_fl.solver import failure_reason
+from pisa_fl.text import visible
 from strategies.messages import CONFIG
 
 server = ServerApp()
@@ -76,7 +77,7 @@ def introduce(message: Message, context: Context) -> Message:
             "examples": len(host.clients[number]),
             "version": version("pisa-fl"),
             "shape": list(data.shape),
-            "classes": list(data.classes),
+            "classes": [visible(name) for name in data.classes],
         }
         return Message(RecordDict({CONFIG: ConfigRecord(said)}), reply_to=message)
     except Exception as error:

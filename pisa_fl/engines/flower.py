@@ -23,6 +23,7 @@ from flwr.serverapp import Grid
 
 from pisa_fl.engines.base import ClientGrid, TurnedAway
 from pisa_fl.host import CLIENT_FAILED, Clients, printable
+from pisa_fl.text import visible
 from strategies.messages import CONFIG, config_of
 
 log = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ class FlowerGrid(ClientGrid):
         expected = {
             "version": version("pisa-fl"),
             "shape": list(data.shape),
-            "classes": list(data.classes),
+            "classes": [visible(name) for name in data.classes],
         }
         for key, value in expected.items():
             if said.get(key) != value:
