@@ -52,22 +52,26 @@ def save_checkpoint(federation: Federation, folder: Path, keep: int) -> None:
         OSError: It cannot be written; those before it stay.
     """
     target = folder / f"round-{federation.round:06d}"
-    if _is_whole(target):
-        return
-    temporary = folder / f".{target.name}"
+    if not _is_whole(target):
+        _replace(federation, target)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace(federation: Federation, target: Path) -> None:
+    """Write a checkpoint where there is none, or a damaged one."""
+    temporary = target.with_name(f".{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with naming(target):
             temporary.mkdir(parents=True)
             _write_all(federation, temporary)
-            shutil.rmtree(target, ignore_errors=True)  # it is damaged
+            shutil.rmtree(target, ignore_errors=True)
             replace(temporary, target)
-            sync(folder.parent)  # the folder may be new
+            sync(target.parent.parent)  # their folder may be new
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(federation: Federation, folder: Path) -> bool:

@@ -7,6 +7,7 @@ A run of a sweep that fails says which it is; the others go on, and the sweep en
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -24,6 +25,9 @@ from pisa_fl.explain import explain
 from pisa_fl.text import tolerate_any_text, visible
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM)
+"""Errors of the system that are no fault of the configuration."""
 
 
 class SweepError(Exception):
@@ -73,7 +77,8 @@ def _task(config: DictConfig) -> None:
             _refuse_others("resume", "allow")
         _run(settings, directory)
     except (ConfigurationError, OSError) as error:
-        _give_up(WRONG, error)
+        no_room = isinstance(error, OSError) and error.errno in NO_ROOM
+        _give_up(FAILED if no_room else WRONG, error)
     except SweepError:
         raise
     except Exception as error:

@@ -355,7 +355,8 @@ def _last_checkpoint(
                 _save(federation, config, path)
                 _draw_partition(federation, path)
             except Exception as another:  # the first is what ended the run
-                log.warning("no checkpoint of round %d: %s", federation.round, explain(another))
+                if not isinstance(error, OSError):  # which has said that nothing can be written
+                    log.warning("no checkpoint of round %d: %s", federation.round, explain(another))
         raise
 
 
