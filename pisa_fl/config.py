@@ -42,6 +42,7 @@ def import_from(folder: str | Path) -> None:
     path = Path(folder).resolve()
     if path not in imported_folders:
         imported_folders.append(path)
+    if str(path) not in sys.path:
         sys.path.append(str(path))
 
 
@@ -186,6 +187,8 @@ def explain_composition(
     error: Exception, overrides: Iterable[str], config_dir: str | Path | None = None
 ) -> str:
     """One sentence for what composing a configuration raised: a mistake in a file of the user's is named."""
+    if isinstance(error, ConfigurationError):
+        return str(error)
     if config_dir is not None and Path(config_dir).is_dir() and (words := mistake_in(Path(config_dir))):
         return words
     if str(error).startswith("Config group override must be"):
@@ -257,18 +260,20 @@ def _target(node: DictConfig) -> Any:
     try:
         target = get_object(name)
     except (Exception, SystemExit) as error:
-        top = str(name).partition(".")[0]
-        for folder in imported_folders:
-            if path := next((p for p in (folder / f"{top}.py", folder / top) if p.exists()), None):
-                found = getattr(sys.modules.get(top), "__file__", None) or "Python's own"
-                if not Path(found).is_relative_to(folder):
-                    raise ConfigurationError(
-                        f"{named}: {path} is hidden by another module `{top}` ({found}): rename it"
-                    ) from error
+        _refuse_hidden(name, named)
         raise ConfigurationError(f"{named}: {' '.join(str(error).split())}") from error
     if not callable(target):
         raise ConfigurationError(f"{named} is a {type(target).__name__}: name a class or a function")
     return target
+
+
+def _refuse_hidden(name: str, named: str) -> None:
+    """Say so if a user's module is not found because another one, imported before, has its name."""
+    top = name.partition(".")[0]
+    found = getattr(sys.modules.get(top), "__file__", None) or "built into Python"
+    for path in (folder / entry for folder in imported_folders for entry in (f"{top}.py", top)):
+        if top in sys.modules and path.exists() and not Path(found).is_relative_to(path.parent):
+            raise ConfigurationError(f"{named}: {path} is hidden by the module `{top}`, {found}: rename it")
 
 
 def _check_values(node: DictConfig) -> None:

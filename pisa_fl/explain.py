@@ -43,11 +43,10 @@ def meant(word: str, words: Iterable[str]) -> str:
     """`did you mean ...? `, with the word that is the most like this one; nothing if none is."""
     known = list(words)
     group, _, last = word.rpartition(".")
-    beside = [w for w in known if w.rpartition(".")[0] == group]
+    beside = {w.rpartition(".")[2]: w for w in known if w.rpartition(".")[0] == group}
     # another spelling of a key, or the key of a group given without it
-    close = get_close_matches(word, beside, 1) or sorted(
-        (w for w in known if w.endswith(f".{last}")), key=len
-    )
+    close = [beside[w] for w in get_close_matches(last, beside, 1)]
+    close = close or sorted((w for w in known if w.endswith(f".{last}")), key=len)
     return f"did you mean {close[0]}? " if close else ""
 
 

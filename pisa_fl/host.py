@@ -295,9 +295,7 @@ class ClientHost:
             yield from self._answer(alone, run)
 
     def _run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome | str]]:
-        on_gpu = self.device.type == "cuda"
-        with torch.random.fork_rng(devices=[self.device] if on_gpu else []):
-            yield from ((position, self.solver.answer(job)) for position, job in enumerate(jobs))
+        yield from ((position, self.solver.answer(job)) for position, job in enumerate(jobs))
 
     def _job(self, group: _Group) -> Job:
         clients = [client for client, _ in group.messages]
