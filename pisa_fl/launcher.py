@@ -35,7 +35,7 @@ from pisa_fl.allowed import SIMULATION
 from pisa_fl.assembly import prepare
 from pisa_fl.bundle import BUNDLE
 from pisa_fl.client_state import StateFile
-from pisa_fl.config import ConfigurationError, imported_folders, literal, own_folders
+from pisa_fl.config import ConfigurationError, imported_folders, literal, located, own_folders
 from pisa_fl.engines.flower import NODES
 from pisa_fl.engines.local import LocalGrid
 from pisa_fl.federation import RunError
@@ -154,7 +154,7 @@ class FlowerRun:
 
     def _addressed(self, config: DictConfig, directory: Path, resume: bool) -> DictConfig:
         """The configuration with what only this run knows."""
-        addressed = config.copy()
+        addressed = located(config)
         OmegaConf.set_struct(addressed, False)
         addressed.imports = [literal(folder) for folder in own_folders(config)]
         addressed.resume = str(directory) if resume else None

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pisa_fl.config import ConfigurationError, literal, own_folders
+from pisa_fl.config import ConfigurationError, literal, located, own_folders
 from pisa_fl.files import append, write
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
 
 def write_config(path: Path, config: DictConfig, run_id: str) -> None:
     """Write the resolved configuration, with what only a run directory says: whose it is, and where modules lie."""
-    stored = config.copy()
+    stored = located(config)
     OmegaConf.set_struct(stored, False)
     stored.run_id, stored.imports = run_id, [literal(folder) for folder in own_folders(config)]
     write(path, OmegaConf.to_yaml(stored))

@@ -18,7 +18,7 @@ from pisa_fl import claim, files, rundir
 from pisa_fl.allowed import check_targets
 from pisa_fl.assembly import Engine, deals, prepare
 from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
-from pisa_fl.config import ConfigurationError, build, located, own_folders, own_modules, settle
+from pisa_fl.config import ConfigurationError, build, own_folders, own_modules, settle
 from pisa_fl.explain import explain
 from pisa_fl.federation import DivergedError, Federation, RunError, TooFewClientsError
 from pisa_fl.files import write
@@ -89,7 +89,6 @@ def run(config: DictConfig, directory: Path | str | None = None, engine: Engine 
     config = settle(config)
     if config.resume is not None:
         return resume(Path(str(config.resume)), engine, config.get("allow") or ())
-    config = located(config)
     if engine is None and (launcher := _launcher(config)):
         return launcher.launch(config, path)
     return begin(config, path, engine)
