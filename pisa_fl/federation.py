@@ -137,6 +137,8 @@ class Federation:
         supply = getattr(strategy, "supply", None)
         buffers = self.model.buffers.cpu()
         self.gateway = Gateway(self.grid, half, buffers, seed, participation, supply, max_update)
+        if not self.grid.elsewhere:  # else they are looked for
+            self.gateway.traffic.clients_reachable = self.clients
         self.arrays = record({WEIGHTS: self.model.weights.clone()})
         self.identity: Mapping[str, str] = {}
         self.round = 0
@@ -193,7 +195,6 @@ class Federation:
             DivergedError: A round gave values that are not finite.
         """
         if self.round == 0:
-            self.gateway.look()
             yield self._metrics({})
         while self.round < count:
             yield self._metrics(self._train())
