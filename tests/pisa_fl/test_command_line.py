@@ -22,7 +22,8 @@ def lines_of(text):
 def refused(command, tmp_path, *arguments):
     """The one sentence that a wrong command ends with; it must leave the folder as it was."""
     before = sorted(tmp_path.rglob("*"))
-    ended = command(*QUICK, *arguments)
+    flags = [text for text in arguments if text.startswith("--")]
+    ended = command(*flags, *QUICK, *(text for text in arguments if text not in flags))
     (line,) = lines_of(ended.err)
     assert ended.status == 2
     assert line.startswith("pisa-fl: ")
@@ -42,6 +43,9 @@ def refused(command, tmp_path, *arguments):
         ("engine=nope", ["engine=nope does not exist", "local"]),
         ("strategy/preconditioner=nope", ["strategy/preconditioner=nope does not exist", "second_moment"]),
         ("nonsense=1", ["nonsense is no key", "--cfg job"]),
+        ("cliens=3", ["cliens is no key", "did you mean clients?"]),
+        ("strategy=sisaa", ["did you mean sisa?"]),
+        ("experiment=papr", ["experiment=papr does not exist", "did you mean paper?"]),
         ("strategy.nonsense=1", ["strategy.nonsense is no key"]),
         ("+rounds=3", ["rounds"]),
         ("rounds", ["rounds cannot be read as key=value"]),
@@ -60,6 +64,44 @@ def refused(command, tmp_path, *arguments):
         ("participation=nan", ["participation must be above 0 and at most 1", "got nan"]),
         ("checkpoint.every=0", ["checkpoint.every must be a whole number of at least 1"]),
         ("targets=[2]", ["targets must be accuracies between 0 and 1"]),
+        ("targets=0.9", ["targets must be accuracies between 0 and 1 in a list, such as [0.9]"]),
+        ("targets=[true]", ["targets must be", "got [True]"]),
+        ("targets=null", ["targets must be", "got null"]),
+        ("round_timeout=inf", ["round_timeout must be a number of seconds from 0 to 2000000, got inf"]),
+        ("round_timeout=3000000", ["round_timeout must be a number of seconds", "got 3000000"]),
+        ("patience=nan", ["patience must be a number of seconds", "got nan"]),
+        ("patience=true", ["patience must be a number of seconds", "got True"]),
+        ("seed=1180591620717411303424", ["seed must be a whole number of at most 9223372036854775807"]),
+        ("seed=", ["seed must be a whole number of at least 0, got an empty text"]),
+        ("seed=010", ["seed must be a whole number", "got 010"]),
+        ("clients=1000000000000", ["clients must be a whole number of at most"]),
+        ("clients=true", ["clients must be a whole number of at least 1, got True"]),
+        ("checkpoint.every=1e9", ["checkpoint.every must be a whole number", "got 1000000000.0"]),
+        ("engine.workers=1000000", ["engine.workers must be a whole number of at most 1024 or auto"]),
+        # a scalar, null or nothing where keys are expected
+        ("strategy=null", ["strategy=null: a group is chosen by its name"]),
+        ("data=5", ["data=5: a group is chosen by its name"]),
+        ("hydra=null", ["hydra=null: a group is chosen by its name"]),
+        ("checkpoint=5", ["checkpoint must be a group of keys, got 5"]),
+        ("~strategy", ["strategy must be a group of keys, got nothing"]),
+        ("~clients", ["clients", "not found"]),
+        ("~strategy.server", ["strategy.server must be a group of keys", "a server half"]),
+        ("strategy.client=5", ["strategy.client must be a group of keys, got 5", "a client half"]),
+        ("strategy.preconditioner=null", ["strategy.preconditioner must be keys with a _target_, got None"]),
+        ("data.augment=5", ["data.augment must be keys with a _target_ or null, got 5"]),
+        # targets that are none, or give something else
+        ("strategy.server._target_=5", ["strategy.server._target_=5 is no name"]),
+        ("strategy.server._target_=torch", ["strategy.server._target_=torch is a module"]),
+        (
+            "partition._target_=builtins.dict",
+            ["partition._target_=builtins.dict must give a Partitioner", "dict"],
+        ),
+        (
+            "strategy.client._target_=builtins.dict",
+            ["strategy.client._target_=builtins.dict must give a ClientHalf"],
+        ),
+        ("seed=${seed}", ["Recursive interpolation"]),
+        ("partition.num_partitions=7", ["partition.num_partitions=7 and clients=10 disagree"]),
         ("progress=perhaps", ["progress must be true or false", "got perhaps"]),
         ("engine.cohort=0", ["engine.cohort must be a whole number"]),
         ("device=nonsense", ["device=nonsense is no device", "device", "cpu"]),
@@ -73,6 +115,12 @@ def refused(command, tmp_path, *arguments):
         ("strategy=fedadam strategy.eta=abc", ["strategy.eta must be a number, got abc"]),
         ("strategy.align_every=0", ["strategy.align_every=0", "strategy.sigma and strategy.rho by hand"]),
         ("model.hidden=abc", ["model.hidden must be a list", "got abc"]),
+        ("model.hidden=[0]", ["model.hidden must hold whole numbers of at least 1, got [0]"]),
+        ("model.hidden=[true]", ["model.hidden must be a list", "got [True]"]),
+        ("model=simple_cnn model.hidden=[10]", ["model.hidden must have 2 numbers", "got [10]"]),
+        ("model=simple_cnn model.channels=[1,2,3]", ["model.channels must have 2 numbers"]),
+        ("model=simple_cnn model.kernel=0", ["model.kernel must hold whole numbers of at least 1"]),
+        ("model=vgg9 model.channels=[]", ["model.channels is empty"]),
         ("model=simple_cnn model.kernel=15", ["model.kernel=15", "use larger images, a smaller kernel"]),
         ("data.mean=abc", ["data.mean must be a number or a list", "got abc"]),
         ("data.std=[0.0]", ["data.std=[0.0] must be positive"]),
@@ -107,6 +155,92 @@ def test_wrong_input_gets_one_sentence(command, tmp_path, arguments, words):
     assert [word for word in words if word not in sentence] == []
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: 1\nb: [1\n", "bad.yaml, line 3: expected ',' or ']'"),
+        (b"a: 1\na: 2\n", "bad.yaml, line 2: found duplicate key a"),
+        (b"a:\tb:\n\t- 1\n", "bad.yaml, line 1: "),
+        (b"\xff\xfe\x00", "bad.yaml cannot be read as YAML"),
+        (
+            b"a: &a [*a]\n",
+            "bad.yaml cannot be read as YAML: the configuration is nested too deeply, or holds itself",
+        ),
+    ],
+)
+def test_a_mistake_in_a_file_of_the_users_is_named(command, tmp_path, content, words):
+    (tmp_path / "own" / "strategy").mkdir(parents=True)
+    (tmp_path / "own" / "strategy" / "bad.yaml").write_bytes(content)
+    assert words in refused(command, tmp_path, "strategy=bad", "--config-dir=own")
+
+
+def test_a_config_dir_that_is_none(command, tmp_path):
+    assert refused(command, tmp_path, "--config-dir=").startswith("--config-dir= is not a folder")
+
+
+OWN_MODELS = """
+from torch import nn
+
+class Linear(nn.Module):
+    def __init__(self, inputs=784, outputs=10):
+        super().__init__()
+        self.layer = nn.Linear(inputs, outputs)
+
+    def forward(self, images):
+        return self.layer(images.flatten(1))
+
+class Pair(Linear):
+    def forward(self, images):
+        logits = super().forward(images)
+        return (logits, logits) if self.training else logits
+
+class Named(Linear):
+    def forward(self, images):
+        return {"logits": super().forward(images)}
+
+class Label(Linear):
+    def forward(self, images):
+        return super().forward(images).argmax(1)
+
+class Infinite(Linear):
+    def forward(self, images):
+        return super().forward(images) / 0
+
+def few(): return Linear(outputs=7)
+def other_size(): return Linear(inputs=100)
+def a_class(): return Linear
+def nothing(): return None
+def leaves(): raise SystemExit(3)
+def recurs(): return recurs()
+def looks_up(): return {}["x"]
+"""
+
+
+def test_models_that_do_not_fit(command, tmp_path, monkeypatch):
+    """One sentence before the first round, with nothing written."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    (tmp_path / "own" / "models_of_mine.py").write_text(OWN_MODELS)
+    (tmp_path / "own" / "model" / "mine.yaml").write_text("_target_: ???\n")
+    logits = "must give logits, one float tensor of (images, classes), and gives"
+    expected = {
+        "Pair": f"Pair {logits} a tuple in training",
+        "Named": f"Named {logits} a dict in evaluation",
+        "Label": f"Label {logits} torch.int64 of shape (2,) for 2 images",
+        "Infinite": f"Infinite {logits} numbers that are not finite",
+        "few": f"Linear {logits} 7 numbers an image for 10 classes",
+        "other_size": "Linear cannot take images of (channels, height, width) (1, 28, 28): RuntimeError",
+        "a_class": "must give a Module and gives the class Linear",
+        "nothing": "must give a Module and gives a NoneType",
+        "leaves": "model._target_=models_of_mine.leaves: SystemExit: 3",
+        "recurs": "model._target_=models_of_mine.recurs: RecursionError",
+        "looks_up": "model._target_=models_of_mine.looks_up: KeyError: 'x'",
+    }
+    for name, words in expected.items():
+        chosen = ["--config-dir=own", "model=mine", f"model._target_=models_of_mine.{name}"]
+        assert words in refused(command, tmp_path, *chosen)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(command, tmp_path):
     assert refused(command, tmp_path, "device=cuda") == (
@@ -132,6 +266,27 @@ def test_initial_weights_of_another_model(command, tmp_path, tensors, words):
     sentence = refused(command, tmp_path, "init=other.safetensors")
     assert sentence.startswith("init=other.safetensors is of another model")
     assert words in sentence
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "words"),
+    [
+        (float("nan"), torch.float32, "holds numbers in 1.bias that are not finite"),
+        (1e300, torch.float64, "holds numbers in 1.bias that are not finite in torch.float32"),
+        (1, torch.int32, "1.bias is torch.int32 there and torch.float32 in the model"),
+    ],
+)
+def test_initial_weights_that_are_no_weights(command, tmp_path, value, dtype, words):
+    bias = torch.full((10,), value, dtype=dtype)
+    save_file({"1.weight": torch.zeros(10, 784), "1.bias": bias}, tmp_path / "odd.safetensors")
+    assert words in refused(command, tmp_path, "init=odd.safetensors")
+
+
+def test_a_pipe_is_not_waited_for(command, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert refused(command, tmp_path, "init=pipe").startswith("init=pipe is no file")
+    sentence = refused(command, tmp_path, "partition=from_file", "partition.path=pipe")
+    assert sentence.startswith("partition.path=pipe is no file")
 
 
 def test_a_corrupt_idx_file(command, tmp_path):
