@@ -40,6 +40,7 @@ from strategies.messages import (
     STATE_LOST,
     WEIGHTS,
     Field,
+    TensorArray,
     arrays_of,
     averaged,
     config_of,
@@ -49,6 +50,7 @@ from strategies.messages import (
     payload,
     real,
     record,
+    tensor,
     vectors,
 )
 
@@ -331,13 +333,10 @@ class Gateway(Grid):
         trained = {n: r for n, r in replies.items() if sent[n].metadata.message_type == MessageType.TRAIN}
         if self._max_update is None or len(trained) < COMPARED:
             return {}
-        start: dict[int, dict[str, Tensor]] = {}
-        lengths, gap = {}, dict[str, Tensor]()
-        for node, reply in trained.items():
-            content = sent[node].content
-            if id(content) not in start:
-                start[id(content)] = vectors(arrays_of(content))
-            lengths[node] = _distance(vectors(arrays_of(reply.content)), start[id(content)], gap)
+        lengths = {
+            node: _distance(arrays_of(reply.content), arrays_of(sent[node].content))
+            for node, reply in trained.items()
+        }
         median = statistics.median(lengths.values())
         return {
             node: f"its update is {length / median:.3g} times as long as the round's median,"
@@ -410,14 +409,13 @@ class Gateway(Grid):
         return self._grid.pull_messages(message_ids)
 
 
-def _distance(arrays: Mapping[str, Tensor], start: Mapping[str, Tensor], gap: dict[str, Tensor]) -> float:
-    """|w_i - w| of flat weights, or of tensors by name; `gap` is memory that is used again."""
-    square = 0.0
-    for name in [WEIGHTS] if WEIGHTS in arrays else arrays:
-        own = gap.setdefault(name, torch.empty_like(start[name]))
-        flat = torch.sub(arrays[name], start[name], out=own).flatten()
-        square += float(flat @ flat)
-    return math.sqrt(square)
+def _distance(arrays: ArrayRecord, start: ArrayRecord) -> float:
+    """|w_i - w| of flat weights, or of tensors by name."""
+    if isinstance(flat := arrays.get(WEIGHTS), TensorArray) and flat.moved is not None:
+        return flat.moved
+    names = [WEIGHTS] if WEIGHTS in arrays else list(arrays)
+    gaps = (tensor(arrays[name]).float() - tensor(start[name]).float() for name in names)
+    return math.hypot(*(float(torch.linalg.vector_norm(gap)) for gap in gaps))
 
 
 def _refusal(instruction: Message, reply: Message, reason: str) -> Message:

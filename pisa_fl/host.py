@@ -24,7 +24,7 @@ from pisa_fl.cohort import ClientData, FlatModel, fitting_cohort
 from pisa_fl.config import ConfigurationError
 from pisa_fl.data import ImageData
 from pisa_fl.examination import Findings, examine
-from pisa_fl.solver import InstructionError, Job, Outcome, Solver, failure_reason, tensor
+from pisa_fl.solver import MOVED, InstructionError, Job, Outcome, Solver, failure_reason, tensor
 from strategies.client import ClientHalf
 from strategies.messages import (
     ACCEPTED,
@@ -315,7 +315,8 @@ class ClientHost:
                     state.pending = outcome.state[row]
                 arrays = ArrayRecord()
                 for name, stack in outcome.arrays.items():
-                    arrays[name] = TensorArray(stack[row], outcome.norms[name][row])
+                    moved = outcome.norms[MOVED][row] if name == WEIGHTS else None
+                    arrays[name] = TensorArray(stack[row], outcome.norms[name][row], moved)
                 content[ARRAYS] = self._by_name(vectors(arrays), names) if names else arrays
             content[METRICS] = MetricRecord(dict(outcome.metrics[row]))
             yield Message(content, reply_to=message)

@@ -25,6 +25,8 @@ from pisa_fl.randomness import global_generators, torch_seed
 from strategies.client import ClientHalf, Instruction
 from strategies.messages import BUFFERS, DIFFERENTIATED, EXAMPLES, LOSS, ROUND, WEIGHTS, integer
 
+MOVED = "moved"
+
 TEST_PART = 1000
 """Examples of a part of the test set, which are read at once."""
 
@@ -61,7 +63,7 @@ class Outcome:
         metrics: Numbers of each client.
         arrays: What they answer, {name: (C, size)}.
         state: What each is to remember if the server accepts that, {name: (size,)}; empty if there is no such thing.
-        norms: Euclidean norm of each client's row of each of the arrays.
+        norms: Euclidean norm of each client's row of each of the arrays; under `MOVED`, how far its weights moved.
     """
 
     metrics: Sequence[Mapping[str, int | float]]
@@ -153,6 +155,9 @@ class Solver:
         if len(rows) > 1:  # a row of many would keep them all in memory
             rows = [{name: vector.clone() for name, vector in row.items()} for row in rows]
         norms = {name: [math.sqrt(row @ row) for row in stack] for name, stack in arrays.items()}
+        if WEIGHTS in arrays:
+            start = job.arrays[WEIGHTS].cpu()
+            norms[MOVED] = [math.sqrt(gap @ gap) for gap in (row - start for row in arrays[WEIGHTS])]
         return Outcome(metrics, arrays, rows if update.state else (), norms)
 
     def _evaluate(self, job: Job) -> Outcome:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from strategies.layout import Layout
 from strategies.memory import ROWS, Rows
+from strategies.messages import out_of_range, squared
 
 
 def _new_threads() -> None:
@@ -51,13 +52,14 @@ class _Before:
     shares: dict[int, float]
     centre: Tensor
     sums: _Sums
+    largest_dual: Tensor
 
 
 @dataclass(frozen=True)
 class _Begun:
-    """What was begun: what to go back to, and what to write."""
+    """What was begun: what to go back to, and what to write; without the former the rows are written already."""
 
-    before: _Before
+    before: _Before | None
     order: Sequence[int]
     weights: Mapping[int, Tensor]
     consensus: Tensor
@@ -121,7 +123,7 @@ class Ledger:
             consensus: w that they were sent, (d,).
             sigma: Penalty, () or (d,); None in a round that only measures, which leaves the duals as they are.
         """
-        self.begin(round_number, weights, examples, consensus, sigma)
+        self.begin(round_number, weights, examples, consensus, sigma, sigma)
         self.commit()
 
     def begin(
@@ -131,45 +133,52 @@ class Ledger:
         examples: Mapping[int, int],
         consensus: Tensor,
         sigma: Tensor | None,
+        following: Tensor | None,
         gone: Sequence[int] = (),
     ) -> None:
-        """As `accept`, but the rows stay as they were until `commit`, so that `undo` can take it back.
+        """As `accept`, but `undo` can take it back until `commit`, if it could lead beyond what messages may hold.
 
-        Clients that are gone, and are none of those, are forgotten with it.
+        Where that is out of the question, as in all rounds of ordinary runs, the rows are written in the same pass.
+
+        Args:
+            round_number: As of `accept`, and so are the next four.
+            weights: See there.
+            examples: See there.
+            consensus: See there.
+            sigma: See there.
+            following: Penalty of the next round, of which the consensus is made.
+            gone: Clients that are none of those, and are forgotten with it.
         """
-        before = _Before(
-            dict(self._rows),
-            dict(self._rounds),
-            dict(self._shares),
-            self._centre,
-            replace(self._sums, primal=self._sums.primal.clone(), dual=self._sums.dual.clone()),
-        )
+        at_once = self._stays_in_range(consensus, sigma, following)
+        before = None if at_once else self._now()
         self._admit(weights)
         self._shift(consensus)
         self._leave(gone)
         order = sorted(weights, key=self._rows.__getitem__)
         everybody = len(order) == len(self._rows) - len(gone)
-        shares = {client: 1.0 if self._uniform else float(examples[client]) for client in order}
+        shares = {client: self._share(examples[client]) for client in order}
         step = None if sigma is None else sigma.expand_as(consensus)
 
         def add(clients: Sequence[int]) -> tuple[_Sums, Tensor]:
             sums, gap, move = self._nothing(), torch.empty_like(consensus), torch.empty_like(consensus)
             largest = torch.zeros(())
             for client in clients:
-                dual = self.dual(client)
+                primal, dual = self.primal(client), self.dual(client)
                 if not everybody:
-                    torch.sub(self.primal(client), consensus, out=gap)
+                    torch.sub(primal, consensus, out=gap)
                     sums.add(-self._shares[client], gap, dual)
                 torch.sub(weights[client], consensus, out=gap)
                 if step is not None:
-                    dual = torch.add(dual, torch.mul(gap, step, out=move), out=move)
+                    torch.mul(gap, step, out=move)
+                    dual = torch.add(dual, move, out=dual if at_once else move)
+                if at_once:
+                    primal.copy_(weights[client])
                 sums.add(shares[client], gap, dual)
                 largest = torch.maximum(largest, dual @ dual)
             return sums, largest
 
         if everybody:
             self._sums = self._nothing(torch.float64)
-        self.largest_dual = torch.zeros(())
         for sums, largest in _threads.map(add, _blocks(order)):
             self._sums.primal += sums.primal
             self._sums.dual += sums.dual
@@ -180,7 +189,7 @@ class Ledger:
         self._begun = _Begun(before, order, weights, consensus, step, gone)
 
     def commit(self) -> None:
-        """Write the rows of what was begun."""
+        """Keep what was begun."""
         assert self._begun is not None
         weights, consensus, step = self._begun.weights, self._begun.consensus, self._begun.step
 
@@ -192,17 +201,40 @@ class Ledger:
                     torch.sub(weights[client], consensus, out=gap)
                     self.dual(client).add_(gap.mul_(step))
 
-        list(_threads.map(write, _blocks(self._begun.order)))
+        if self._begun.before is not None:
+            list(_threads.map(write, _blocks(self._begun.order)))
         self._remove(self._begun.gone)
         self._begun = None
 
     def undo(self) -> None:
-        """Forget what was begun."""
+        """Take back what was begun and may lead out of range."""
         assert self._begun is not None
         before = self._begun.before
+        assert before is not None
         self._rows, self._rounds, self._shares = before.rows, before.rounds, before.shares
-        self._centre, self._sums = before.centre, before.sums
+        self._centre, self._sums, self.largest_dual = before.centre, before.sums, before.largest_dual
         self._begun = None
+
+    def _now(self) -> _Before:
+        """What is known now, but for the rows."""
+        sums = replace(self._sums, primal=self._sums.primal.clone(), dual=self._sums.dual.clone())
+        rows, rounds, shares = dict(self._rows), dict(self._rounds), dict(self._shares)
+        return _Before(rows, rounds, shares, self._centre, sums, self.largest_dual)
+
+    def _stays_in_range(self, consensus: Tensor, sigma: Tensor | None, following: Tensor | None) -> bool:
+        """Whether no answer that messages may hold could take a dual or the next consensus out of their range.
+
+        |pi_i'| <= |pi_i| + sigma (|w_i| + |w|) and |w'| <= max |w_i| + max |pi_i'| / sigma', element by element.
+        """
+        reach = squared(1).largest
+        step = torch.zeros(()) if sigma is None else sigma * (reach + float(consensus.abs().max()))
+        dual = self.largest_dual + step
+        next_consensus = reach + dual / following if following is not None else consensus
+        return out_of_range({"dual": dual, "weights": next_consensus}) is None
+
+    def _share(self, examples: int) -> float:
+        """Weight of a client with so many examples, before it is divided by everybody's."""
+        return 1.0 if self._uniform else float(examples)
 
     def forget(self, clients: Iterable[int]) -> None:
         """Take clients out, as if they had never answered."""
@@ -239,17 +271,18 @@ class Ledger:
         """The client's dual pi_i, (d,)."""
         return self._duals[self._rows[client]]
 
-    def average(self, vectors: Mapping[int, Tensor]) -> Tensor:
-        """Average of one vector (k,) of each of some clients, by their alpha_i among themselves."""
+    def average(self, vectors: Mapping[int, Tensor], examples: Mapping[int, int]) -> Tensor:
+        """Average of one vector (k,) of each of some clients with n_i examples, by their alpha_i among themselves."""
+        shares = {client: self._share(examples[client]) for client in vectors}
 
         def add(clients: Sequence[int]) -> Tensor:
             total = torch.zeros_like(vectors[clients[0]])
             for client in clients:
-                total.add_(vectors[client], alpha=self._shares[client])
+                total.add_(vectors[client], alpha=shares[client])
             return total
 
         total = torch.stack(list(_threads.map(add, _blocks(vectors)))).sum(dim=0, dtype=torch.float64)
-        return (total / sum(self._shares[client] for client in vectors)).float()
+        return (total / sum(shares.values())).float()
 
     def consensus(self, sigma: Tensor, lambda_: float) -> Tensor:
         """w = sum alpha_i (sigma w_i + pi_i) / (sigma + lambda), (d,)."""
@@ -296,6 +329,8 @@ class Ledger:
             rows.grow(len(self._rows))
             for i, block in enumerate(rows.blocks(len(self._rows))):
                 block.copy_(state[f"{name}.{i}"])
+        norms = [torch.linalg.vector_norm(b, dim=1).max() for b in self._duals.blocks(len(self._rows))]
+        self.largest_dual = torch.stack([torch.zeros(()), *norms]).max()
 
     @property
     def _total(self) -> float:

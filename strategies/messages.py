@@ -92,13 +92,14 @@ class TensorArray(Array):
     Args:
         tensor: Its values, which nobody may write to any more.
         norm: Their Euclidean norm, if it is known: it bounds them all.
+        moved: Their Euclidean distance from what the instruction held under their name, if it is known.
     """
 
     __qualname__ = Array.__qualname__  # Flower writes it into what it sends
 
-    def __init__(self, tensor: Tensor, norm: float = math.inf) -> None:
+    def __init__(self, tensor: Tensor, norm: float = math.inf, moved: float | None = None) -> None:
         self.tensor = tensor
-        self.norm = norm
+        self.norm, self.moved = norm, moved
         self.dtype, self.shape, self.stype = "float32", tuple(tensor.shape), "numpy.ndarray"
 
     @cached_property

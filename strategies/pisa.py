@@ -143,19 +143,21 @@ class Pisa(Strategy):
         if not answers:
             return None, None
         weights = {node: arrays.pop(WEIGHTS) for node, arrays in answers.items()}
-        sigma = self._sigma(server_round)
-        gone = self._gone(server_round, answers)
-        self.ledger.begin(server_round, weights, examples, self._consensus, sigma, gone)
         shared = self._shared
         if _measures(server_round, self.align_every):
             statistic = {
-                name: self.ledger.average({node: arrays[name] for node, arrays in answers.items()})[None]
+                name: self.ledger.average({n: arrays[name] for n, arrays in answers.items()}, examples)[None]
                 for name in self.preconditioner.statistic_fields()
             }
             shared = self.preconditioner.accumulate(shared, statistic)
-        sigma = self.penalty.sigma_at(server_round + 1, self.preconditioner.scale(shared))
-        consensus = self._consensus if sigma is None else self.ledger.consensus(sigma, self.lambda_)
-        if wrong := out_of_range(shared | {WEIGHTS: consensus, DUAL: self.ledger.largest_dual}):
+        if wrong := out_of_range(shared):
+            raise RoundError(f"{wrong} of the server")
+        sigma = self._sigma(server_round)
+        following = self.penalty.sigma_at(server_round + 1, self.preconditioner.scale(shared))
+        gone = self._gone(server_round, answers)
+        self.ledger.begin(server_round, weights, examples, self._consensus, sigma, following, gone)
+        consensus = self._consensus if following is None else self.ledger.consensus(following, self.lambda_)
+        if wrong := out_of_range({WEIGHTS: consensus, DUAL: self.ledger.largest_dual}):
             self.ledger.undo()
             raise RoundError(f"{wrong} of the server")
         self.ledger.commit()

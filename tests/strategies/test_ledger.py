@@ -273,7 +273,7 @@ def test_sums_are_those_of_all_rows_whoever_took_part(uniform, on_disk, clients)
             book(weights, examples, consensus, sigma)
         sigma = torch.rand(700, generator=draw) + 0.5
         expected, primal, dual = plain.sums(sigma, 0.3)
-        average = ledger.average(weights)
+        average = ledger.average(weights, examples)
         assert (
             average.double()
             .sub(sum(examples[i] * w for i, w in weights.items()) / sum(examples.values()))
