@@ -100,8 +100,8 @@ def load(path: str | Path) -> Partition:
     Raises:
         ValueError: the file cannot be read, or is not JSON of that shape with the keys 0..n-1.
     """
-    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
-        raise ValueError(f"partition.path={path} is no file: set it to a run's partition.json")
+    if Path(path).is_fifo():  # it would be waited for
+        raise ValueError(f"partition.path={path} is a pipe: set it to a run's partition.json")
     try:
         clients = json.loads(Path(path).read_text())
         lists = [clients[str(client)] for client in range(len(clients))]

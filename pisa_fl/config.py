@@ -319,7 +319,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind in (int, bool, NoneType):
         return type(value) is kind
     if kind in (str, Path):
-        return isinstance(value, str)
+        return type(value) in (str, int, float)  # YAML takes some names for numbers
     if get_origin(kind) is Callable:
         return isinstance(value, DictConfig) and "_target_" in value
     return value == kind if isinstance(kind, str) else True

@@ -6,6 +6,7 @@ for metrics in Federation(...).rounds(50):
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -39,6 +40,10 @@ from strategies.messages import (
     record,
     vectors,
 )
+
+# Flower's strategies report every round on their own; the run directory and the display do that here
+logging.getLogger("flwr").setLevel(logging.ERROR)
+
 
 WAIT = 1.0
 """Seconds between looks for clients while there are too few."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 from rich.console import Console
@@ -33,7 +34,9 @@ class Display:
     """
 
     def __init__(self, name: str, rounds: int, done: int, live: bool) -> None:
-        self._live = live and console.is_terminal
+        # a terminal has room for one bar: runs in other threads print lines
+        alone = threading.current_thread() is threading.main_thread()
+        self._live = live and console.is_terminal and alone
         self._rounds = rounds
         self._progress = Progress(
             TextColumn("{task.description}", style="bold", markup=False),

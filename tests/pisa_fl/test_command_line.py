@@ -287,7 +287,7 @@ def test_a_pipe_is_not_waited_for(command, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert refused(command, tmp_path, "init=pipe").startswith("init=pipe is no file")
     sentence = refused(command, tmp_path, "partition=from_file", "partition.path=pipe")
-    assert sentence.startswith("partition.path=pipe is no file")
+    assert sentence.startswith("partition.path=pipe is a pipe")
 
 
 def test_a_corrupt_idx_file(command, tmp_path):

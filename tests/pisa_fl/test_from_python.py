@@ -1,7 +1,6 @@
 """Called from a program: edits after `compose`, Hydra applications, threads, pools, and what PyTorch was set to."""
 
 import concurrent.futures
-import logging
 import multiprocessing
 import pickle
 import subprocess
@@ -139,8 +138,6 @@ def test_runs_in_the_processes_of_a_pool():
 
 def test_what_pytorch_was_set_to_neither_matters_nor_changes():
     plain = losses("engine.workers=0")
-    flower = logging.getLogger("flwr")
-    flower.setLevel(logging.INFO)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     torch.set_default_dtype(torch.float64)
@@ -152,7 +149,6 @@ def test_what_pytorch_was_set_to_neither_matters_nor_changes():
             assert torch.is_inference_mode_enabled()
         assert torch.get_default_dtype() == torch.float64
         assert torch.get_num_threads() == threads + 1
-        assert flower.level == logging.INFO
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_num_threads(threads)
