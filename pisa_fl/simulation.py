@@ -139,7 +139,6 @@ def resume(directory: Path, engine: Engine | None = None, allow: Collection[str]
     if engine is None and (launcher := _launcher(config)):
         return launcher.launch(config, directory, resume=True)
     with claim.claimed(directory), _begun(directory, config):
-        files.sweep(directory)
         federation = prepare(config, engine, directory)
         try:
             if not load_checkpoint(federation, directory / "checkpoint"):
@@ -228,6 +227,8 @@ def _go_on(path: Path | None, config: DictConfig) -> str:
 
 
 def _run(federation: Federation, config: DictConfig, path: Path | None, metrics: list[Metrics]) -> Result:
+    if path is not None:
+        files.sweep(path)
     drawn = False
     with (
         closing(federation.grid),

@@ -2,12 +2,15 @@
 
 import json
 import os
+import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import kills
 import numpy as np
 import pytest
 import torch
@@ -17,9 +20,11 @@ from PIL import Image
 
 import pisa_fl
 from pisa_fl import simulation
+from pisa_fl.checkpoint import SUMS, _is_whole, checkpoints
 from pisa_fl.engines.local import LocalGrid
 
 ROUNDS = 4
+NAMES = ("server-0000.safetensors", "clients-0000.safetensors", "state.json")
 QUICK = ("model=logistic", "engine.threads=1", "progress=false", "participation=0.5")
 METHODS = {
     "aligned": ["strategy=sisa"],
@@ -209,13 +214,135 @@ def test_as_many_checkpoints_are_kept_as_asked_for(finished):
     ]
 
 
-@pytest.mark.parametrize("name", ["server-0000.safetensors", "clients-0000.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["server-0000.safetensors", "clients-0000.safetensors", "state.json", SUMS])
 @pytest.mark.parametrize("damage", [truncate, flip, os.remove, lambda path: path.write_text("null")])
 def test_a_damaged_checkpoint_is_passed_over(copy, finished, caplog, name, damage):
     damage(copy / "checkpoint" / "round-000004" / name)
     (copy / "model.safetensors").unlink()
     pisa_fl.resume(copy)
     assert "checkpoint round-000004 is damaged" in caplog.text
+    assert_same_end(copy, finished)
+
+
+def test_no_bit_of_a_checkpoint_changes_silently(copy):
+    checkpoint = copy / "checkpoint" / "round-000004"
+    assert _is_whole(checkpoint)
+    draw = random.Random(0)
+    for file in checkpoint.iterdir():
+        content = file.read_bytes()
+        for _ in range(10):
+            changed = bytearray(content)
+            changed[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            file.write_bytes(changed)
+            assert not _is_whole(checkpoint)
+        file.write_bytes(content)
+    assert _is_whole(checkpoint)
+
+
+def test_a_checkpoint_that_does_not_load_is_passed_over(copy, finished, caplog):
+    folder = copy / "checkpoint" / "round-000004"
+    state = json.loads((folder / "state.json").read_text())
+    del state["seconds"]
+    (folder / "state.json").write_text(json.dumps(state))
+    sums = subprocess.run(["sha256sum", *NAMES], cwd=folder, capture_output=True, text=True, check=True)
+    (folder / SUMS).write_text(sums.stdout)
+    pisa_fl.resume(copy)
+    assert "checkpoint round-000004 is damaged ('seconds'), trying the one before" in caplog.text
+    assert_same_end(copy, finished)
+
+
+def test_checkpoints_are_in_the_order_of_their_rounds(tmp_path):
+    for number in (1_000_000, 999_999, 20):
+        (tmp_path / f"round-{number:06d}").mkdir()
+    (tmp_path / "round-x").mkdir()
+    names = [path.name for path in checkpoints(tmp_path)]
+    assert names == ["round-000020", "round-999999", "round-1000000"]
+
+
+def test_killed_before_any_of_its_file_operations_a_run_goes_on(tmp_path):
+    """A cheap part of them; its rounds are also given up for want of replies, with a single checkpoint kept."""
+    line = [sys.executable, kills.__file__, str(tmp_path), "1", "5", "17"]
+    ended = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[:-1] == []
+
+
+def test_a_run_without_a_checkpoint_yet_begins_again(finished, tmp_path):
+    (tmp_path / "config.yaml").write_bytes((finished / "config.yaml").read_bytes())
+    (tmp_path / ".initial.safetensors.77").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"round": 0}\n{"rou')
+    pisa_fl.resume(tmp_path)
+    assert_same_end(tmp_path, finished)
+    assert (tmp_path / "initial.safetensors").read_bytes() == (finished / "initial.safetensors").read_bytes()
+    assert not (tmp_path / ".initial.safetensors.77").exists()
+
+
+class Broken(LocalGrid):
+    """Raises in round 3."""
+
+    def deliver(self, messages, timeout):
+        if any(message.content["config"]["server-round"] == 3 for message in messages):
+            raise RuntimeError("broken")
+        return super().deliver(messages, timeout)
+
+
+def test_a_run_that_fails_leaves_a_checkpoint_of_its_last_round(finished, tmp_path):
+    with pytest.raises(RuntimeError, match="broken"):
+        pisa_fl.run(
+            pisa_fl.compose(*overrides("own moments", "checkpoint.every=10")),
+            tmp_path,
+            lambda clients: Broken(clients.host(clients.rows, 1, 250)),
+        )
+    assert [path.name for path in checkpoints(tmp_path / "checkpoint")][1:] == ["round-000002"]
+    pisa_fl.resume(tmp_path)
+    assert_same_end(tmp_path, finished)
+
+
+@pytest.mark.parametrize("limit", [10_000, 40_000, 100_000, 400_000])
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(command, tmp_path, finished, limit):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        ended = command(*overrides("own moments", "checkpoint.every=1", "hydra.run.dir=run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run = tmp_path / "run"
+    file = {10_000: "initial.safetensors", 40_000: "partition.json"}.get(limit, "checkpoint/round-00000")
+    assert (ended.status, ended.err.count("\n")) == (1, 1)
+    assert ended.err.startswith(f"pisa-fl: {run}/{file}")
+    assert ended.err.endswith(f": File too large; go on with: pisa-fl resume={run}\n")
+    assert not list(run.glob("**/.*"))
+    assert command("resume=run").status == 0
+    assert_same_end(run, finished)
+
+
+DAMAGE = {
+    "no JSON": ("metrics.jsonl", 2, '{"round": 2, '),
+    "no line": ("metrics.jsonl", 2, "[1, 2]"),
+    "no round": ("metrics.jsonl", 1, '{"test_accuracy": 0.5}'),
+    "no numbers": ("metrics.jsonl", 1, '{"round": 1, "test_accuracy": "high"}'),
+    "zeros": ("metrics.jsonl", 0, "\0\0\0"),
+    "empty": ("metrics.jsonl", 0, None),
+    "a failure": ("failures.jsonl", 0, "nothing"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_lines_that_a_checkpoint_presumes_are_told(copy, command, kind):
+    name, number, text = DAMAGE[kind]
+    (copy / "failures.jsonl").write_text(2 * '{"round": 2, "client": 1, "reason": "x"}\n')
+    lines = (copy / name).read_text().splitlines()
+    lines[number:] = [] if text is None else [text, *lines[number + 1 :]]
+    (copy / name).write_text("".join(f"{line}\n" for line in lines))
+    before = (copy / "metrics.jsonl").read_bytes()
+    assert f"line {number + 1} of {copy / name} is damaged or missing" in refused(command, f"resume={copy}")
+    assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+def test_damaged_lines_of_rounds_that_are_done_again_are_not_needed(copy, finished):
+    shutil.rmtree(copy / "checkpoint" / "round-000004")
+    lines = (copy / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_bytes(b"".join(lines[:4]) + b"\0\xff\n[\n\0\0")
+    pisa_fl.resume(copy)
     assert_same_end(copy, finished)
 
 
