@@ -70,7 +70,7 @@ def text(words: str, null: bool = False) -> Check:
 
 def _folder_name(value: Any) -> str | None:
     fits = type(value) in (str, int) and str(value) not in ("", ".", "..")
-    fits = fits and "/" not in str(value) and min(str(value)) >= " " and len(os.fsencode(str(value))) <= 200
+    fits = fits and not {"/", "\0"} & set(str(value)) and len(os.fsencode(str(value))) <= 200
     return None if fits else "a plain folder name of 1 to 200 bytes"
 
 

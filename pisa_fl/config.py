@@ -26,6 +26,7 @@ CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") i
 
 
 _COMPOSING = threading.RLock()
+
 PATHS = ("init", "data.root", "data.path", "data.cache", "partition.path")
 """Keys that name files or folders."""
 
@@ -51,6 +52,7 @@ def own_modules() -> set[str]:
     return {
         path.stem
         for folder in imported_folders
+        if folder.is_dir()  # a process that lives on may outlive it
         for path in folder.iterdir()
         if path.suffix == ".py" or path.is_dir()
     }

@@ -262,6 +262,8 @@ def _run(federation: Federation, config: DictConfig, path: Path | None, metrics:
     summary |= rundir.summarise_clients(metrics, turned_away)
     if path is not None:
         _write_end(federation, config, metrics, summary, path)
+        if not drawn:
+            _draw_partition(federation, path)
         show_summary(summary, str(path))
     return Result(metrics, summary, federation.model.module, path)
 
@@ -348,12 +350,13 @@ def _last_checkpoint(
     except Interrupted:
         raise
     except Exception as error:
-        if path is not None and federation.whole and len(metrics) == federation.round + 1:
+        if path is not None:
             try:
                 if isinstance(error, TooFewClientsError | DivergedError):
                     _write_failures(federation, federation.round + 1, path)
-                _save(federation, config, path)
-                _draw_partition(federation, path)
+                if federation.whole and len(metrics) == federation.round + 1:
+                    _save(federation, config, path)
+                    _draw_partition(federation, path)
             except Exception as another:  # the first is what ended the run
                 if not isinstance(error, OSError):  # which has said that nothing can be written
                     log.warning("no checkpoint of round %d: %s", federation.round, explain(another))
@@ -369,7 +372,6 @@ def _write_end(
         rundir.write_events(path, metrics)
     with _dispensable("curves.png"):
         draw_curves(metrics, str(config.name), path / "curves.png")
-    _draw_partition(federation, path)
 
 
 @contextmanager

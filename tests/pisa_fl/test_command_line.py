@@ -227,7 +227,7 @@ def test_models_that_do_not_fit(command, tmp_path, monkeypatch):
     expected = {
         "Pair": f"Pair {logits} a tuple in training",
         "Named": f"Named {logits} a dict in evaluation",
-        "Label": f"Label {logits} torch.int64 of shape (2,) for 2 images",
+        "Label": f"Label {logits} torch.int64 of shape (4,) for 4 images",
         "Infinite": f"Infinite {logits} numbers that are not finite",
         "few": f"Linear {logits} 7 numbers an image for 10 classes",
         "other_size": "Linear cannot take images of (channels, height, width) (1, 28, 28): RuntimeError",

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 import pisa_fl
 from pisa_fl.bundle import BUNDLE
+from pisa_fl.config import resolve
 
 ONLINE = {"client-0": "online", "client-1": "online"}
 HEALTH = """
@@ -340,7 +341,7 @@ def test_a_server_has_no_code_of_its_own_run_by_a_client(federation, tmp_path):
     (app / "hostile.py").write_text(HOSTILE.format(told=tmp_path / "told.json"))
     (app / "pisa_fl" / "__init__.py").write_text("")
     (app / "pisa_fl" / "flower_app.py").write_text(HOSTILE.format(told=tmp_path / "told.json"))
-    config = pisa_fl.compose("engine=flower", "clients=2", "model=logistic")
+    config = resolve(pisa_fl.compose("engine=flower", "clients=2", "model=logistic"))
     config.model = {"_target_": "pathlib.Path", "_args_": [f"{tmp_path}/written"]}
     (tmp_path / "settings.toml").write_text(f"hydra = {json.dumps(OmegaConf.to_yaml(config))}\n")
     line = f"flwr run {app} three-hosts --run-config {tmp_path}/settings.toml --stream"

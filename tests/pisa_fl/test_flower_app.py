@@ -15,6 +15,7 @@ import partitioners
 from pisa_fl import ConfigurationError, compose, flower_app, prepare
 from pisa_fl.allowed import CLIENT, SIMULATION, check_targets
 from pisa_fl.client_state import StateFile
+from pisa_fl.config import resolve
 from pisa_fl.engines.base import identify
 from pisa_fl.engines.local import LocalGrid
 from pisa_fl.host import CLIENT_FAILED
@@ -51,7 +52,7 @@ def configure(tmp_path, root):
         state = ["engine.experiment=e", "engine.threads=1"]
         data = ["data=mnist", f"data.root={tmp_path}/digits", f"data.cache={tmp_path}/cache"]
         small = ["model=logistic", f"clients={CLIENTS}", "partition=iid", "batch_size=8", "device=cpu"]
-        return compose("engine=flower", *state, *data, *small, *overrides)
+        return resolve(compose("engine=flower", *state, *data, *small, *overrides))
 
     return make
 

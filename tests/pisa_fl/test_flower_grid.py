@@ -23,12 +23,13 @@ from safetensors.torch import load_file
 
 from pisa_fl import compose, flower_app, prepare, resume, run
 from pisa_fl.allowed import SIMULATION
+from pisa_fl.config import resolve
 from pisa_fl.data import ImageData
 from pisa_fl.engines import flower
 from pisa_fl.engines.flower import FlowerGrid
 from pisa_fl.federation import TooFewClientsError
 from pisa_fl.host import CLIENT_FAILED, Clients
-from pisa_fl.simulation import STOP, WAITING, Interrupted
+from pisa_fl.simulation import FLOWER_LOG, STOP, WAITING, Interrupted
 from strategies.messages import STATE_LOST
 
 SUPERLINK = 1  # Flower's node id of whoever answers in place of a node
@@ -526,7 +527,7 @@ def configure(folder, *overrides, engine="flower", partition="iid"):
     small = ["model=logistic", f"clients={CLIENTS}", f"rounds={ROUNDS}", "batch_size=8", "device=cpu"]
     small += [f"partition={partition}"]
     data = ["data=mnist", f"data.root={folder}/digits", f"data.cache={folder}/cache"]
-    return compose(
+    config = compose(
         f"engine={engine}",
         "engine.threads=1",
         *own,
@@ -536,6 +537,7 @@ def configure(folder, *overrides, engine="flower", partition="iid"):
         "progress=false",
         *overrides,
     )
+    return resolve(config)
 
 
 def app(config, number, before=None, **node_config):
@@ -637,7 +639,7 @@ def test_the_server_app_runs_a_federation_into_its_directory(tmp_path, in_new_pr
     directory = tmp_path / "flower"
     directory.mkdir()
     config = configure(tmp_path, f"engine.directory={directory}")
-    OmegaConf.save(config, directory / "config.yaml")
+    (directory / FLOWER_LOG).touch()  # as the launcher does
     link = SuperLink()
     for number in range(CLIENTS):
         link.join(app(config, number, in_new_processes))

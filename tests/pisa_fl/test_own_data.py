@@ -15,6 +15,7 @@ from test_flower_grid import Clock, SuperLink, engine_on, write_digits
 from pisa_fl import ConfigurationError, compose, flower_app, prepare, resume, run
 from pisa_fl.assembly import one_client
 from pisa_fl.client_state import StateFile
+from pisa_fl.config import resolve
 from pisa_fl.data.folder import imagefolder
 from pisa_fl.engines import flower
 from pisa_fl.engines.base import identify
@@ -68,7 +69,7 @@ def configure(folder, data, *overrides):
     own = ["engine=flower", "partition=own", "engine.experiment=e"]
     small = ["model=logistic", "batch_size=4", "device=cpu", "patience=0", "progress=false"]
     images = ["data=imagefolder", f"data.path={data}", f"data.cache={folder}/cache"]
-    return compose(*own, "engine.threads=1", *small, *images, *overrides)
+    return resolve(compose(*own, "engine.threads=1", *small, *images, *overrides))
 
 
 def app(config, number, before=None, **node_config):
@@ -137,7 +138,7 @@ def test_own_data_and_a_folder_go_together(tmp_path, server):
 
 
 def test_a_data_set_without_a_folder_cannot_be_a_clients_own(tmp_path):
-    config = compose("engine=flower", "partition=own", "engine.experiment=e")
+    config = resolve(compose("engine=flower", "partition=own", "engine.experiment=e"))
     said = introduction(config, 0, data=str(tmp_path))
     assert said.startswith("client 0: data has neither path nor root")
 

@@ -276,10 +276,14 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
 
 
 def test_rewinding_takes_out_later_rounds_everywhere(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"round": 0}\n{"round": 1}\n{"round": 2}\n{"rou')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"round": 0, "run_id": "a"}\n{"round": 1, "run_id": "a"}\n{"round": 2, "run_id": "a"}\n{"rou'
+    )
     (tmp_path / "failures.jsonl").write_text('{"round": 1, "client": 3}\n{"round": 2, "client": 4}\n')
-    rundir.rewind(tmp_path, 1)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"round": 0}\n{"round": 1}\n'
+    rundir.rewind(tmp_path, 1, "a")
+    assert (
+        tmp_path / "metrics.jsonl"
+    ).read_text() == '{"round": 0, "run_id": "a"}\n{"round": 1, "run_id": "a"}\n'
     assert (tmp_path / "failures.jsonl").read_text() == '{"round": 1, "client": 3}\n'
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -35,8 +35,9 @@ CLIENT = """
 import sys
 from omegaconf import OmegaConf
 from pisa_fl import compose, flower_app
+from pisa_fl.config import resolve
 
-config = compose("engine=flower", "engine.state=" + sys.argv[1])
+config = resolve(compose("engine=flower", "engine.state=" + sys.argv[1]))
 flower_app.hosted(OmegaConf.to_yaml(config), 1, None, "e")
 print(" ".join(sys.modules))
 """
