@@ -1,6 +1,8 @@
 """Worker processes: any number of them gives the same bits, and none of them is missed."""
 
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,12 +16,14 @@ import torch
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
+from pisa_fl import workers as workers_module
 from pisa_fl.config import ConfigurationError
 from pisa_fl.data import ImageData
 from pisa_fl.engines.local import local_engine
 from pisa_fl.federation import Federation
 from pisa_fl.workers import Slots, can_fork
 from strategies import Layout, LocalSgd, Penalty, Pisa, PisaClient
+from strategies.memory import zeros
 from strategies.preconditioners import SecondMoment
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="processes cannot be forked here")
@@ -100,18 +104,20 @@ def test_any_number_of_workers_gives_the_same_bits(method, options):
 
 
 class Deadly(PisaClient):
-    """Ends its process by SIGKILL at one client's turn, until a file is there."""
+    """Ends its process at one client's turn, until a file is there or in the process that made it."""
+
+    by, server = signal.SIGKILL, os.getpid()
 
     def solve(self, cohort, instruction, state):
-        if 2 in cohort.clients and not Path(self.mark).exists():
+        if 2 in cohort.clients and os.getpid() != self.server and not Path(self.mark).exists():
             if self.once:
                 Path(self.mark).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.by)
         return super().solve(cohort, instruction, state)
 
 
-def deadly(mark, once):
-    return type("Marked", (Deadly,), {"mark": str(mark), "once": once})
+def deadly(mark, once, by=signal.SIGKILL):
+    return type("Marked", (Deadly,), {"mark": str(mark), "once": once, "by": by})
 
 
 def test_nothing_is_lost_with_a_worker_that_is_killed(tmp_path, caplog):
@@ -130,12 +136,69 @@ def test_nothing_is_lost_with_a_worker_that_is_killed(tmp_path, caplog):
 
 
 def test_a_client_that_ends_every_worker_fails_alone(tmp_path, caplog):
-    federation = federate(sisa, 2, deadly(tmp_path / "never", once=False))
+    federation = federate(sisa, 2, deadly(tmp_path / "never", once=False, by=signal.SIGUSR1))
     lines, _ = outcome(federation, 2)
     assert [(m["clients_ok"], m["clients_failed"]) for m in lines[1:]] == [(6, 1), (6, 1)]
     [failure] = federation.gateway.failures
     assert failure.client == 2
-    assert failure.reason == "the worker process that computed it ended by SIGKILL, twice"
+    assert failure.reason == "the worker process that computed it ended by SIGUSR1, twice"
+
+
+def test_what_is_killed_from_outside_again_and_again_is_done_by_the_server(tmp_path):
+    whole = outcome(federate(sisa, 0))
+    before = torch.get_rng_state()
+    assert_same(outcome(federate(sisa, 2, deadly(tmp_path / "never", once=False))), whole)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_any_worker_the_server_does_all(monkeypatch, caplog):
+    whole = outcome(federate(sisa, 0))
+
+    def start(process):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(workers_module._FORK.Process, "start", start)
+    assert_same(outcome(federate(sisa, 2)), whole)
+    assert "a worker process cannot be started" in caplog.text
+
+
+def test_a_stopped_worker_is_replaced(monkeypatch):
+    monkeypatch.setattr(workers_module, "LOOK", 0.05)
+    whole = outcome(federate(sisa, 0))
+    federation = federate(sisa, 2)
+    rounds = federation.rounds(4)
+    lines = [next(rounds), next(rounds), next(rounds)]
+    for worker in federation.grid._workers._workers:
+        os.kill(worker.process.pid, signal.SIGSTOP)
+    lines.append(next(rounds))
+    for worker in federation.grid._workers._workers:
+        os.kill(worker.process.pid, signal.SIGSTOP)
+    assert federation._evaluate() == (lines[-1]["test_accuracy"], lines[-1]["test_loss"])
+    with (
+        monkeypatch.context() as patch
+    ):  # where the system does not tell that they are stopped, the time is up
+        patch.setattr(workers_module, "_is_stopped", lambda process: False)
+        patch.setattr(federation, "_round_timeout", 0.2)
+        for worker in federation.grid._workers._workers:
+            os.kill(worker.process.pid, signal.SIGSTOP)
+        assert federation._evaluate() == (lines[-1]["test_accuracy"], lines[-1]["test_loss"])
+    lines += list(rounds)
+    federation.grid.close()
+    federation.load_weights()
+    assert [{k: v for k, v in line.items() if k != "seconds"} for line in lines] == whole[0]
+    assert torch.equal(federation.model.weights, whole[1])
+
+
+def test_a_disk_without_room_for_the_state_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"4.0 MB are needed at once .* set TMPDIR") as refused:
+            zeros(10**6, on_disk=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert refused.value.filename == str(tmp_path)
 
 
 def test_replies_that_are_kept_keep_their_values():
