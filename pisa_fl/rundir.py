@@ -105,18 +105,19 @@ def rewind(directory: Path, last: int, run_id: str) -> list[Metrics]:
     """
     metrics, failures = directory / "metrics.jsonl", directory / "failures.jsonl"
     kept = {path: read_lines(path, last) for path in (metrics, failures) if path.exists()}
-    if others := {str(line.get("run_id")) for line in kept.get(metrics, [])} - {run_id}:
+    lines = kept.get(metrics, [])
+    if others := {str(line["run_id"]) for line in lines if "run_id" in line} - {run_id}:
         raise ConfigurationError(
             f"resume: {metrics} has lines of run {', '.join(sorted(others))} and config.yaml is of run {run_id}:"
             " put the files of one run together"
         )
-    for number, line in enumerate(kept.get(metrics, [])):
+    for number, line in enumerate(lines):
         if line["round"] != number:
             raise _damaged(metrics, number + 1)
-    if len(kept.get(metrics, [])) <= last:
-        raise _damaged(metrics, len(kept.get(metrics, [])) + 1)
-    for path, lines in kept.items():
-        write(path, "".join(json.dumps(line) + "\n" for line in lines))
+    if len(lines) <= last:
+        raise _damaged(metrics, len(lines) + 1)
+    for path, left in kept.items():
+        write(path, "".join(json.dumps(line) + "\n" for line in left))
     return kept.get(metrics, [])
 
 
