@@ -98,6 +98,14 @@ class Host:
                 process.wait(30)
         self.started.clear()
 
+    def stop(self) -> None:
+        """End what was started, as Ctrl-C would: a client takes its leave, and need not be waited for."""
+        for process in self.started:
+            process.terminate()
+        for process in self.started:
+            process.wait(60)
+        self.kill()
+
     def remove(self) -> None:
         """Take the host away, and all that runs there."""
         self.kill()

@@ -286,7 +286,7 @@ def lives(federation):
 
 def test_a_registered_client_is_not_given_the_number_of_another(federation, tmp_path):
     host, log = federation.clients[1], federation.disks / "client-1.log"
-    host.kill()
+    host.stop()
     wait_for(lambda: federation.status()["client-1"] == "offline", log.read_text, seconds=120)
     start = federation.home.parent / "client-1" / "start.sh"
     honest = start.read_text()
@@ -299,7 +299,7 @@ def test_a_registered_client_is_not_given_the_number_of_another(federation, tmp_
         )
     finally:
         start.write_text(honest)
-        host.kill()
+        host.stop()
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert "client 0 is not who it says: its key is client 1's" in ended.stderr
     assert "1 of 2 clients are there after patience=15 seconds: not online: 1" in ended.stderr
