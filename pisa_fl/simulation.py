@@ -236,7 +236,8 @@ def _run(federation: Federation, config: DictConfig, path: Path | None, metrics:
         stop_signals() as stop,
         _last_checkpoint(federation, config, path, metrics),
     ):
-        _gather(federation, path, stop)
+        if federation.grid.elsewhere and federation.round < config.rounds:
+            _gather(federation, path, stop)
         for measured in federation.rounds(config.rounds):
             line = measured | {"run_id": run_id(federation.identity)}
             if path is not None:
@@ -292,6 +293,8 @@ def _gather(federation: Federation, path: Path | None, stop: list[int]) -> None:
     if federation.round and path is not None:  # else they are written with round 0
         _write_failures(federation, federation.round, path)
     if federation.round and stopped():
+        if path is not None:
+            (path / STOP).unlink(missing_ok=True)
         raise Interrupted(f"stopped after round {federation.round}, while clients were waited for")
 
 
