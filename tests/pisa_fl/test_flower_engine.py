@@ -226,7 +226,7 @@ def test_only_lines_that_are_new_and_whole_are_read(tmp_path, monkeypatch):
         news.show(display)
     assert [len(passed), shown] == [1, [3]]
     news = News(tmp_path)
-    rundir.rewind(tmp_path, 1)
+    rundir.rewind(tmp_path, 1, "a")
     rundir.append_line(path, {"round": 2})
     for number in (3, 4):
         rundir.append_line(path, {"round": number})
