@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 import os
@@ -62,12 +63,15 @@ def own_folders(config: DictConfig) -> list[str]:
     """Folders of the user's from which the configuration takes modules; as its run found them, if it says so."""
     if "imports" in config:
         return [str(folder) for folder in config.imports]
-    found = re.findall(r"^ *_target_: *[\"']?(\w+)", OmegaConf.to_yaml(config), re.MULTILINE)
-    return [
-        str(folder)
-        for folder in imported_folders
-        if any((folder / f"{name}.py").is_file() or (folder / name).is_dir() for name in found)
-    ]
+    found = set(re.findall(r"^ *_target_: *[\"']?(\w+)", OmegaConf.to_yaml(config), re.MULTILINE))
+    return [str(folder) for folder in imported_folders if any(_lies_in(folder, name) for name in found)]
+
+
+def _lies_in(folder: Path, name: str) -> bool:
+    """Whether it is from this folder that Python takes this module."""
+    spec = sys.modules[name].__spec__ if name in sys.modules else importlib.util.find_spec(name)
+    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
+    return any(place is not None and folder in Path(place).parents for place in places)
 
 
 def located(config: DictConfig) -> DictConfig:

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
 import pisa_fl
-from pisa_fl.config import CONF, ConfigurationError, resolve
+from pisa_fl.config import CONF, ConfigurationError, own_folders, resolve
 
 SMALL = ("clients=5", "model=logistic", "progress=false", "engine.threads=1")
 
@@ -179,6 +179,7 @@ def test_a_module_of_the_users_with_the_name_of_ours(tmp_path):
 
 def test_modules_beside_the_users_configuration_are_searched_last(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("pisa_fl.config.imported_folders", [])
     for name in ("strategies", "random"):
         (tmp_path / f"{name}.py").write_text("def net(): pass\n")
         (tmp_path / "model").mkdir(exist_ok=True)
@@ -188,3 +189,4 @@ def test_modules_beside_the_users_configuration_are_searched_last(tmp_path, monk
         ):
             pisa_fl.prepare(pisa_fl.compose(f"model={name}", config_dir=tmp_path))
     assert len(losses(config_dir=tmp_path)) == 2
+    assert own_folders(pisa_fl.compose("model=mlp", config_dir=tmp_path)) == []
