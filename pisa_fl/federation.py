@@ -139,9 +139,11 @@ class Federation:
         findings = parts.findings
         self.grid = engine(parts)
         self.model = FlatModel(model, device, findings=findings)
-        supply = getattr(strategy, "supply", None)
+        supply, length = getattr(strategy, "supply", None), getattr(strategy, "length", None)
         buffers = self.model.buffers.cpu()
-        self.gateway = Gateway(self.grid, half, buffers, seed, participation, supply, max_update)
+        self.gateway = Gateway(
+            *(self.grid, half, buffers, seed, participation, supply, max_update, length, round_timeout)
+        )
         if not self.grid.elsewhere:  # else they are looked for
             self.gateway.traffic.clients_reachable = self.clients
         self.arrays = record({WEIGHTS: self.model.weights.clone()})

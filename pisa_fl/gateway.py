@@ -34,6 +34,7 @@ from strategies.messages import (
     EXAMPLES,
     LARGEST,
     LOSS,
+    MEASURE,
     METRICS,
     ROUND,
     STATE,
@@ -124,6 +125,8 @@ class Gateway(Grid):
         supply: The state of a client that lost it, or None if the server has none; as `Pisa.supply`.
         max_update: How many times as long as the median an update |w_i - w| may be, with `COMPARED` replies or more;
             None: as long as it likes.
+        length: How long an update is that says no weights; as `Pisa.length`.
+        timeout: Seconds that an exchange waits for replies if it does not say; None: without end.
 
     Attributes:
         failures: Of the present round.
@@ -142,6 +145,8 @@ class Gateway(Grid):
         participation: float,
         supply: Callable[[int], ArrayRecord | None] | None = None,
         max_update: float | None = None,
+        length: Callable[[int, ArrayRecord], float | None] | None = None,
+        timeout: float | None = None,
     ) -> None:
         number = isinstance(max_update, int | float) and not isinstance(max_update, bool)
         if max_update is not None and not (number and 1 < max_update <= LARGEST):
@@ -151,7 +156,8 @@ class Gateway(Grid):
         self.failures: list[Failure] = []
         self.turned_away: list[TurnedAway] = []
         self.buffers = buffers
-        self._grid, self._half, self._supply = grid, half, supply
+        self._grid, self._half, self._supply, self._length = grid, half, supply, length
+        self._timeout = timeout
         self._seed, self._participation = seed, participation
         self._round = 0
         self._before = (buffers, self.traffic)
@@ -208,6 +214,7 @@ class Gateway(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send, receive, check, count, put in order; a client that stayed silent counts as failed."""
+        timeout = self._timeout if timeout is None else timeout
         sent = {message.metadata.dst_node_id: message for message in messages}
         self._add_buffers(sent.values())
         self._asked = {}
@@ -220,12 +227,12 @@ class Gateway(Grid):
         reasons |= self._too_long(sent, {node: answers[node] for node, why in reasons.items() if why is None})
         for node, reason in reasons.items():
             if sent[node].metadata.message_type == MessageType.TRAIN:
-                self._count(node, answers.get(node), reason)
+                self._count(node, answers.get(node), reason, _trains(sent[node]))
             if node in answers:
                 accepted.append(
                     answers[node] if reason is None else _refusal(sent[node], answers[node], reason)
                 )
-        self._take_buffers(accepted)
+        self._take_buffers(accepted, all(map(_trains, sent.values())))
         return accepted
 
     def _exchange(self, sent: Mapping[int, Message], timeout: float | None) -> dict[int, Message]:
@@ -271,8 +278,8 @@ class Gateway(Grid):
                 with_buffers = ArrayRecord(dict(arrays) | dict(record({BUFFERS: self.buffers})))
                 message.content[ARRAYS] = extended.setdefault(id(arrays), with_buffers)
 
-    def _take_buffers(self, replies: Iterable[Message]) -> None:
-        """Average the running statistics of the accepted replies, and take them out of the replies."""
+    def _take_buffers(self, replies: Iterable[Message], trained: bool) -> None:
+        """Average the running statistics of the accepted replies to training, and take them out of all."""
         if not len(self.buffers):
             return
         total, examples = torch.zeros_like(self.buffers, dtype=torch.float64), 0
@@ -283,7 +290,7 @@ class Gateway(Grid):
             total += weight * vectors(reply.content.array_records[ARRAYS])[BUFFERS].double()
             examples += weight
             del reply.content.array_records[ARRAYS][BUFFERS]
-        if examples:
+        if examples and trained:
             self.buffers = (total / examples).float()
 
     def _fault(self, client: int, instruction: Message, reply: Message | None) -> str | None:
@@ -330,11 +337,11 @@ class Gateway(Grid):
 
     def _too_long(self, sent: Mapping[int, Message], replies: Mapping[int, Message]) -> dict[int, str]:
         """Those whose update is out of all proportion to the others', and why they are refused."""
-        trained = {n: r for n, r in replies.items() if sent[n].metadata.message_type == MessageType.TRAIN}
+        trained = {n: r for n, r in replies.items() if _trains(sent[n])}
         if self._max_update is None or len(trained) < COMPARED:
             return {}
         lengths = {
-            node: _distance(arrays_of(reply.content), arrays_of(sent[node].content))
+            node: self._length_of(node, arrays_of(reply.content), arrays_of(sent[node].content))
             for node, reply in trained.items()
         }
         median = statistics.median(lengths.values())
@@ -345,6 +352,11 @@ class Gateway(Grid):
             if length > self._max_update * median > 0
         }
 
+    def _length_of(self, client: int, arrays: ArrayRecord, start: ArrayRecord) -> float:
+        """How long a client's update is."""
+        own = self._length(client, arrays) if self._length else None
+        return _distance(arrays, start) if own is None else own
+
     def _expected(self, instruction: RecordDict) -> dict[str, Field]:
         """What the arrays of a reply must be: flat vectors, or the tensors by name as they were sent."""
         arrays = instruction.array_records[ARRAYS]
@@ -353,8 +365,8 @@ class Gateway(Grid):
         fields = self._half.reply_fields(config_of(instruction))
         return fields | ({BUFFERS: averaged(len(self.buffers))} if len(self.buffers) else {})
 
-    def _count(self, client: int, reply: Message | None, reason: str | None) -> None:
-        """Add a training reply to the counters."""
+    def _count(self, client: int, reply: Message | None, reason: str | None, trains: bool) -> None:
+        """Add a reply to the counters; one that only measures is no answer of the client's to the round."""
         traffic = self.traffic
         if reply is None or reason is not None:
             traffic.clients_failed += 1
@@ -362,9 +374,10 @@ class Gateway(Grid):
             self._refuse(client, str(reason))
             return
         metrics = metrics_of(reply.content)
-        traffic.clients_ok += 1
-        traffic.examples += integer(metrics, EXAMPLES)
-        traffic.loss_sum += real(metrics, LOSS) * integer(metrics, EXAMPLES)
+        if trains:
+            traffic.clients_ok += 1
+            traffic.examples += integer(metrics, EXAMPLES)
+            traffic.loss_sum += real(metrics, LOSS) * integer(metrics, EXAMPLES)
         traffic.differentiated += integer(metrics, DIFFERENTIATED)
         traffic.bytes_up += payload(arrays_of(reply.content))
 
@@ -407,6 +420,12 @@ class Gateway(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Receive what was sent for without waiting."""
         return self._grid.pull_messages(message_ids)
+
+
+def _trains(instruction: Message) -> bool:
+    """Whether a message asks for an update."""
+    train = instruction.metadata.message_type == MessageType.TRAIN
+    return train and not config_of(instruction.content).get(MEASURE)
 
 
 def _distance(arrays: ArrayRecord, start: ArrayRecord) -> float:

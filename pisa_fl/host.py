@@ -349,7 +349,7 @@ class ClientHost:
             raise InstructionError(f"array records {sorted(content.array_records)}")
         arrays = content.array_records[ARRAYS]
         if WEIGHTS in arrays:
-            expected = self._half.instruction_fields()
+            expected = self._half.instruction_fields(config_of(content))
             if self._model.buffer_layout.size:
                 expected |= {BUFFERS: Field(self._model.buffer_layout.size)}
         else:  # the model's tensors by name, as Flower's servers make them

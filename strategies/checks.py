@@ -46,6 +46,12 @@ def whole(key: str, value: Any, least: int) -> None:
         raise ValueError(f"strategy.{key} must be a whole number of {least} or more, got {value}")
 
 
+def one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """One of some words."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"strategy.{key} must be one of {', '.join(allowed)}, got {value}")
+
+
 _FLOWERS = {
     "eta": ("eta", positive),
     "eta_l": ("lr", positive),

@@ -110,7 +110,7 @@ class ClientHalf(ABC):
         """Vectors that a client keeps between rounds -> their lengths. They start as zeros."""
         return {}
 
-    def instruction_fields(self) -> dict[str, Field]:
+    def instruction_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
         """Arrays that an instruction must hold; anything else is refused by the client."""
         return {WEIGHTS: Field(self.layout.size)}
 

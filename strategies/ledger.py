@@ -1,11 +1,20 @@
-"""The server's ledger: what it last accepted from every client, and the consensus that follows from it."""
+"""The server's ledger: what it last accepted from every client, and the consensus that follows from it.
+
+Two consensuses, the same with everybody present:
+
+    w = sum_i alpha_i (sigma w_i + pi_i) / (sigma + lambda)          `all`: over every client known, the paper's
+    w = (sigma sum_present alpha_i w_i + sum_i alpha_i pi_i) / (sigma + lambda)           `fresh`
+
+`fresh` takes the primals of those who answered, by their alpha_i among themselves, and the duals of all: the primal
+of a client that is absent is as old as its last answer and holds the rest back, while its dual still says what its
+data want. In place of primals it keeps a table of the statistics that clients sent last, whose average over all
+clients is what a common Q is built from: that of those who happen to be present is another one every round.
+"""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,17 +24,7 @@ from torch import Tensor
 from strategies.layout import Layout
 from strategies.memory import ROWS, Rows
 from strategies.messages import out_of_range, squared
-
-
-def _new_threads() -> None:
-    """Make the threads that work on rows; a forked process has none of those that were there."""
-    global _threads
-    _threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="ledger")
-
-
-_threads: ThreadPoolExecutor
-_new_threads()
-os.register_at_fork(after_in_child=_new_threads)
+from strategies.threads import in_threads
 
 
 @dataclass
@@ -42,6 +41,12 @@ class _Sums:
         self.dual.add_(dual, alpha=share)
         self.spread += share * float(gap @ gap)
 
+    def __iadd__(self, other: _Sums) -> _Sums:
+        self.primal += other.primal
+        self.dual += other.dual
+        self.spread += other.spread
+        return self
+
 
 @dataclass(frozen=True)
 class _Before:
@@ -50,9 +55,29 @@ class _Before:
     rows: dict[int, int]
     rounds: dict[int, int]
     shares: dict[int, float]
+    present: float
+    tabled: dict[int, float]
+    table: Tensor
     centre: Tensor
     sums: _Sums
     largest_dual: Tensor
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Statistics of a round that are not kept yet.
+
+    Attributes:
+        average: What Q follows, (k,): of those who sent one or, for a fresh consensus, of all.
+        statistics: Client number -> s_i, (k,); empty where there is no table.
+        shares: Their weights.
+        total: The table's sum with them.
+    """
+
+    average: Tensor
+    statistics: Mapping[int, Tensor]
+    shares: dict[int, float]
+    total: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,6 +86,7 @@ class _Begun:
 
     before: _Before | None
     order: Sequence[int]
+    statistics: Mapping[int, Tensor]
     weights: Mapping[int, Tensor]
     consensus: Tensor
     step: Tensor | None
@@ -68,16 +94,17 @@ class _Begun:
 
 
 class Ledger:
-    """Primal and dual of every client that has ever answered, N rows of length d.
+    """Dual of every client that has ever answered, and its primal or its last statistic: two rows a client.
 
     A client enters with its first accepted reply; from then on its row stays in every sum, whether it takes part in a
     round or not, until it is forgotten. What a round costs depends on who takes part, not on N: the sums over all
     clients
 
-        P = sum n_i (w_i - c),     R = sum n_i |w_i - c|^2,     D = sum n_i pi_i
+        P = sum n_i (w_i - c),     R = sum n_i |w_i - c|^2,     D = sum n_i pi_i,     S = sum n_i s_i
 
-    are kept in double precision, c being the consensus of the round last accepted, and only the rows of those who
-    answered are taken out and put in again. They are put together afresh when everybody answers.
+    are kept in double precision, c being the consensus of the round last accepted and s_i the statistics, and only the
+    rows of those who answered are taken out and put in again. They are put together afresh when everybody answers. P
+    and R of a fresh consensus are only over those who answered last.
 
     Memory is what limits all this, not arithmetic: a client's rows are worked on one after the other while they are in
     a core's cache, by one thread a core. Clients are summed in blocks, and blocks in their order, so that the sums do
@@ -87,12 +114,23 @@ class Ledger:
         layout: Layout of the model's parameters.
         uniform: Weigh clients equally (alpha_i = 1/N) instead of by examples (alpha_i = n_i/n).
         on_disk: Keep the rows in files for which memory is only a cache (`strategies.memory.zeros`).
+        table: Length of a client's statistic, for the fresh consensus; None for the one of all.
     """
 
-    def __init__(self, layout: Layout, uniform: bool, on_disk: bool = False) -> None:
-        self._layout, self._uniform = layout, uniform
-        self._empty = partial(Rows, layout.size, on_disk)
-        self._weights, self._duals = self._empty(), self._empty()
+    def __init__(
+        self, layout: Layout, uniform: bool, on_disk: bool = False, table: int | None = None
+    ) -> None:
+        self._layout, self._uniform, self._fresh = layout, uniform, table is not None
+        self._empty = {
+            "duals": partial(Rows, layout.size, on_disk),
+            "statistics" if self._fresh else "weights": partial(
+                Rows, layout.size if table is None else table, on_disk
+            ),
+        }
+        self._kept = {name: empty() for name, empty in self._empty.items()}
+        self._tabled: dict[int, float] = {}
+        self._table = torch.zeros(table or 0, dtype=torch.float64)
+        self._present = 0.0
         self._rows: dict[int, int] = {}
         self._rounds: dict[int, int] = {}
         self._shares: dict[int, float] = {}
@@ -126,6 +164,41 @@ class Ledger:
         self.begin(round_number, weights, examples, consensus, sigma, sigma)
         self.commit()
 
+    def observe(
+        self, statistics: Mapping[int, Tensor], examples: Mapping[int, int], gone: Collection[int] = ()
+    ) -> Observed:
+        """The average statistic: of those who sent one now or, for a fresh consensus, of all, with these in place of
+        what they sent before. Nothing is kept of it unless it is given to `begin`.
+
+        Args:
+            statistics: Client number -> s_i, (k,).
+            examples: Client number -> n_i.
+            gone: Clients that are none of those, and are to be forgotten.
+        """
+        if not self._fresh:
+            return Observed(self.average(statistics, examples), {}, {}, self._table)
+        shares: dict[int, float] = {client: self._share(examples[client]) for client in statistics}
+        staying = self._tabled.keys() - gone
+        everybody = staying <= shares.keys()
+
+        def add(clients: Sequence[int]) -> Tensor:
+            total = torch.zeros_like(statistics[clients[0]])
+            for client in clients:
+                if client in staying and not everybody:
+                    total.add_(self.statistic(client), alpha=-self._tabled[client])
+                total.add_(statistics[client], alpha=shares[client])
+            return total
+
+        total = torch.zeros_like(self._table) if everybody else self._table.clone()
+        for client in gone:
+            if client in self._tabled and not everybody:
+                total.add_(self.statistic(client), alpha=-self._tabled[client])
+        for part in in_threads(add, _blocks(statistics)):
+            total += part
+        weights = self._tabled | shares
+        weight = sum(weights[client] for client in sorted(staying | shares.keys()))
+        return Observed((total / weight).float(), statistics, shares, total)
+
     def begin(
         self,
         round_number: int,
@@ -135,6 +208,7 @@ class Ledger:
         sigma: Tensor | None,
         following: Tensor | None,
         gone: Sequence[int] = (),
+        observed: Observed | None = None,
     ) -> None:
         """As `accept`, but `undo` can take it back until `commit`, if it could lead beyond what messages may hold.
 
@@ -148,6 +222,7 @@ class Ledger:
             sigma: See there.
             following: Penalty of the next round, of which the consensus is made.
             gone: Clients that are none of those, and are forgotten with it.
+            observed: What `observe` gave in this round, to be kept in the table.
         """
         at_once = self._stays_in_range(consensus, sigma, following)
         before = None if at_once else self._now()
@@ -156,6 +231,10 @@ class Ledger:
         self._leave(gone)
         order = sorted(weights, key=self._rows.__getitem__)
         everybody = len(order) == len(self._rows) - len(gone)
+        statistics: Mapping[int, Tensor] = {}
+        if observed is not None:
+            statistics, self._table = observed.statistics, observed.total
+            self._tabled = self._tabled | observed.shares
         shares = {client: self._share(examples[client]) for client in order}
         step = None if sigma is None else sigma.expand_as(consensus)
 
@@ -163,46 +242,50 @@ class Ledger:
             sums, gap, move = self._nothing(), torch.empty_like(consensus), torch.empty_like(consensus)
             largest = torch.zeros(())
             for client in clients:
-                primal, dual = self.primal(client), self.dual(client)
-                if not everybody:
-                    torch.sub(primal, consensus, out=gap)
+                dual = self.dual(client)
+                if not everybody and self._fresh:
+                    sums.dual.sub_(dual, alpha=self._shares[client])
+                elif not everybody:
+                    torch.sub(self.primal(client), consensus, out=gap)
                     sums.add(-self._shares[client], gap, dual)
                 torch.sub(weights[client], consensus, out=gap)
                 if step is not None:
                     torch.mul(gap, step, out=move)
                     dual = torch.add(dual, move, out=dual if at_once else move)
                 if at_once:
-                    primal.copy_(weights[client])
+                    self._keep(client, weights, statistics)
                 sums.add(shares[client], gap, dual)
                 largest = torch.maximum(largest, dual @ dual)
             return sums, largest
 
         if everybody:
             self._sums = self._nothing(torch.float64)
-        for sums, largest in _threads.map(add, _blocks(order)):
-            self._sums.primal += sums.primal
-            self._sums.dual += sums.dual
-            self._sums.spread += sums.spread
+        elif self._fresh:
+            self._sums = replace(self._nothing(torch.float64), dual=self._sums.dual)
+        for sums, largest in in_threads(add, _blocks(order)):
+            self._sums += sums
             self.largest_dual = torch.maximum(self.largest_dual, largest.sqrt())
         self._shares |= shares
+        self._present = sum(shares.values())
         self._rounds |= dict.fromkeys(order, round_number)
-        self._begun = _Begun(before, order, weights, consensus, step, gone)
+        self._begun = _Begun(before, order, statistics, weights, consensus, step, gone)
 
     def commit(self) -> None:
         """Keep what was begun."""
         assert self._begun is not None
         weights, consensus, step = self._begun.weights, self._begun.consensus, self._begun.step
+        statistics = self._begun.statistics
 
         def write(clients: Sequence[int]) -> None:
             gap = torch.empty_like(consensus)
             for client in clients:
-                self.primal(client).copy_(weights[client])
+                self._keep(client, weights, statistics)
                 if step is not None:
                     torch.sub(weights[client], consensus, out=gap)
                     self.dual(client).add_(gap.mul_(step))
 
         if self._begun.before is not None:
-            list(_threads.map(write, _blocks(self._begun.order)))
+            list(in_threads(write, _blocks(self._begun.order)))
         self._remove(self._begun.gone)
         self._begun = None
 
@@ -212,6 +295,7 @@ class Ledger:
         before = self._begun.before
         assert before is not None
         self._rows, self._rounds, self._shares = before.rows, before.rounds, before.shares
+        self._present, self._tabled, self._table = before.present, before.tabled, before.table
         self._centre, self._sums, self.largest_dual = before.centre, before.sums, before.largest_dual
         self._begun = None
 
@@ -219,7 +303,17 @@ class Ledger:
         """What is known now, but for the rows."""
         sums = replace(self._sums, primal=self._sums.primal.clone(), dual=self._sums.dual.clone())
         rows, rounds, shares = dict(self._rows), dict(self._rounds), dict(self._shares)
-        return _Before(rows, rounds, shares, self._centre, sums, self.largest_dual)
+        return _Before(
+            *(rows, rounds, shares, self._present, self._tabled, self._table),
+            *(self._centre, sums, self.largest_dual),
+        )
+
+    def _keep(self, client: int, weights: Mapping[int, Tensor], statistics: Mapping[int, Tensor]) -> None:
+        """Write the row beside the dual."""
+        if not self._fresh:
+            self.primal(client).copy_(weights[client])
+        elif client in statistics:
+            self.statistic(client).copy_(statistics[client])
 
     def _stays_in_range(self, consensus: Tensor, sigma: Tensor | None, following: Tensor | None) -> bool:
         """Whether no answer that messages may hold could take a dual or the next consensus out of their range.
@@ -245,14 +339,18 @@ class Ledger:
     def _leave(self, clients: Iterable[int]) -> None:
         """Take clients out of the sums."""
         for client in clients:
-            gap = self.primal(client) - self._centre
-            self._sums.add(-self._shares.pop(client), gap, self.dual(client))
+            share = self._shares.pop(client)
+            if self._fresh:
+                self._sums.dual.sub_(self.dual(client), alpha=share)
+            else:
+                self._sums.add(-share, self.primal(client) - self._centre, self.dual(client))
 
     def _remove(self, clients: Iterable[int]) -> None:
         """Take out the rows of clients that have left the sums; the last row fills the place of each."""
         for client in clients:
             last = next(reversed(self._rows))
-            for rows in (self._weights, self._duals):
+            self._tabled = {other: share for other, share in self._tabled.items() if other != client}
+            for rows in self._kept.values():
                 rows[self._rows[client]].copy_(rows[self._rows[last]])
                 rows[self._rows[last]].zero_()
             self._rows[last] = self._rows[client]
@@ -265,11 +363,15 @@ class Ledger:
 
     def primal(self, client: int) -> Tensor:
         """The client's primal w_i, (d,)."""
-        return self._weights[self._rows[client]]
+        return self._kept["weights"][self._rows[client]]
+
+    def statistic(self, client: int) -> Tensor:
+        """What the client last sent of Q's statistic, for a fresh consensus, (k,)."""
+        return self._kept["statistics"][self._rows[client]]
 
     def dual(self, client: int) -> Tensor:
         """The client's dual pi_i, (d,)."""
-        return self._duals[self._rows[client]]
+        return self._kept["duals"][self._rows[client]]
 
     def average(self, vectors: Mapping[int, Tensor], examples: Mapping[int, int]) -> Tensor:
         """Average of one vector (k,) of each of some clients with n_i examples, by their alpha_i among themselves."""
@@ -281,22 +383,21 @@ class Ledger:
                 total.add_(vectors[client], alpha=shares[client])
             return total
 
-        total = torch.stack(list(_threads.map(add, _blocks(vectors)))).sum(dim=0, dtype=torch.float64)
+        total = torch.stack(list(in_threads(add, _blocks(vectors)))).sum(dim=0, dtype=torch.float64)
         return (total / sum(shares.values())).float()
 
     def consensus(self, sigma: Tensor, lambda_: float) -> Tensor:
-        """w = sum alpha_i (sigma w_i + pi_i) / (sigma + lambda), (d,)."""
-        total = self._total
-        primal, sigma = self._centre + self._sums.primal / total, sigma.double()
-        return ((sigma * primal + self._sums.dual / total) / (sigma + lambda_)).float()
+        """w of the next round; see the module's equations, (d,)."""
+        primal, sigma = self._centre + self._sums.primal / self._weighed, sigma.double()
+        return ((sigma * primal + self._sums.dual / self._total) / (sigma + lambda_)).float()
 
     def primal_residual(self, consensus: Tensor) -> float:
-        """sqrt(sum alpha_i |w_i - w|^2)."""
+        """sqrt(sum alpha_i |w_i - w|^2) over those whose primals the consensus holds."""
         shift = self._centre.double() - consensus
         squares = self._sums.spread + float(
-            2 * shift @ self._sums.primal + self._total * shift.square().sum()
+            2 * shift @ self._sums.primal + self._weighed * shift.square().sum()
         )
-        return math.sqrt(max(0.0, squares) / self._total)
+        return math.sqrt(max(0.0, squares) / self._weighed)
 
     def dual_residual(self, consensus: Tensor, lambda_: float) -> float:
         """|sum alpha_i pi_i - lambda w|."""
@@ -305,7 +406,7 @@ class Ledger:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the ledger holds; its rows as they lie, block by block."""
         known = len(self._rows)
-        rows = {"weights": self._weights.blocks(known), "duals": self._duals.blocks(known)}
+        rows = {name: kept.blocks(known) for name, kept in self._kept.items()}
         return {f"{name}.{i}": block for name, blocks in rows.items() for i, block in enumerate(blocks)} | {
             "clients": torch.tensor(list(self._rows), dtype=torch.int64),
             "rounds": torch.tensor([self._rounds[client] for client in self._rows], dtype=torch.int64),
@@ -314,6 +415,9 @@ class Ledger:
             "primal": self._sums.primal,
             "dual": self._sums.dual,
             "spread": torch.tensor(self._sums.spread, dtype=torch.float64),
+            "present": torch.tensor(self._present, dtype=torch.float64),
+            "table": self._table,
+            "tabled": torch.tensor([self._tabled.get(c, -1.0) for c in self._rows], dtype=torch.float64),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -324,17 +428,26 @@ class Ledger:
         self._shares = dict(zip(clients, state["shares"].tolist(), strict=True))
         self._centre = state["centre"].clone()
         self._sums = _Sums(state["primal"].clone(), state["dual"].clone(), float(state["spread"]))
-        self._weights, self._duals = self._empty(), self._empty()
-        for name, rows in (("weights", self._weights), ("duals", self._duals)):
+        self._present, self._table = float(state["present"]), state["table"].clone()
+        tabled = zip(clients, state["tabled"].tolist(), strict=True)
+        self._tabled = {client: share for client, share in tabled if share >= 0}
+        self._kept = {name: empty() for name, empty in self._empty.items()}
+        for name, rows in self._kept.items():
             rows.grow(len(self._rows))
             for i, block in enumerate(rows.blocks(len(self._rows))):
                 block.copy_(state[f"{name}.{i}"])
-        norms = [torch.linalg.vector_norm(b, dim=1).max() for b in self._duals.blocks(len(self._rows))]
+        duals = self._kept["duals"].blocks(len(self._rows))
+        norms = [torch.linalg.vector_norm(block, dim=1).max() for block in duals]
         self.largest_dual = torch.stack([torch.zeros(()), *norms]).max()
 
     @property
     def _total(self) -> float:
         return sum(self._shares.values())
+
+    @property
+    def _weighed(self) -> float:
+        """Weight of those over whom the primals are summed."""
+        return self._present if self._fresh else self._total
 
     def _nothing(self, dtype: torch.dtype = torch.float32) -> _Sums:
         size = self._layout.size
@@ -345,14 +458,14 @@ class Ledger:
         for client in clients:
             if client not in self._rows:
                 self._rows[client], self._shares[client] = len(self._rows), 0.0
-        self._weights.grow(len(self._rows))
-        self._duals.grow(len(self._rows))
+        for rows in self._kept.values():
+            rows.grow(len(self._rows))
 
     def _shift(self, centre: Tensor) -> None:
         """Take the sums relative to another c."""
         shift = self._centre.double() - centre
-        self._sums.spread += float(2 * shift @ self._sums.primal + self._total * shift.square().sum())
-        self._sums.primal += self._total * shift
+        self._sums.spread += float(2 * shift @ self._sums.primal + self._weighed * shift.square().sum())
+        self._sums.primal += self._weighed * shift
         self._centre = centre
 
 

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 ARRAYS, CONFIG, METRICS, STATE = "arrays", "config", "metrics", "state"
-WEIGHTS, BUFFERS = "weights", "buffers"
+WEIGHTS, BUFFERS, GRADIENT = "weights", "buffers", "gradient"
+MEASURE = "measure"
 ROUND, ACCEPTED = "server-round", "accepted-round"
 EXAMPLES, LOSS, DIFFERENTIATED = "num-examples", "train-loss", "examples-differentiated"
 

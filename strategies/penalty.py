@@ -11,8 +11,11 @@ that is, -pi is a moving average of the gradient, a momentum, and w moves by p/s
 
     sigma = q / lr,     rho = momentum / ((1-momentum) lr)     gives     c = 1 - momentum
 
-and a steady gradient of size q moves w by lr a round. If only a share of the clients takes part, the rows of the
-absent ones hold the consensus back by as much, and sigma is multiplied by that share.
+and a steady gradient of size q moves w by lr a round. In a consensus of all, the rows of clients that are absent hold
+it back by their share, and sigma and rho are multiplied by that of the others; a fresh consensus has no such rows.
+
+lr itself may follow a schedule: it grows over the first `warmup` rounds, while little is known of Q, and falls from
+the first to `final` of itself at round `horizon`, where it stays: a run that goes on beyond it does so in small steps.
 
 q tells of gradients that were. A tensor whose gradient is zero at first (a layer behind a zero-initialised one), or
 grows by orders of magnitude within a round, has a residual of which q says nothing: divided by q it would be a step
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +55,11 @@ class Penalty:
         grow_every: Rounds between divisions: after rounds 1 + grow_every, 1 + 2 grow_every, ...
             (the authors count from 0 and divide after rounds 10, 20, ...).
         participation: Share of the clients that takes part in a round.
+        consensus: `all` or `fresh`, as the server's.
+        schedule: How lr falls over the rounds: `constant`, `linear` or `cosine`.
+        warmup: Rounds over which lr grows to its full size.
+        horizon: Round at which the schedule ends.
+        final: What is left of lr there, as a share.
 
     Raises:
         ValueError: A number is outside its range.
@@ -63,6 +72,11 @@ class Penalty:
     gamma: float
     grow_every: int
     participation: float = 1.0
+    consensus: Literal["all", "fresh"] = "all"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = 0
+    horizon: int = 100
+    final: float = 0.05
 
     def __post_init__(self) -> None:
         for key in ("lr", "sigma", "rho"):
@@ -72,6 +86,11 @@ class Penalty:
         checks.share("gamma", self.gamma)
         checks.whole("grow_every", self.grow_every, 1)
         checks.share("penalty.participation", self.participation)
+        checks.one_of("consensus", self.consensus, ("all", "fresh"))
+        checks.one_of("schedule", self.schedule, ("constant", "linear", "cosine"))
+        checks.whole("warmup", self.warmup, 0)
+        checks.whole("horizon", self.horizon, 0)
+        checks.share("final", self.final)
 
     def sigma_at(self, round_number: int, scale: Tensor | None) -> Tensor | None:
         """Penalty of a round (counted from 1), () or (d,); None if it needs a scale and there is none.
@@ -83,7 +102,26 @@ class Penalty:
         growth = self._growth(max(0, (round_number - 2) // self.grow_every))
         if self.sigma is not None:
             return torch.tensor(self.sigma * growth)
-        return None if scale is None else scale.clamp(min=QUIET) * (growth * self.participation / self.lr)
+        if scale is None:
+            return None
+        return scale.clamp(min=QUIET) * (growth * self._held_back / self.lr_at(round_number))
+
+    def rho_at(self, round_number: int) -> float:
+        """Weight of the preconditioner in a round (counted from 1)."""
+        if self.rho is not None:
+            return self.rho
+        return self._held_back * self.momentum / ((1 - self.momentum) * self.lr_at(round_number))
+
+    def lr_at(self, round_number: int) -> float:
+        """Step length of a round (counted from 1)."""
+        done = 1.0 if self.horizon <= 1 else min(1.0, (round_number - 1) / (self.horizon - 1))
+        left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        share = self.final + (1 - self.final) * left[self.schedule] if self.schedule != "constant" else 1.0
+        return self.lr * share * min(1.0, round_number / max(1, self.warmup))
+
+    @property
+    def _held_back(self) -> float:
+        return self.participation if self.consensus == "all" else 1.0
 
     def _growth(self, times: int) -> float:
         """What sigma has grown by, up to `checks.GREATEST`: nothing moves any more long before."""
@@ -108,10 +146,3 @@ class Penalty:
         least = layout.norms(torch.full_like(residual[:1], QUIET))
         share = torch.where(surprising, torch.maximum(size, least) / norms, 1.0).clamp(max=1.0)
         return residual * layout.expand(share)
-
-    @property
-    def rho_value(self) -> float:
-        """Weight of the preconditioner."""
-        if self.rho is not None:
-            return self.rho
-        return self.participation * self.momentum / ((1 - self.momentum) * self.lr)

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from strategies.layout import Layout
@@ -36,6 +37,17 @@ class Preconditioner(ABC):
     @abstractmethod
     def state_fields(self) -> dict[str, Field]:
         """The vectors of the state."""
+
+    def nothing(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The state of one that has observed nothing, a single row."""
+        return {
+            name: torch.zeros(1, field.size, dtype=getattr(torch, field.types[0]), device=device)
+            for name, field in self.state_fields().items()
+        }
+
+    def solver_fields(self) -> dict[str, Field]:
+        """The vectors of the state that `scale`, `direction` and `solve` read: what clients need of a common Q."""
+        return self.state_fields()
 
     @abstractmethod
     def statistic_fields(self) -> dict[str, Field]:

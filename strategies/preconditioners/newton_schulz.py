@@ -34,7 +34,7 @@ from strategies import checks
 from strategies.layout import Layout
 from strategies.messages import Field, squared
 from strategies.preconditioners.base import Preconditioner, State
-from strategies.preconditioners.second_moment import SecondMoment, one_of
+from strategies.preconditioners.second_moment import SecondMoment
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Quintic of Muon (Jordan et al. 2024), steepest at zero, as NSISA's authors use it."""
@@ -152,7 +152,7 @@ class Spectral(Preconditioner):
         self, layout: Layout, beta: float, moment_of: str, others: Callable[[Layout], SecondMoment]
     ) -> None:
         checks.decay("preconditioner.beta", beta)
-        one_of("moment_of", moment_of, ("residual", "gradient"))
+        checks.one_of("preconditioner.moment_of", moment_of, ("residual", "gradient"))
         self.layout, self.beta = layout, beta
         self._of_gradient = moment_of == "gradient"
         self._others, self._matrices = others(layout), _Matrices(layout)

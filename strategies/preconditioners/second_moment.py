@@ -50,9 +50,9 @@ class SecondMoment(Preconditioner):
         average: Literal["vector", "square"],
         bias_correction: Literal["exact", "first_step"],
     ) -> None:
-        one_of("moment_of", moment_of, ("residual", "gradient"))
-        one_of("average", average, ("vector", "square"))
-        one_of("bias_correction", bias_correction, ("exact", "first_step"))
+        checks.one_of("preconditioner.moment_of", moment_of, ("residual", "gradient"))
+        checks.one_of("preconditioner.average", average, ("vector", "square"))
+        checks.one_of("preconditioner.bias_correction", bias_correction, ("exact", "first_step"))
         checks.decay("preconditioner.beta", beta)
         checks.not_negative("preconditioner.eps", eps)
         checks.not_negative("preconditioner.floor", floor)
@@ -105,13 +105,3 @@ class SecondMoment(Preconditioner):
         """sqrt(v^) + eps, (C, d)."""
         mass = state["mass"] if self._exact else 1 - self.beta
         return (state["moment"] / mass).sqrt() + self.eps
-
-
-def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Check an option of a preconditioner.
-
-    Raises:
-        ValueError: It is none of the allowed ones.
-    """
-    if value not in allowed:
-        raise ValueError(f"strategy.preconditioner.{key} must be one of {', '.join(allowed)}, got {value}")

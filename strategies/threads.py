@@ -1,0 +1,44 @@
+"""The server's threads: one a core, each with one thread of PyTorch's, so that results do not depend on how many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def _new_threads() -> None:
+    """Make the threads; a forked process has none of those that were there."""
+    global _threads
+    _threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="server")
+
+
+_threads: ThreadPoolExecutor
+_new_threads()
+os.register_at_fork(after_in_child=_new_threads)
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """A function of each item, in their order."""
+    return _threads.map(function, items)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch without threads of its own: the bits of a decomposition depend on them, and small ones gain nothing."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
