@@ -11,9 +11,10 @@ convolutions as out x in*kh*kw) and G its gradient in a round,
 so that (sigma I + rho Q)^-1 R = U [ U^T R Z / (sigma + rho (sqrt(v^) + eps)) ] Z^T exactly. Tensors of fewer than two
 dimensions, and sides longer than `max_side`, keep the basis that they have: with both sides Q is SISA's.
 
-Two things are not SOAP's. When the eigenvectors change, v is carried over: where coordinates are uncorrelated,
-E (u'^T G z')^2 is the sum of (u'^T u)^2 v (z^T z')^2. And L and R are kept and decomposed in double precision: a
-gradient in single precision tells singular values of a millionth of the largest, but their squares would be lost.
+Two things are not SOAP's. When the eigenvectors change, v is carried over: each new one takes the place of the old one
+that it is closest to. (The expectation over uncorrelated coordinates, (u'^T u)^2 v (z^T z')^2, evens v out round by
+round, and costs rounds.) And L and R are kept and decomposed in double precision: a gradient in single precision tells
+singular values of a millionth of the largest, but their squares would be lost.
 
 Everything follows from the averaged gradient: aligned, it takes no more on the wire than SISA.
 """
@@ -30,6 +31,7 @@ from strategies import checks
 from strategies.layout import Layout
 from strategies.messages import Field, squared
 from strategies.preconditioners.base import Preconditioner, State
+from strategies.threads import in_threads
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Kronecker(Preconditioner):
         grams = self._grams(state["grams"], observed)
         moment, bases = state["moment"], state["bases"]
         if age % self.refresh == 0:
-            bases = self._eigenvectors(grams)
+            bases = self._eigenvectors(grams).to(observed.dtype)
             if age:
                 moment = self._carried(moment, state["bases"], bases)
         square = self._turn(observed, bases).square()
@@ -162,18 +164,29 @@ class Kronecker(Preconditioner):
         return grams
 
     def _eigenvectors(self, grams: Tensor) -> Tensor:
-        """Of every side, in single precision."""
-        bases = torch.empty(grams.shape, dtype=torch.float32, device=grams.device)
-        for side in self._own_sides():
+        """Of every side, by ascending eigenvalue."""
+        bases = torch.empty_like(grams)
+
+        def decompose(side: _Side) -> None:
             side.of(bases).copy_(torch.linalg.eigh(side.of(grams)).eigenvectors)
+
+        # the largest first, so that no thread is left with it at the end
+        list(in_threads(decompose, sorted(self._own_sides(), key=lambda side: -side.size)))
         return bases
 
     def _carried(self, moment: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        """v in new bases."""
-        overlap = torch.empty_like(new)
-        for side in self._own_sides():
-            side.of(overlap).copy_((side.of(old).mT @ side.of(new)).square_())
-        return self._turn(moment, overlap)
+        """v in new bases: that of the old eigenvectors that are closest to the new ones."""
+        carried = moment.clone()
+        for matrix, left, right in self._matrices(carried):
+            result = matrix
+            if left is not None:
+                closest = (left.of(old).mT @ left.of(new)).abs().argmax(dim=-2)
+                result = torch.take_along_dim(result, closest.unsqueeze(-1), dim=-2)
+            if right is not None:
+                closest = (right.of(old).mT @ right.of(new)).abs().argmax(dim=-2)
+                result = torch.take_along_dim(result, closest.unsqueeze(-2), dim=-1)
+            matrix.copy_(result)
+        return carried
 
     def _own_sides(self) -> Iterator[_Side]:
         for sides in self._sides.values():

@@ -18,7 +18,7 @@ from pisa_fl.host import ClientHost, ClientState
 from pisa_fl.solver import Solver
 from strategies import Batch, Layout, Penalty, Pisa, PisaClient
 from strategies.messages import WEIGHTS, record, vectors
-from strategies.preconditioners import Identity, NewtonSchulz, SecondMoment, Spectral
+from strategies.preconditioners import Identity, Kronecker, NewtonSchulz, SecondMoment, Spectral
 
 SHAPES = {"matrix": (3, 2), "filter": (2, 1, 2, 2), "vector": (3,)}
 LAYOUT = Layout(SHAPES)
@@ -117,8 +117,8 @@ class Bench:
                 replies = super().send_and_receive(messages, timeout=timeout)
                 return [r for r in replies if r.metadata.src_node_id not in bench.losing]
 
-        supply = getattr(self.strategy, "supply", None)
-        self.gateway = Gateway(Line(self.host), self.half, torch.empty(0), 0, self.participation, supply)
+        hooks = {name: getattr(self.strategy, name, None) for name in ("supply", "length")}
+        self.gateway = Gateway(Line(self.host), self.half, torch.empty(0), 0, self.participation, **hooks)
         self.arrays = record({WEIGHTS: torch.zeros(LAYOUT.size)})
 
     @property
@@ -166,21 +166,41 @@ PRECONDITIONERS = {
     "second moment": second_moment(),
     "squares": second_moment("square"),
     "spectral": partial(Spectral, beta=0.9, moment_of="residual", others=second_moment()),
+    "kronecker": partial(Kronecker, beta=0.9, eps=1e-8, max_side=8, refresh=1),
     "newton_schulz": partial(NewtonSchulz, mu=0.95, steps=5, eps=1e-8, others=second_moment()),
 }
 
 
 def pisa_bench(
-    preconditioner, align_every=1, lambda_=0.0, local_steps=1, alpha="examples", forget_after=None, **options
+    preconditioner,
+    align_every=1,
+    lambda_=0.0,
+    local_steps=1,
+    alpha="examples",
+    forget_after=None,
+    *,
+    wire="primal",
+    lag=1,
+    bound=None,
+    **options,
 ):
     """A bench of PISA; what is neither of Pisa nor of Bench is of its penalty."""
+    consensus = options.get("consensus", "all")
+    both = {"wire": wire, "lag": lag}
     bench = {key: options.pop(key) for key in ("participation", "cohort") if key in options}
     settings = {"lr": 0.1, "momentum": 0.9, "sigma": 6.0, "rho": 1.0, "gamma": 1.0, "grow_every": 10}
     penalty = Penalty(**settings | options)
     make = PRECONDITIONERS[preconditioner]
     return Bench(
-        Pisa(LAYOUT, make, penalty, lambda_, align_every, alpha, forget_after=forget_after),
-        PisaClient(LAYOUT, make, penalty, align_every, local_steps, "mean"),
+        Pisa(
+            *(LAYOUT, make, penalty, lambda_, align_every, alpha),
+            **both,
+            local_steps=local_steps,
+            consensus=consensus,
+            bound=bound,
+            forget_after=forget_after,
+        ),
+        PisaClient(LAYOUT, make, penalty, align_every, local_steps, "mean", **both),
         **bench,
     )
 
