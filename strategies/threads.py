@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,11 +14,13 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+NAME = "pisa-fl-server"
+
 
 def _new_threads() -> None:
     """Make the threads; a forked process has none of those that were there."""
     global _threads
-    _threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="server")
+    _threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=NAME)
 
 
 _threads: ThreadPoolExecutor
@@ -26,7 +29,9 @@ os.register_at_fork(after_in_child=_new_threads)
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """A function of each item, in their order."""
+    """A function of each item, in their order; one of these threads does its own work alone, for it may not wait."""
+    if threading.current_thread().name.startswith(NAME):
+        return map(function, items)
     return _threads.map(function, items)
 
 
