@@ -182,7 +182,8 @@ class Ledger:
         everybody = staying <= shares.keys()
 
         def add(clients: Sequence[int]) -> Tensor:
-            total = torch.zeros_like(statistics[clients[0]])
+            # in double precision: rows are taken out again when they have become far greater than what is left
+            total = torch.zeros_like(self._table)
             for client in clients:
                 if client in staying and not everybody:
                     total.add_(self.statistic(client), alpha=-self._tabled[client])
@@ -342,6 +343,8 @@ class Ledger:
             share = self._shares.pop(client)
             if self._fresh:
                 self._sums.dual.sub_(self.dual(client), alpha=share)
+                if client in self._tabled:  # as a new tensor, for `undo`
+                    self._table = torch.sub(self._table, self.statistic(client), alpha=self._tabled[client])
             else:
                 self._sums.add(-share, self.primal(client) - self._centre, self.dual(client))
 

@@ -240,7 +240,11 @@ class Pisa(Strategy):
 
         rows = dict(zip(answers, in_threads(statistic, answers), strict=True))
         observed = self.ledger.observe(rows, examples, self._gone(server_round, answers))
-        parts = observed.average[None].split([field.size for field in fields.values()], dim=-1)
+        sizes = [field.size for field in fields.values()]
+        parts = [
+            part.clamp(min=field.minimum)  # a sum from which rows were taken out may be less by rounding
+            for part, field in zip(observed.average[None].split(sizes, dim=-1), fields.values(), strict=True)
+        ]
         with one_thread():
             return self.preconditioner.accumulate(
                 self._shared, dict(zip(fields, parts, strict=True))

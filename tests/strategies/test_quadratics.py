@@ -18,7 +18,10 @@ from quadratics import (
 from strategies import LocalSgd
 
 EQUAL = torch.full((len(EXAMPLES),), 1 / len(EXAMPLES), dtype=torch.float64)
-CURVATURE = [("identity", 1), *((q, k) for q in ("second moment", "squares", "spectral") for k in (0, 1))]
+CURVATURE = [
+    ("identity", 1),
+    *((q, k) for q in ("second moment", "squares", "spectral", "kronecker") for k in (0, 1)),
+]
 
 
 def run(bench, problem, rounds, **options):
@@ -40,7 +43,28 @@ def test_pisa_finds_the_optimum_of_different_clients(preconditioner, align_every
     assert (duals_of(bench.strategy.ledger).double() + slopes).norm() <= 1e-5 * slopes.norm()
 
 
-@pytest.mark.parametrize("preconditioner", ["identity", "second moment", "spectral"])
+@pytest.mark.parametrize(("wire", "share"), [("primal", 0.5), ("gradient", 0.5), ("gradient", 1.0)])
+@pytest.mark.parametrize("preconditioner", ["identity", "squares", "kronecker"])
+def test_a_fresh_consensus_finds_the_optimum_whoever_answers(preconditioner, wire, share):
+    # the dual of an absent client is a gradient of the past, for which steps must be shorter than with everybody there
+    problem, lag = Quadratics.draw(seed=4), 0 if wire == "gradient" else 1
+    bench = pisa_bench(preconditioner, wire=wire, lag=lag, consensus="fresh", participation=share, sigma=12.0)
+    reached, optimum = run(bench, problem, 300), problem.optimum()
+    assert (reached - optimum).norm() <= 1e-4 * optimum.norm()
+    slopes = problem.gradients(optimum)
+    assert (duals_of(bench.strategy.ledger).double() + slopes).norm() <= 1e-3 * slopes.norm()
+
+
+def test_with_everybody_there_both_consensuses_are_one():
+    problem = Quadratics.draw()
+    every, fresh = (
+        run(pisa_bench("kronecker", wire="gradient", lag=0, consensus=c, sigma=None, rho=None), problem, 20)
+        for c in ("all", "fresh")
+    )
+    assert (every - fresh).norm() <= 1e-5 * every.norm()
+
+
+@pytest.mark.parametrize("preconditioner", ["identity", "second moment", "spectral", "kronecker"])
 @pytest.mark.parametrize(
     ("options", "lambda_", "alpha"),
     [
@@ -48,6 +72,8 @@ def test_pisa_finds_the_optimum_of_different_clients(preconditioner, align_every
         ({"alpha": "uniform"}, 0.0, EQUAL),
         ({"local_steps": 3}, 0.0, ALPHA),
         ({"align_every": 4}, 0.0, ALPHA),
+        ({"lag": 0, "local_steps": 2}, 0.0, ALPHA),
+        ({"bound": 0.3}, 0.0, ALPHA),
     ],
 )
 def test_pisa_finds_the_optimum_of_every_problem_it_can_be_given(preconditioner, options, lambda_, alpha):
