@@ -11,10 +11,12 @@ convolutions as out x in*kh*kw) and G its gradient in a round,
 so that (sigma I + rho Q)^-1 R = U [ U^T R Z / (sigma + rho (sqrt(v^) + eps)) ] Z^T exactly. Tensors of fewer than two
 dimensions, and sides longer than `max_side`, keep the basis that they have: with both sides Q is SISA's.
 
-Two things are not SOAP's. When the eigenvectors change, v is carried over: each new one takes the place of the old one
-that it is closest to. (The expectation over uncorrelated coordinates, (u'^T u)^2 v (z^T z')^2, evens v out round by
-round, and costs rounds.) And L and R are kept and decomposed in double precision: a gradient in single precision tells
-singular values of a millionth of the largest, but their squares would be lost.
+When the eigenvectors change, v is carried over in the order of the eigenvalues: the largest takes over from the
+largest. (The expectation over uncorrelated coordinates, (u'^T u)^2 v (z^T z')^2, evens v out round by round, which
+costs rounds; the old eigenvector that is closest to the new one is a matter of rounding where few gradients were seen.)
+
+What is not SOAP's: L and R are kept and decomposed in double precision. A gradient in single precision tells singular
+values of a millionth of the largest, but their squares would be lost.
 
 Everything follows from the averaged gradient: aligned, it takes no more on the wire than SISA.
 """
@@ -104,14 +106,12 @@ class Kronecker(Preconditioner):
         """One step of the moving averages, and every `refresh` rounds of the bases."""
         observed, age = statistic["observed"], int(state["age"].max())
         grams = self._grams(state["grams"], observed)
-        moment, bases = state["moment"], state["bases"]
+        bases = state["bases"]
         if age % self.refresh == 0:
             bases = self._eigenvectors(grams).to(observed.dtype)
-            if age:
-                moment = self._carried(moment, state["bases"], bases)
         square = self._turn(observed, bases).square()
         return {
-            "moment": moment * self.beta + square * (1 - self.beta),
+            "moment": state["moment"] * self.beta + square * (1 - self.beta),
             "mass": state["mass"] * self.beta + (1 - self.beta),
             "bases": bases,
             "age": state["age"] + 1,
@@ -173,20 +173,6 @@ class Kronecker(Preconditioner):
         # the largest first, so that no thread is left with it at the end
         list(in_threads(decompose, sorted(self._own_sides(), key=lambda side: -side.size)))
         return bases
-
-    def _carried(self, moment: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        """v in new bases: that of the old eigenvectors that are closest to the new ones."""
-        carried = moment.clone()
-        for matrix, left, right in self._matrices(carried):
-            result = matrix
-            if left is not None:
-                closest = (left.of(old).mT @ left.of(new)).abs().argmax(dim=-2)
-                result = torch.take_along_dim(result, closest.unsqueeze(-1), dim=-2)
-            if right is not None:
-                closest = (right.of(old).mT @ right.of(new)).abs().argmax(dim=-2)
-                result = torch.take_along_dim(result, closest.unsqueeze(-2), dim=-1)
-            matrix.copy_(result)
-        return carried
 
     def _own_sides(self) -> Iterator[_Side]:
         for sides in self._sides.values():

@@ -396,3 +396,47 @@ def fedavg(problem, rounds, drawn=everyone, **local):
         total = sum(SIZES[i] for i in answers)
         w = {name: sum(SIZES[i] / total * answer[name] for i, answer in answers.items()) for name in w}
     return w
+
+
+def kronecker_pisa(problem, rounds, numbers, q, *, drawn=everyone, horizon):
+    """`strategy=pisa`: the second moment in Kronecker eigenbases, of a table of gradients; fresh primals, all duals."""
+    w, beta = dict(problem.start), q["beta"]
+    flat = {name: (lambda t: t.flatten(1) if t.dim() > 1 else t[None]) for name in w}
+    dual, table = {}, {}
+    left, right, v, mass = {}, {}, {}, 0.0
+    for number in range(1, rounds + 1):
+        done = min(1.0, (number - 1) / (horizon - 1))
+        final = numbers["final"]
+        lr = numbers["lr"] * min(1.0, number / max(1, numbers["warmup"]))
+        lr *= final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+        for i in drawn(number):
+            g = problem.gradient(w, problem.partition[i])
+            table[i] = {name: flat[name](g[name]) for name in w}
+            dual.setdefault(i, {name: torch.zeros_like(table[i][name]) for name in w})
+        known = sum(SIZES[i] for i in table)
+        present = sum(SIZES[i] for i in drawn(number))
+        mass = beta * mass + 1 - beta
+        after = {}
+        for name, before in w.items():
+            g = sum(SIZES[i] / known * table[i][name] for i in table)
+            m, n = g.shape
+            one = before.dim() < 2
+            left[name] = beta * left.get(name, 0.0) + (1 - beta) * g @ g.T
+            right[name] = beta * right.get(name, 0.0) + (1 - beta) * g.T @ g
+            new_u = torch.linalg.eigh(left[name])[1] if m > 1 and not one else torch.eye(m, dtype=g.dtype)
+            new_z = torch.linalg.eigh(right[name])[1] if n > 1 and not one else torch.eye(n, dtype=g.dtype)
+            v[name] = beta * v.get(name, 0.0) + (1 - beta) * (new_u.T @ g @ new_z) ** 2
+            root = (v[name] / mass).sqrt() + q["eps"]
+            sigma, rho = root.mean() / lr, numbers["momentum"] / ((1 - numbers["momentum"]) * lr)
+            start, total = flat[name](before), torch.zeros_like(g)
+            for i in drawn(number):
+                residual = table[i][name] + dual[i][name]
+                step = new_u @ ((new_u.T @ residual @ new_z) / (sigma + rho * root)) @ new_z.T
+                total = total + SIZES[i] / present * (start - step)
+                dual[i][name] = dual[i][name] - sigma * step
+            moved = total + sum(SIZES[i] / known * dual[i][name] for i in dual) / sigma - start
+            longest = numbers["bound"] * max(float(start.norm()), 0.1 * start.numel() ** 0.5)
+            moved = moved * min(1.0, longest / float(moved.norm()))
+            after[name] = (start + moved).view_as(before)
+        w = after
+    return w, {i: {name: row.view_as(w[name]) for name, row in rows.items()} for i, rows in dual.items()}

@@ -13,12 +13,13 @@ from plain_loops import (
     everyone,
     fedavg,
     half,
+    kronecker_pisa,
     make_problem,
     sgd,
 )
 from quadratics import duals_of
 
-from pisa_fl import compose
+from pisa_fl import compose, prepare
 
 # every number that a preset might tune is given, to both sides
 BY_HAND = ["strategy.sigma=2.0", "strategy.rho=5.0"]
@@ -162,6 +163,38 @@ def test_presets_follow_the_plain_loop_with_their_own_numbers(problem, preset, r
     expected, _ = admm(problem, 8, rule(list(problem.start), **settings))
     federation, _ = problem.run(8, f"strategy={preset}")
     assert_moved_alike(federation, expected, problem.start, 1e-3 if rule is SpectralRule else 1e-4)
+
+
+@pytest.mark.parametrize(("drawn", "share"), [(everyone, 1.0), (half, 0.5)])
+@pytest.mark.parametrize("lr", [0.01, 0.2])
+def test_pisa_follows_the_plain_loop_with_its_own_numbers(problem, drawn, share, lr):
+    rounds, preset = 6, compose("strategy=pisa").strategy
+    numbers = {key: preset[key] for key in ("momentum", "warmup", "final", "bound")} | {"lr": lr}
+    expected, duals = kronecker_pisa(problem, rounds, numbers, preset.preconditioner, drawn=drawn, horizon=9)
+    overrides = ("strategy=pisa", f"participation={share}", f"strategy.lr={lr}", "rounds=9")
+    federation, metrics = problem.run(rounds, *overrides)
+    # single precision of the gradients decides over small eigenvalues
+    assert_moved_alike(federation, expected, problem.start, 2e-3)
+    for client, dual in duals.items():
+        flat = torch.cat([t.flatten() for t in dual.values()])
+        assert (federation.strategy.ledger.dual(client).double() - flat).norm() <= 5e-3 * flat.norm()
+    sent = 4 * sum(t.numel() for t in problem.start.values()) + 128
+    answers = sum(len(drawn(number)) for number in range(1, rounds + 1))
+    assert metrics[-1]["bytes_up"] == metrics[-1]["bytes_down"] == answers * sent
+
+
+def test_whatever_the_skew_the_path_is_the_same():
+    small = ("clients=10", "rounds=20", "progress=false", "engine.threads=1", "strategy=pisa")
+    losses = {}
+    for classes in (1, 10):
+        federation = prepare(compose(*small, f"partition.classes_per_client={classes}"))
+        assert (
+            sorted(len(set(federation.data.train_labels[rows])) for rows in federation.partition)
+            == [classes] * 10
+        )
+        losses[classes] = [line["test_loss"] for line in federation.rounds(20)]
+    assert losses[1] == pytest.approx(losses[10], rel=1e-2)
+    assert losses[1][-1] < 0.7 * losses[1][0]
 
 
 def test_the_first_round_of_an_automatic_penalty_only_measures(problem):

@@ -44,17 +44,8 @@ def dense(gradients, max_side, refresh):
     for age, g in enumerate(gradients):
         left, right = BETA * left + (1 - BETA) * g @ g.T, BETA * right + (1 - BETA) * g.T @ g
         if age % refresh == 0:
-            new_u = torch.linalg.eigh(left)[1] if m <= max_side else eye[m]
-            new_z = torch.linalg.eigh(right)[1] if n <= max_side else eye[n]
-            if age:
-                from_row = [
-                    max(range(m), key=lambda old, j=j: abs(u[:, old] @ new_u[:, j])) for j in range(m)
-                ]
-                from_column = [
-                    max(range(n), key=lambda old, j=j: abs(z[:, old] @ new_z[:, j])) for j in range(n)
-                ]
-                moment = moment[from_row][:, from_column]
-            u, z = new_u, new_z
+            u = torch.linalg.eigh(left)[1] if m <= max_side else eye[m]
+            z = torch.linalg.eigh(right)[1] if n <= max_side else eye[n]
         moment = BETA * moment + (1 - BETA) * (u.T @ g @ z) ** 2
         mass = BETA * mass + 1 - BETA
     basis = torch.kron(u.contiguous(), z.contiguous())
