@@ -1,33 +1,91 @@
-"""SISA, FedAvg and FedProx on one federation, by the same number of passes over the data: a picture and a table.
+"""PISA and SISA beside FedAvg and FedProx, each at its best: a picture and a table for each of two federations.
 
     make compare
-    make compare ARGS="partition.classes_per_client=1 seed=0,1,2"
+    make compare ARGS="seed=0,1,2"
+    make compare ARGS="--only part"
 
-By default SISA's round is one pass and the others' ten, as they are usually run, and they get a tenth of the rounds;
-the picture draws all three against rounds, passes and bytes. Arguments are overrides, given to all three.
+`whole`: ten clients of one class each, everybody in every round. `part`: 100 clients of two classes, ten a round. A
+PISA or SISA round is one pass and is run with its defaults. FedAvg and FedProx are run with as many passes in two ways,
+as many short rounds and few long ones, each with several learning rates, of which the report keeps the one of the best
+final test accuracy: more than a fair share for them. In `part` they make five passes a round and PISA one, a fifth of
+their budget. Further arguments are overrides, given to all.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 from pisa_fl.report import report
 
-METHODS = "sisa,fedavg,fedprox"
+FEDERATIONS = {
+    "whole": ["clients=10", "partition=label_skew", "partition.classes_per_client=1"],
+    "part": ["clients=100", "participation=0.1", "partition=label_skew", "partition.classes_per_client=2"],
+}
+OURS = {"pisa": ["strategy=pisa"], "sisa": ["strategy=sisa"]}
+RATES = "strategy.lr=0.01,0.03,0.1"
+RIVALS = {
+    "whole": {
+        f"{name}-{rounds}": [f"strategy={name}", f"rounds={rounds}", f"strategy.local_epochs={100 // rounds}"]
+        for name in ("fedavg", "fedprox")
+        for rounds in (100, 10)
+    },
+    "part": {
+        name: [f"strategy={name}", "rounds=100", "strategy.local_epochs=5"] for name in ("fedavg", "fedprox")
+    },
+}
 
 
-def main(overrides: list[str]) -> None:
-    """Run the three and report."""
-    folder = Path("runs", f"{datetime.now():%Y-%m-%d}", f"{datetime.now():%H-%M-%S}-compare")
-    sweep = ["--multirun", f"strategy={METHODS}", f"hydra.sweep.dir={folder}", *overrides]
-    finished = subprocess.run([sys.executable, "-m", "pisa_fl.main", *sweep])
-    if finished.returncode:
-        sys.exit(finished.returncode)
-    print(report([folder], folder, "Same data, model and initial weights"))
-    print(f"{folder / 'comparison.png'}")
+def sweep(folder: Path, overrides: Sequence[str]) -> None:
+    """Run a sweep into a folder."""
+    command = [sys.executable, "-m", "pisa_fl.main", "--multirun", f"hydra.sweep.dir={folder}", *overrides]
+    if (status := subprocess.run(command).returncode) != 0:
+        sys.exit(status)
+
+
+def keep_best(folder: Path) -> None:
+    """Keep the runs of the learning rate whose final accuracy is best, on average over what else was swept."""
+    finals: dict[float, list[float]] = {}
+    runs: dict[float, list[Path]] = {}
+    for path in sorted(folder.glob("*/summary.json")):
+        settings = (path.parent / "config.yaml").read_text()
+        rate = next(float(line.split(":")[1]) for line in settings.splitlines() if line.startswith("  lr:"))
+        finals.setdefault(rate, []).append(json.loads(path.read_text())["final_accuracy"])
+        runs.setdefault(rate, []).append(path.parent)
+    best = max(finals, key=lambda rate: sum(finals[rate]) / len(finals[rate]))
+    for rate, directories in runs.items():
+        if rate != best:
+            for directory in directories:
+                shutil.move(
+                    directory, folder.parent / "other-rates" / f"{folder.name}-{rate:g}-{directory.name}"
+                )
+
+
+def main(arguments: list[str]) -> None:
+    """Run both federations, or one, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", choices=FEDERATIONS)
+    chosen, overrides = parser.parse_known_args(arguments)
+    start = Path("runs", f"{datetime.now():%Y-%m-%d}", f"{datetime.now():%H-%M-%S}-compare")
+    for name, federation in FEDERATIONS.items():
+        if chosen.only not in (None, name):
+            continue
+        folder = start / name
+        (folder / "other-rates").mkdir(parents=True)
+        for method, own in OURS.items():
+            sweep(folder / method, [*federation, *own, *overrides])
+        for method, own in RIVALS[name].items():
+            sweep(folder / method, [*federation, *own, RATES, *overrides])
+            keep_best(folder / method)
+        kept = [folder / method for method in (*OURS, *RIVALS[name])]
+        print(report(kept, folder, "Same data, deal, model and initial weights"))
+        print(folder / "comparison.png")
 
 
 if __name__ == "__main__":
