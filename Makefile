@@ -14,10 +14,10 @@ $(VENV)/installed: pyproject.toml
 
 install: $(VENV)/installed  ## make the environment
 
-run: install  ## the default federation: SISA, 10 clients of two classes each
+run: install  ## the default federation: PISA, 10 clients of two classes each
 	$(BIN)/pisa-fl $(ARGS)
 
-compare: install  ## SISA, FedAvg and FedProx on one federation: a picture and a table
+compare: install  ## PISA, SISA, FedAvg and FedProx on two federations: pictures and tables
 	$(BIN)/python -m experiments.compare $(ARGS)
 
 test: install lint  ## everything CI checks
