@@ -61,9 +61,9 @@ def test_the_promised_defaults():
     assert config.resume is None
     assert config.rounds > 0
     assert config.checkpoint.every > 0
-    assert config.name == "sisa"
+    assert config.name == "pisa"
     assert config.partition.classes_per_client == 2
-    chosen = {"strategy": "sisa", "partition": "label_skew", "data": "mnist_mini", "model": "simple_cnn"}
+    chosen = {"strategy": "pisa", "partition": "label_skew", "data": "mnist_mini", "model": "simple_cnn"}
     assert config == pisa_fl.compose(*(f"{group}={name}" for group, name in chosen.items()))
     assert config.engine._target_.endswith(".local_engine")
 
@@ -157,7 +157,7 @@ def test_compose_refuses_a_folder_that_is_not_there(tmp_path):
 def test_compose_leaves_no_trace_in_the_next(tmp_path):
     pisa_fl.compose("strategy=fedavg", "seed=5")
     assert pisa_fl.compose().seed == 0
-    assert pisa_fl.compose().name == "sisa"
+    assert pisa_fl.compose().name == "pisa"
 
 
 # --- build

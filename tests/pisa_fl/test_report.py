@@ -117,27 +117,27 @@ def test_a_sweep_becomes_one_row_for_each_setting(sweep):
         (  # what differs within one choice
             [["strategy.preconditioner.beta=0"], ["strategy.preconditioner.beta=0.99"]],
             ["strategy", "beta"],
-            [("sisa", "0"), ("sisa", "0.99")],
+            [("pisa", "0"), ("pisa", "0.99")],
         ),
         (  # what was chosen stands for all below it
             [["strategy=pisa"], ["strategy=pisa", "strategy/preconditioner=second_moment"]],
             ["strategy", "preconditioner"],
-            [("pisa", "identity"), ("pisa", "second_moment")],
+            [("pisa", "kronecker"), ("pisa", "second_moment")],
         ),
         (  # whatever they are called
             [["name=mine"], ["strategy=nsisa", "name=mine"], ["strategy=fedavg", "name=mine"]],
             ["strategy"],
-            [("sisa",), ("nsisa",), ("fedavg",)],
+            [("pisa",), ("nsisa",), ("fedavg",)],
         ),
         (  # null beside a number
             [["strategy.rho=1"], ["strategy.rho=1", "strategy.sigma=9"]],
             ["strategy", "sigma"],
-            [("sisa", "null"), ("sisa", "9")],
+            [("pisa", "null"), ("pisa", "9")],
         ),
         (
             [["partition=iid"], ["partition=dirichlet"], ["partition=dirichlet", "partition.alpha=1"]],
             ["strategy", "partition", "alpha"],
-            [("sisa", "iid", ""), ("sisa", "dirichlet", "0.5"), ("sisa", "dirichlet", "1")],
+            [("pisa", "iid", ""), ("pisa", "dirichlet", "0.5"), ("pisa", "dirichlet", "1")],
         ),
         (  # two keys of one name
             [
@@ -145,7 +145,7 @@ def test_a_sweep_becomes_one_row_for_each_setting(sweep):
                 ["partition=dirichlet", "partition.alpha=1"],
             ],
             ["strategy", "strategy.alpha", "partition.alpha"],
-            [("sisa", "uniform", "0.5"), ("sisa", "examples", "1")],
+            [("pisa", "uniform", "0.5"), ("pisa", "examples", "1")],
         ),
         (  # lists, truths and text that looks like a number
             [
@@ -156,22 +156,22 @@ def test_a_sweep_becomes_one_row_for_each_setting(sweep):
                 ["+model.x='1'"],
             ],
             ["strategy", "hidden", "x"],
-            [("sisa", *v) for v in (("[5]", ""), ("[5, 5]", ""), ("[]", "true"), ("[]", "1"), ("[]", '"1"'))],
+            [("pisa", *v) for v in (("[5]", ""), ("[5, 5]", ""), ("[]", "true"), ("[]", "1"), ("[]", '"1"'))],
         ),
         (  # what follows from another key is no column of its own
             [["clients=5"], ["clients=6"], ["batch_size=5"], ["participation=0.5"]],
             ["strategy", "clients", "participation", "batch_size"],
             [
-                ("sisa", "5", "1.0", "64"),
-                ("sisa", "6", "1.0", "64"),
-                ("sisa", "10", "1.0", "5"),
-                ("sisa", "10", "0.5", "64"),
+                ("pisa", "5", "1.0", "64"),
+                ("pisa", "6", "1.0", "64"),
+                ("pisa", "10", "1.0", "5"),
+                ("pisa", "10", "0.5", "64"),
             ],
         ),
         (
             [["engine.precision=bfloat16"], ["engine=flower"], ["init=w"]],
             ["strategy", "precision", "init"],
-            [("sisa", "bfloat16", "null"), ("sisa", "float32", "null"), ("sisa", "float32", "w")],
+            [("pisa", "bfloat16", "null"), ("pisa", "float32", "null"), ("pisa", "float32", "w")],
         ),
     ],
 )
@@ -200,7 +200,7 @@ def test_what_cannot_matter_to_the_numbers_makes_no_row(tmp_path):
             del config["choices"]
         write_run(tmp_path / str(number), config, [0.1, 0.2, number / 10])
     rows, notes = cells_and_notes(tmp_path)
-    assert columns(rows, "strategy", "seeds") == [("sisa", "5")]
+    assert columns(rows, "strategy", "seeds") == [("pisa", "5")]
     assert float(rows[0]["final accuracy, %"]) == 20
     assert notes == []
 
