@@ -23,7 +23,7 @@ from pisa_fl.config import ConfigurationError
 from pisa_fl.data import ImageData
 from pisa_fl.randomness import global_generators, torch_seed
 from strategies.client import ClientHalf, Instruction
-from strategies.messages import BUFFERS, DIFFERENTIATED, EXAMPLES, LOSS, ROUND, WEIGHTS, integer
+from strategies.messages import BUFFERS, DIFFERENTIATED, EXAMPLES, LOSS, ROUND, WEIGHTS, integer, sendable
 
 MOVED = "moved"
 
@@ -63,7 +63,8 @@ class Outcome:
         metrics: Numbers of each client.
         arrays: What they answer, {name: (C, size)}.
         state: What each is to remember if the server accepts that, {name: (size,)}; empty if there is no such thing.
-        norms: Euclidean norm of each client's row of each of the arrays; under `MOVED`, how far its weights moved.
+        norms: Euclidean norm of each client's row of each of the arrays, infinite where it is not known; under `MOVED`,
+            how far its weights moved.
     """
 
     metrics: Sequence[Mapping[str, int | float]]
@@ -150,11 +151,11 @@ class Solver:
             }
             for row, client in enumerate(job.clients)
         ]
-        arrays = {name: stack.detach().to("cpu", torch.float32) for name, stack in answered.items()}
+        arrays = {name: sendable(stack) for name, stack in answered.items()}
         rows = [{name: stack[row] for name, stack in update.state.items()} for row in range(len(job.clients))]
         if len(rows) > 1:  # a row of many would keep them all in memory
             rows = [{name: vector.clone() for name, vector in row.items()} for row in rows]
-        norms = {name: [math.sqrt(row @ row) for row in stack] for name, stack in arrays.items()}
+        norms = {name: [_norm(row) for row in stack] for name, stack in arrays.items()}
         if WEIGHTS in arrays:
             start = job.arrays[WEIGHTS].cpu()
             norms[MOVED] = [math.sqrt(gap @ gap) for gap in (row - start for row in arrays[WEIGHTS])]
@@ -201,6 +202,11 @@ class Solver:
 
     def _vector(self, held: Mapping[str, Tensor], name: str, size: int) -> Tensor:
         return held[name] if name in held else torch.zeros(size, device=self.model.device)
+
+
+def _norm(row: Tensor) -> float:
+    """Euclidean norm; not known of whole numbers, whose squares their type cannot hold."""
+    return math.sqrt(row @ row) if row.is_floating_point() else math.inf
 
 
 def tensor(array: NDArray[Any], device: torch.device) -> Tensor:

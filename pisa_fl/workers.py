@@ -92,13 +92,15 @@ class _Answer:
 
     Attributes:
         metrics: As of the outcome.
-        spans: The answer's arrays, within each client's part.
+        spans: The answer's arrays, within each client's part; whole numbers that take less room lie at its beginning.
+        types: Their types.
         norms: As of the outcome.
         state: Whether there is a new state, in the other slot of each client.
     """
 
     metrics: Sequence[Mapping[str, int | float]]
     spans: Spans
+    types: Mapping[str, torch.dtype]
     norms: Mapping[str, Sequence[float]]
     state: bool
 
@@ -293,7 +295,7 @@ class Workers:
         arrays = {
             name: self._exchange.as_strided(
                 (len(job.clients), stop - start), (job.width, 1), job.start + start
-            )
+            ).view(answer.types[name])[:, : stop - start]
             for name, (start, stop) in answer.spans.items()
         }
         state: list[Mapping[str, Tensor]] = []
@@ -423,11 +425,13 @@ class Workers:
         end = job.start + len(job.clients) * job.width
         rows = self._exchange[job.start : end].view(len(job.clients), -1)
         for name, (start, stop) in spans.items():
-            rows[:, start:stop] = outcome.arrays[name]
+            stack = outcome.arrays[name]
+            rows[:, start:stop].view(stack.dtype)[:, : stop - start] = stack
         for client, slot, vectors in zip(job.clients, job.slots, outcome.state, strict=False):
             for name, held in self._slots(client, other(slot)).items():
                 held.copy_(vectors[name])
-        return _Answer(outcome.metrics, spans, outcome.norms, bool(outcome.state))
+        types = {name: stack.dtype for name, stack in outcome.arrays.items()}
+        return _Answer(outcome.metrics, spans, types, outcome.norms, bool(outcome.state))
 
 
 def _is_stopped(process: BaseProcess) -> bool:

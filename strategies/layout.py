@@ -120,6 +120,10 @@ class Layout:
             [torch.linalg.vector_norm(part, dim=-1) for part in flat.split(self.sizes, -1)], -1
         )
 
+    def largest(self, flat: Tensor) -> Tensor:
+        """Greatest size of an element of each tensor, (C, d) -> (C, T)."""
+        return torch.stack([part.abs().amax(dim=-1) for part in flat.split(self.sizes, dim=-1)], dim=-1)
+
     def expand(self, per_tensor: Tensor) -> Tensor:
         """One value a tensor -> one value an element, (..., T) -> (..., d)."""
         repeats = torch.tensor(self.sizes, device=per_tensor.device)

@@ -3,7 +3,7 @@
 A train message carries one ArrayRecord `arrays` and one ConfigRecord `config`; a reply one ArrayRecord
 `arrays` and one MetricRecord `metrics`, as Flower's own strategies use them. Arrays are one-dimensional
 float32: `weights` (d,) and, for a model with running statistics, `buffers` (b,), then whatever the
-algorithm adds.
+algorithm adds, which may be whole numbers too.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ STATE_LOST = 1001
 LARGEST = 1e12
 """The greatest number that a message may hold: what is computed from greater ones, squares above all, overflows."""
 
+WHOLE = (torch.int8, torch.int16, torch.int32)
+"""Types of whole numbers that replies hold as they are; everything else becomes float32."""
+
 _HEADER = 128
 """Bytes of NumPy's header of a vector or matrix."""
 
@@ -47,12 +50,14 @@ class Field:
         minimum: The smallest value it may hold.
         types: NumPy's names of the types it may have.
         largest: The greatest size of a value.
+        wrong: Why values must be refused though all else is right, or None.
     """
 
     shape: int | tuple[int, ...]
     minimum: float = -np.inf
     types: tuple[str, ...] = ("float32",)
     largest: float = LARGEST
+    wrong: Callable[[NDArray[Any]], str | None] | None = None
 
     @property
     def dimensions(self) -> tuple[int, ...]:
@@ -88,7 +93,7 @@ class RoundError(ValueError):
 
 
 class TensorArray(Array):
-    """An Array that holds a float32 tensor on the CPU, and becomes bytes only when it has to leave the process.
+    """An Array that holds a tensor on the CPU, and becomes bytes only when it has to leave the process.
 
     Args:
         tensor: Its values, which nobody may write to any more.
@@ -101,7 +106,8 @@ class TensorArray(Array):
     def __init__(self, tensor: Tensor, norm: float = math.inf, moved: float | None = None) -> None:
         self.tensor = tensor
         self.norm, self.moved = norm, moved
-        self.dtype, self.shape, self.stype = "float32", tuple(tensor.shape), "numpy.ndarray"
+        self.dtype = str(tensor.dtype).removeprefix("torch.")
+        self.shape, self.stype = tuple(tensor.shape), "numpy.ndarray"
 
     @cached_property
     def data(self) -> bytes:  # type: ignore[override]
@@ -118,6 +124,11 @@ class TensorArray(Array):
 
     def __reduce__(self) -> tuple[Callable[..., Array], tuple[Any, ...]]:
         return Array, (self.dtype, self.shape, self.stype, self.data)
+
+
+def sendable(stack: Tensor) -> Tensor:
+    """What a client half answers as a reply may hold it: on the CPU, and of a type that NumPy has."""
+    return stack.detach().to("cpu", stack.dtype if stack.dtype in WHOLE else torch.float32)
 
 
 def record(vectors: Mapping[str, Tensor]) -> ArrayRecord:
@@ -219,4 +230,6 @@ def fault(arrays: ArrayRecord, expected: Mapping[str, Field]) -> str | None:
             return f"array '{name}' holds NaN or infinite values, or some beyond {largest:g}"
         if values.size and field.minimum > -np.inf and values.min() < field.minimum:
             return f"array '{name}' holds values below {field.minimum}"
+        if field.wrong and (why := field.wrong(values)):
+            return f"array '{name}' {why}"
     return None

@@ -16,8 +16,9 @@ the method: `Kronecker` is the project's default, `Identity` PISA without precon
 `NewtonSchulz` and `Spectral` NSISA. sigma and rho come from `penalty`.
 
 Who takes the two steps is a matter of the wire, not of the path. `gradient`: clients send g_i alone, keep nothing, and
-the ledger steps for them. `primal`: they take the steps themselves, send w_i, and keep a replica of their dual; that is
-needed for more than one local step, or a Q of their own.
+the ledger steps for them; with `compression` they send it in fewer bytes, and keep what that leaves out for their next
+(`strategies.compression`). `primal`: they take the steps themselves, send w_i, and keep a replica of their dual; that
+is needed for more than one local step, or a Q of their own.
 
 Departures from the paper, all an override away from its form (docs/algorithm.md derives them):
 
@@ -47,6 +48,7 @@ from torch import Tensor
 from strategies import checks
 from strategies.bound import bounded
 from strategies.client import ClientHalf, Cohort, Instruction, Update
+from strategies.compression import ERROR, Compression, chosen, with_feedback
 from strategies.layout import Layout
 from strategies.ledger import Ledger, Observed
 from strategies.messages import (
@@ -97,6 +99,8 @@ class Pisa(Strategy):
         state: Where the ledger's rows are kept: in `memory`, or on `disk` (`strategies.memory.zeros`).
         forget_after: Rounds without an accepted reply after which a client leaves the sums, to begin anew with its
             next; None: never.
+        compression: How gradients are sent: `none`, as they are, or in fewer bytes as `bfloat16`, `int8` or `topk`.
+        keep: Share of the elements that `topk` sends.
 
     Raises:
         ValueError: A value is outside its range, the automatic penalty is asked for without alignment, or the wire
@@ -118,6 +122,8 @@ class Pisa(Strategy):
         bound: float | None = None,
         state: Literal["memory", "disk"] = "memory",
         forget_after: int | None = None,
+        compression: str = "none",
+        keep: float = 0.1,
     ) -> None:
         checks.not_negative("lambda", lambda_)
         checks.whole("align_every", align_every, 0)
@@ -132,6 +138,7 @@ class Pisa(Strategy):
         self.layout, self.preconditioner, self.penalty = layout, preconditioner(layout), penalty
         self.lambda_, self.align_every, self.lag, self.bound = lambda_, align_every, lag, bound
         self.by_gradient = _by_gradient(wire, align_every, local_steps, self.preconditioner)
+        self.compression = chosen(compression, keep, layout, self.by_gradient)
         _check_alignment(align_every, penalty, self.preconditioner)
         self.forget_after = forget_after
         statistic = sum(field.size for field in self.preconditioner.statistic_fields().values())
@@ -148,13 +155,15 @@ class Pisa(Strategy):
         sent = vectors(arrays)
         self._consensus, self._asked = sent[WEIGHTS], None
         nodes, said = list(grid.get_node_ids()), dict(config) | {ROUND: server_round}
+        if self.compression:
+            return self._messages(nodes, record(sent), said)
         if self.by_gradient:
             content = RecordDict({ARRAYS: record(sent), CONFIG: ConfigRecord(said)})
             return [Message(content, message_type=MessageType.TRAIN, dst_node_id=node) for node in nodes]
         shared = self._shared
         if self.lag == 0 and self._measures(server_round):
             first = self._messages(nodes, record(sent), said | {MEASURE: True})
-            answers, examples = _answers(grid.send_and_receive(first))
+            answers, examples = self._answers(grid.send_and_receive(first))
             if not answers:
                 return []
             self._asked = self._observed(server_round, answers, examples)
@@ -179,7 +188,7 @@ class Pisa(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The statistic, primal and dual step of every client that answered, then the consensus."""
-        answers, examples = _answers(replies)
+        answers, examples = self._answers(replies)
         if not answers:
             return None, None
         with one_thread():
@@ -220,6 +229,16 @@ class Pisa(Strategy):
             }
         )
         return record({WEIGHTS: consensus}), metrics
+
+    def _answers(self, replies: Iterable[Message]) -> tuple[dict[int, dict[str, Tensor]], dict[int, int]]:
+        """Arrays and examples of those who answered, in the order of their numbers."""
+        answers, examples = {}, {}
+        for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
+            node = reply.metadata.src_node_id
+            if not reply.has_error():
+                answers[node] = _read(arrays_of(reply.content), self.compression)
+                examples[node] = integer(metrics_of(reply.content), EXAMPLES)
+        return answers, examples
 
     def _measures(self, server_round: int) -> bool:
         return _measures(self.preconditioner, server_round, self.align_every)
@@ -288,16 +307,22 @@ class Pisa(Strategy):
         return [c for c in known if c not in answers and self.ledger.accepted_round(c) <= last]
 
     def supply(self, client: int) -> ArrayRecord | None:
-        """The dual of a client that lost it, from the ledger; None for a client that has none."""
-        return (
-            record({DUAL: self.ledger.dual(client).clone()}) if self.ledger.accepted_round(client) else None
-        )
+        """The dual of a client that lost it, from the ledger; None for a client that has none.
+
+        What compression left out only the client knew: it goes on from zero.
+        """
+        if not self.ledger.accepted_round(client):
+            return None
+        if self.compression:
+            return record({ERROR: torch.zeros(self.layout.size)})
+        return record({DUAL: self.ledger.dual(client).clone()})
 
     def length(self, client: int, arrays: ArrayRecord) -> float | None:
         """Size of a client's residual g_i + pi_i, if a gradient is what it sends; None: look at its weights."""
         if GRADIENT not in arrays:
             return None
-        return float(torch.linalg.vector_norm(tensor(arrays[GRADIENT]) + self._dual(client)))
+        gradient = _read(arrays, self.compression)[GRADIENT]
+        return float(torch.linalg.vector_norm(gradient + self._dual(client)))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -354,6 +379,8 @@ class PisaClient(ClientHalf):
             mean gradients (the authors' federated code); `batch`: of one mini-batch a step.
         lag: As the server's.
         wire: As the server's.
+        compression: As the server's.
+        keep: As the server's.
 
     Raises:
         ValueError: A value is outside its range, the automatic penalty is asked for without alignment, or the wire
@@ -370,6 +397,8 @@ class PisaClient(ClientHalf):
         gradient: Literal["mean", "sum", "batch"],
         lag: int = 1,
         wire: Wire = "primal",
+        compression: str = "none",
+        keep: float = 0.1,
     ) -> None:
         checks.whole("local_steps", local_steps, 1)
         checks.whole("align_every", align_every, 0)
@@ -378,13 +407,14 @@ class PisaClient(ClientHalf):
         self.layout, self.preconditioner, self.penalty = layout, preconditioner(layout), penalty
         self.align_every, self.local_steps, self.gradient, self.lag = align_every, local_steps, gradient, lag
         self.by_gradient = _by_gradient(wire, align_every, local_steps, self.preconditioner)
+        self.compression = chosen(compression, keep, layout, self.by_gradient)
         self._common: _Common | None = None
         _check_alignment(align_every, penalty, self.preconditioner)
 
     def state_sizes(self) -> dict[str, int]:
-        """The dual and, unaligned, the client's own Q; nothing if it only sends gradients."""
+        """The dual and, unaligned, the client's own Q; if it only sends gradients, what was left out of them."""
         if self.by_gradient:
-            return {}
+            return {ERROR: self.layout.size} if self.compression else {}
         own = {} if self.align_every else self.preconditioner.state_fields()
         return {DUAL: self.layout.size} | {name: field.size for name, field in own.items()}
 
@@ -396,7 +426,7 @@ class PisaClient(ClientHalf):
     def reply_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
         """The gradient; or the weights, of which the dual is made, and the statistic in rounds that measure."""
         if self.by_gradient:
-            return {GRADIENT: squared(self.layout.size)}
+            return self.compression.fields() if self.compression else {GRADIENT: squared(self.layout.size)}
         if config.get(MEASURE):
             return self.preconditioner.statistic_fields()
         fields = {WEIGHTS: squared(self.layout.size)}
@@ -409,6 +439,9 @@ class PisaClient(ClientHalf):
         consensus, config = instruction.arrays[WEIGHTS], instruction.config
         gradients = self._gradients(cohort)
         gradient, loss = gradients(consensus)
+        if self.compression:
+            sent, error = with_feedback(self.compression, gradient, state[ERROR])
+            return Update(sent, loss, {ERROR: error})
         if self.by_gradient:
             return Update({GRADIENT: gradient}, loss)
         dual = state[DUAL]
@@ -482,15 +515,11 @@ def _own_step(
     return step
 
 
-def _answers(replies: Iterable[Message]) -> tuple[dict[int, dict[str, Tensor]], dict[int, int]]:
-    """Arrays and examples of those who answered, in the order of their numbers."""
-    answers, examples = {}, {}
-    for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
-        node = reply.metadata.src_node_id
-        if not reply.has_error():
-            answers[node] = vectors(arrays_of(reply.content))
-            examples[node] = integer(metrics_of(reply.content), EXAMPLES)
-    return answers, examples
+def _read(arrays: ArrayRecord, compression: Compression | None) -> dict[str, Tensor]:
+    """The vectors of a reply."""
+    if compression is None:
+        return vectors(arrays)
+    return {GRADIENT: compression.decode({name: tensor(array) for name, array in arrays.items()})}
 
 
 def _measures(preconditioner: Preconditioner, round_number: int, align_every: int) -> bool:

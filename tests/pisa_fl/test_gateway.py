@@ -13,8 +13,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 
 from pisa_fl.engines.local import LocalGrid
 from pisa_fl.gateway import REFUSED, Failure, Gateway
-from strategies import ClientHalf, Update
+from strategies import ClientHalf, Layout, Penalty, PisaClient, Update
 from strategies.messages import Field, record
+from strategies.preconditioners import Identity
 
 D = 6
 NODES = (0, 1, 2, 3)
@@ -191,6 +192,101 @@ def test_a_bad_reply_is_refused_and_the_others_go_on(fault, caplog):
     others = [n for n in NODES if n != 2]
     assert gateway.traffic.examples == sum(10 + n for n in others)
     assert gateway.traffic.differentiated == sum(20 + n for n in others)
+
+
+def compressed(name, **arrays):
+    """The client half that sends gradients so, keep=0.5, and what client 2 answers in its place."""
+    layout, penalty = Layout({"a": (2, 2), "b": (2,)}), Penalty(0.1, 0.9, 1.0, 1.0, 1.0, 10)
+    half = PisaClient(layout, Identity, penalty, 0, 1, "mean", wire="gradient", compression=name, keep=0.5)
+    return half, content(2, weights=None, moment=None, **arrays)
+
+
+STEPS, SCALES = np.int8([0, 1, -127, 127, 3, 0]), np.float32([0.5, 0])
+VALUES, PLACES = np.float32([1, -2, 3]), np.int32([0, 2, 5])
+INFINITE, NOT_A_NUMBER, HUGE = np.float32([math.inf, math.nan, 1e9]).view(np.int32) >> 16
+
+
+def with_bits(bits):
+    return {"gradient": np.int16([0, bits, 0, 0, 0, 0])}
+
+
+COMPRESSED = {
+    "good bits": ("bfloat16", with_bits(0x3F80), None),
+    "infinite bits": ("bfloat16", with_bits(INFINITE), "'gradient' stands for NaN or infinite values"),
+    "NaN bits": ("bfloat16", with_bits(NOT_A_NUMBER), "'gradient' stands for NaN or infinite values"),
+    "huge bits": ("bfloat16", with_bits(HUGE), "'gradient' stands for .* some beyond 500000"),
+    "floats": ("bfloat16", {"gradient": np.zeros(6, np.float32)}, "has type float32, expected int16"),
+    "good steps": ("int8", {"gradient": STEPS, "scale": SCALES}, None),
+    "no scale": ("int8", {"gradient": STEPS}, r"arrays \['gradient'\] where \['gradient', 'scale'\]"),
+    "wide steps": (
+        "int8",
+        {"gradient": STEPS.astype(np.int32), "scale": SCALES},
+        "has type int32, expected int8",
+    ),
+    "lowest step": (
+        "int8",
+        {"gradient": np.full(6, -128, np.int8), "scale": SCALES},
+        "holds values below -127",
+    ),
+    "NaN scale": ("int8", {"gradient": STEPS, "scale": np.float32([1, math.nan])}, "'scale' holds NaN"),
+    "huge scale": (
+        "int8",
+        {"gradient": STEPS, "scale": np.float32([4000, 0])},
+        "'scale' holds .* beyond 3937",
+    ),
+    "negative scale": (
+        "int8",
+        {"gradient": STEPS, "scale": np.float32([-1, 0])},
+        "'scale' holds values below 0",
+    ),
+    "one scale": ("int8", {"gradient": STEPS, "scale": SCALES[:1]}, r"'scale' has shape \(1,\)"),
+    "good places": ("topk", {"gradient": VALUES, "index": PLACES}, None),
+    "beyond the end": (
+        "topk",
+        {"gradient": VALUES, "index": np.int32([0, 2, 6])},
+        "'index' holds .* beyond 5",
+    ),
+    "before the start": (
+        "topk",
+        {"gradient": VALUES, "index": np.int32([-1, 2, 5])},
+        "'index' holds values below 0",
+    ),
+    "twice": (
+        "topk",
+        {"gradient": VALUES, "index": np.int32([0, 2, 2])},
+        "'index' does not ascend, or holds",
+    ),
+    "in disorder": (
+        "topk",
+        {"gradient": VALUES, "index": np.int32([0, 5, 2])},
+        "'index' does not ascend, or",
+    ),
+    "NaN value": (
+        "topk",
+        {"gradient": VALUES * np.float32(math.nan), "index": PLACES},
+        "'gradient' holds NaN",
+    ),
+    "too many": (
+        "topk",
+        {"gradient": np.ones(4, np.float32), "index": np.arange(4, dtype=np.int32)},
+        "shape",
+    ),
+    "wide places": (
+        "topk",
+        {"gradient": VALUES, "index": PLACES.astype(np.int64)},
+        "type int64, expected int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPRESSED)
+def test_a_compressed_reply_is_checked_as_strictly(case):
+    name, arrays, reason = COMPRESSED[case]
+    half, answer = compressed(name, **arrays)
+    gateway, _, replies = ask({2: answer}, half)
+    assert replies[2].has_error() == (reason is not None)
+    reasons = [failure.reason for failure in gateway.failures if failure.client == 2]
+    assert not reasons if reason is None else re.search(reason, *reasons), reasons
 
 
 def test_good_replies_pass_in_the_order_of_the_clients():

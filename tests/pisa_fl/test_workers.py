@@ -24,7 +24,7 @@ from pisa_fl.federation import Federation
 from pisa_fl.workers import Slots, can_fork
 from strategies import Layout, LocalSgd, Penalty, Pisa, PisaClient
 from strategies.memory import zeros
-from strategies.preconditioners import SecondMoment
+from strategies.preconditioners import Kronecker, SecondMoment
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="processes cannot be forked here")
 
@@ -101,6 +101,23 @@ def test_any_number_of_workers_gives_the_same_bits(method, options):
     assert alone[0][-1]["test_loss"] < alone[0][0]["test_loss"]
     for workers in (1, 2, 3):
         assert_same(outcome(federate(method, workers, **options)), alone)
+
+
+@pytest.mark.parametrize("cohort", [1, 3])
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "topk"])
+def test_smaller_messages_come_from_workers_as_they_are(name, cohort):
+    def compressed(layout, **_):
+        q = partial(Kronecker, beta=0.9, eps=1e-8, max_side=8, refresh=1)
+        penalty, options = Penalty(0.01, 0.9, None, None, 1.0, 10), {"wire": "gradient", "compression": name}
+        return (
+            Pisa(layout, q, penalty, 0.0, 1, "examples", lag=0, **options),
+            PisaClient(layout, q, penalty, 1, 1, "mean", lag=0, **options),
+        )
+
+    alone = outcome(federate(compressed, 0, cohort=cohort))
+    assert alone[0][-1]["test_loss"] < alone[0][0]["test_loss"]
+    assert [line["clients_failed"] for line in alone[0]] == [0] * 5
+    assert_same(outcome(federate(compressed, 2, cohort=cohort)), alone)
 
 
 class Deadly(PisaClient):
