@@ -90,15 +90,15 @@ class Pisa(Strategy):
         penalty: sigma and rho.
         lambda_: Weight of (lambda/2)|w|^2; the authors' federated setting: 5e-3.
         align_every: Rounds between exchanges of the statistic; 0 leaves every client its own.
+        alpha: `examples` (n_i/n, the paper) or `uniform` (1/N).
+        state: Where the ledger's rows are kept: in `memory`, or on `disk` (`strategies.memory.zeros`).
+        forget_after: Rounds without an accepted reply after which a client leaves the sums, to begin anew with its
+            next; None: never.
         lag: Rounds by which the common Q is older than the gradients that it is applied to, 0 or 1.
         local_steps: As the clients'.
         wire: `primal` or `gradient`; `auto`: `gradient` where that is possible.
         consensus: `all` (the paper) or `fresh`; see `strategies.ledger`.
         bound: Share of its size by which a tensor may move in a round; None for no bound.
-        alpha: `examples` (n_i/n, the paper) or `uniform` (1/N).
-        state: Where the ledger's rows are kept: in `memory`, or on `disk` (`strategies.memory.zeros`).
-        forget_after: Rounds without an accepted reply after which a client leaves the sums, to begin anew with its
-            next; None: never.
         compression: How gradients are sent: `none`, as they are, or in fewer bytes as `bfloat16`, `int8` or `topk`.
         keep: Share of the elements that `topk` sends.
 
@@ -115,13 +115,13 @@ class Pisa(Strategy):
         lambda_: float,
         align_every: int,
         alpha: Literal["examples", "uniform"],
+        state: Literal["memory", "disk"] = "memory",
+        forget_after: int | None = None,
         lag: int = 1,
         local_steps: int = 1,
         wire: Wire = "primal",
         consensus: Literal["all", "fresh"] = "all",
         bound: float | None = None,
-        state: Literal["memory", "disk"] = "memory",
-        forget_after: int | None = None,
         compression: str = "none",
         keep: float = 0.1,
     ) -> None:

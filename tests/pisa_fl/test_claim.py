@@ -140,7 +140,7 @@ def test_runs_of_the_same_second_have_directories_of_their_own(tmp_path):
     line = [sys.executable, "-c", f"{AT_ONCE}\nfrom pisa_fl.main import main\nmain()", *QUICK, "rounds=0"]
     processes = [subprocess.Popen([*line, f"seed={seed}"], cwd=tmp_path) for seed in (0, 1)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    assert seeds_below(tmp_path / "runs/same", ("same-sisa", "same-sisa-2")) == [0, 1]
+    assert seeds_below(tmp_path / "runs/same", ("same-pisa", "same-pisa-2")) == [0, 1]
 
 
 def test_sweeps_of_the_same_second_have_folders_of_their_own(command, tmp_path, monkeypatch):
@@ -190,10 +190,14 @@ def test_the_printed_command_works_in_a_shell(stopped, command, tmp_path, name):
     assert ended.err == f"pisa-fl: resume: {directory / 'x'} is not a run directory, it has no config.yaml\n"
 
 
+NO_ROUND = ("rounds=0", "strategy.horizon=100")
+"""As many as a run's first moments take, planned like the whole of it."""
+
+
 def test_a_run_id_is_in_every_file_and_is_the_same_for_the_same_run(stopped, tmp_path):
-    pisa_fl.run(pisa_fl.compose(*QUICK, "engine.workers=1", "name=other", "rounds=0"), tmp_path / "again")
+    pisa_fl.run(pisa_fl.compose(*QUICK, "engine.workers=1", "name=other", *NO_ROUND), tmp_path / "again")
     given = [f"partition.path={stopped}/partition.json", f"init={stopped}/initial.safetensors"]
-    pisa_fl.run(pisa_fl.compose(*QUICK, "partition=from_file", *given, "rounds=0"), tmp_path / "file")
+    pisa_fl.run(pisa_fl.compose(*QUICK, "partition=from_file", *given, *NO_ROUND), tmp_path / "file")
     found = {ids(directory) for directory in (stopped, tmp_path / "again", tmp_path / "file")}
     assert len(found) == 1
     others = [
@@ -206,7 +210,7 @@ def test_a_run_id_is_in_every_file_and_is_the_same_for_the_same_run(stopped, tmp
     ]
     for number, other in enumerate(others):
         directory = tmp_path / str(number)
-        pisa_fl.run(pisa_fl.compose(*QUICK, "rounds=0", other), directory)
+        pisa_fl.run(pisa_fl.compose(*QUICK, *NO_ROUND, other), directory)
         found.add(ids(directory))
     assert len(found) == 1 + len(others)
 

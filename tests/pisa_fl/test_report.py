@@ -214,8 +214,8 @@ def test_runs_that_do_not_tell_what_was_chosen(tmp_path):
     write_run(tmp_path / "4", {"name": "by hand", "seed": 0, "strategy": {"lr": 1}}, [0.1, 0.2, 0.3])
     rows, _ = cells_and_notes(tmp_path)
     assert columns(rows, "strategy", "preconditioner", "partition") == [
-        ("Pisa", "SecondMoment", "IidPartitioner"),
-        ("Pisa", "SecondMoment", "ShardsPartitioner"),
+        ("Pisa", "Kronecker", "IidPartitioner"),
+        ("Pisa", "Kronecker", "ShardsPartitioner"),
         ("Pisa", "Spectral", "IidPartitioner"),
         ("FedAvg", "", "LabelSkewPartitioner"),
         ("by hand", "", ""),
@@ -322,8 +322,8 @@ def test_a_diverged_run_is_counted_and_told(tmp_path):
     rows, notes = cells_and_notes(tmp_path)
     assert columns(rows, "seeds", "final accuracy, %", "final accuracy, %, min") == [("3", "10.0", "0.0")]
     assert notes == [
-        f"{tmp_path / '0'} (sisa, seed 0) diverged, and is counted",
-        f"{tmp_path / '2'} (sisa, seed 2) diverged, and is counted",
+        f"{tmp_path / '0'} (pisa, seed 0) diverged, and is counted",
+        f"{tmp_path / '2'} (pisa, seed 2) diverged, and is counted",
     ]
     assert (tmp_path / "comparison.png").is_file()
 
