@@ -190,8 +190,8 @@ def test_the_printed_command_works_in_a_shell(stopped, command, tmp_path, name):
     assert ended.err == f"pisa-fl: resume: {directory / 'x'} is not a run directory, it has no config.yaml\n"
 
 
-NO_ROUND = ("rounds=0", "strategy.horizon=100")
-"""As many as a run's first moments take, planned like the whole of it."""
+NO_ROUND = ("rounds=0", "strategy.horizon=1")
+"""Of a run that is planned as the stopped one was."""
 
 
 def test_a_run_id_is_in_every_file_and_is_the_same_for_the_same_run(stopped, tmp_path):

@@ -525,6 +525,8 @@ def configure(folder, *overrides, engine="flower", partition="iid"):
         write_digits(folder / "digits")
     own = [f"engine.state={folder}/states", "engine.experiment=e"] if engine == "flower" else []
     small = ["model=logistic", f"clients={CLIENTS}", f"rounds={ROUNDS}", "batch_size=8", "device=cpu"]
+    if not any(text.startswith("strategy=") for text in overrides):
+        small.append("strategy=sisa")  # whose clients have something to remember, and to lose
     small += [f"partition={partition}"]
     data = ["data=mnist", f"data.root={folder}/digits", f"data.cache={folder}/cache"]
     config = compose(
@@ -592,6 +594,12 @@ METHODS = {
     "sisa, half of the clients": ["shards", "strategy=sisa", "participation=0.5"],
     "sisa, each its own moments": ["quantity", "strategy=sisa_official"],
     "nsisa, noisy pixels": ["feature_noise", "strategy=nsisa"],
+    "pisa, half of the clients": [
+        "label_skew",
+        "strategy=pisa",
+        "partition.classes_per_client=3",
+        "participation=0.5",
+    ],
     "fedavg": ["iid", "strategy=fedavg", "strategy.local_epochs=1"],
 }
 

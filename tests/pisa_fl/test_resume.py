@@ -28,6 +28,7 @@ NAMES = ("server-0000.safetensors", "clients-0000.safetensors", "state.json")
 QUICK = ("model=logistic", "engine.threads=1", "progress=false", "participation=0.5")
 METHODS = {
     "aligned": ["strategy=sisa"],
+    "gradients": ["strategy=pisa", "strategy.compression=int8"],
     "own moments": ["strategy=sisa_official"],
     "adaptive server": ["strategy=fedadam", "strategy.local_epochs=1"],
 }

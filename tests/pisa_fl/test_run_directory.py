@@ -63,7 +63,7 @@ def simulate(directory, *overrides):
 @pytest.fixture(scope="module")
 def sisa(tmp_path_factory):
     directory = tmp_path_factory.mktemp("sisa") / "run"
-    simulate(directory, "targets=[0.0,0.5,1.0]")
+    simulate(directory, "strategy=sisa", "targets=[0.0,0.5,1.0]")
     return directory
 
 
