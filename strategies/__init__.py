@@ -6,6 +6,7 @@ from strategies.ledger import Ledger
 from strategies.local_sgd import LocalSgd
 from strategies.penalty import Penalty
 from strategies.pisa import Pisa, PisaClient
+from strategies.pisa_local import PisaLocalClient
 
 __all__ = [
     "Batch",
@@ -18,5 +19,6 @@ __all__ = [
     "Penalty",
     "Pisa",
     "PisaClient",
+    "PisaLocalClient",
     "Update",
 ]

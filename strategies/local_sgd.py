@@ -1,4 +1,5 @@
-"""Local stochastic gradient descent: the client half of FedAvg, FedProx, FedAvgM and the FedOpt family.
+"""Local stochastic gradient descent: the client half of FedAvg, FedProx, FedAvgM and the FedOpt family, and its
+loop over mini-batches, which is also that of `strategies.pisa_local`.
 
 FedAvg (McMahan et al. 2017, arXiv 1602.05629, Algorithm 1), with momentum and weight decay as
 NIID-Bench (arXiv 2102.02079) uses them; FedProx (Li et al. 2020, arXiv 1812.06127, equation 2) adds the
@@ -53,8 +54,26 @@ class LocalSgd(ClientHalf):
 
     def solve(self, cohort: Cohort, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """Run the local epochs; see the module's equations."""
-        start = instruction.arrays[WEIGHTS]
-        mu = real(instruction.config, "proximal-mu", 0.0)
+        weights, loss = self.descend(
+            cohort, instruction.arrays[WEIGHTS], self.lr, real(instruction.config, "proximal-mu", 0.0)
+        )
+        return Update({WEIGHTS: weights}, loss)
+
+    def descend(
+        self, cohort: Cohort, start: Tensor, lr: float, mu: float, slope: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The local epochs, on F_i(w_i) + (weight_decay/2)|w_i|^2 + <slope_i, w_i> + (mu/2)|w_i - start|^2.
+
+        Args:
+            cohort: The clients.
+            start: Where all of them begin, (d,).
+            lr: Learning rate.
+            mu: Weight of the proximal term.
+            slope: A linear term of each client's, (C, d), or None.
+
+        Returns:
+            Weights (C, d) and mean losses (C,) over the epochs.
+        """
         weights = start.repeat(len(cohort.clients), 1)
         buffer = torch.zeros_like(weights) if self.momentum else None
         loss = weights.new_zeros(len(cohort.clients))
@@ -63,13 +82,15 @@ class LocalSgd(ClientHalf):
             gradient, batch_loss = cohort.gradient(weights, batch)
             if self.weight_decay:
                 gradient.add_(weights, alpha=self.weight_decay)
+            if slope is not None:
+                gradient.add_(slope)
             if mu:
                 gradient.add_(weights - start, alpha=mu)
             step = gradient if buffer is None else buffer.mul_(self.momentum).add_(gradient)
             if len(cohort.clients) > 1:  # some may have no batch any more
                 step = step * batch.active[:, None]
-            weights.sub_(step, alpha=self.lr)
+            weights.sub_(step, alpha=lr)
             seen = torch.tensor(batch.examples, dtype=loss.dtype, device=loss.device)
             loss += batch_loss * seen
             examples += seen
-        return Update({WEIGHTS: weights}, loss / examples)
+        return weights, loss / examples

@@ -375,15 +375,15 @@ class SpectralRule(MomentRule):
         self.grams.finish(shares)
 
 
-def sgd(problem, start, client, number, *, lr, momentum, weight_decay, epochs, mu=0.0):
-    """Local SGD from the server's weights: what one client sends back."""
+def sgd(problem, start, client, number, *, lr, momentum, weight_decay, epochs, mu=0.0, slope=None):
+    """Local SGD from the server's weights: what one client sends back; `slope` is a linear term of its loss."""
     w = dict(start)
     buffer = {name: torch.zeros_like(t) for name, t in w.items()}
     for rows in problem.batches(client, number, epochs):
         g = problem.gradient(w, rows)
         for name in w:
-            slope = g[name] + weight_decay * w[name] + mu * (w[name] - start[name])
-            buffer[name] = momentum * buffer[name] + slope
+            pull = g[name] + weight_decay * w[name] + mu * (w[name] - start[name])
+            buffer[name] = momentum * buffer[name] + pull + (slope[name] if slope else 0)
         w = {name: w[name] - lr * buffer[name] for name in w}
     return w
 

@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvgM, FedProx
 from quadratics import LAYOUT, PRECONDITIONERS, pisa_bench
 
-from strategies import LocalSgd, Penalty, Pisa, PisaClient, checks
+from strategies import LocalSgd, Penalty, Pisa, PisaClient, PisaLocalClient, checks
 from strategies.messages import RoundError, record
 from strategies.preconditioners import NewtonSchulz, SecondMoment, Spectral
 
@@ -50,6 +50,13 @@ MAKE = {
     "client": (
         lambda **n: PisaClient(LAYOUT, **HALVES | {"local_steps": 1, "gradient": "mean"} | n),
         ["local_steps", "align_every"],
+    ),
+    "local epochs": (
+        lambda sigma=6.0, **n: PisaLocalClient(
+            *(LAYOUT, Penalty(**PENALTY | {"sigma": sigma})),
+            **{"momentum": 0.0, "weight_decay": 0.0, "local_epochs": 1} | n,
+        ),
+        ["sigma", "momentum", "weight_decay", "local_epochs"],
     ),
     "adaptive": (lambda **n: checks.flowers_own(FedAdam(**ADAM | n)), list(ADAM)),
     "averaging with momentum": (
