@@ -12,14 +12,16 @@ then the dual step, and the server half `strategies.Pisa` on the wire `primal` w
     pi_i += sigma (w_i - w)
     w     = sum_present alpha_i w_i + sum_all alpha_i pi_i / sigma
 
-the former normalised among those present. That is close to FedDyn (Acar et al. 2021, arXiv 2111.04263). Where it stops,
-w_i = w and pi_i = -(grad F_i(w) + weight_decay w): at the solution, whatever the skew, if the gradients are exact.
-Mini-batches make w_i, and with it pi_i, jitter about that point.
+each sum normalised, the first among those present, the second among those ever seen. That is close to FedDyn (Acar et
+al. 2021, arXiv 2111.04263). Where it stops, w_i = w and pi_i = -(grad F_i(w) + weight_decay w): at the solution,
+whatever the skew, if the gradients are exact. Mini-batches make w_i, and with it pi_i, jitter about that point, unless
+lr falls.
 
-On stability. The local loop needs lr (h + sigma) < 2 (1 + momentum), h the largest curvature. sigma is both a leash
-and a memory: a client drifts by |g_i + pi_i| / sigma at most, and its dual forgets a share sigma / (h + sigma) of its
-error a visit. A small one lets clients drift far and learn slowly what they want, and counts stale duals, which the
-consensus divides by it, for much. It has the units of a curvature and is set by hand: nothing here finds it.
+On stability. The local loop needs lr (h + sigma) < 2 (1 + momentum), h the largest curvature; sigma has the units of
+a curvature and is set by hand: nothing here finds it. A client drifts by |g_i + pi_i| / sigma at most, roughly, and its
+dual remembers that drift until its next turn. With one class a client and a tenth of the clients a round, the local
+losses saturate, drifts are long and duals misleading: such runs stayed near chance, below FedAvg, and with sigma 1 they
+diverged. One preconditioned step (`strategies.pisa`) is what to use there.
 
 Symbols: w `consensus`, w_i `weights`, pi_i `dual`, b the momentum buffer.
 """

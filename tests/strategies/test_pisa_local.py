@@ -52,7 +52,8 @@ def test_local_epochs_follow_the_plain_loop(problem, share, drawn):
     expected, duals = plain(problem, 4, drawn)
     federation, _ = problem.run(
         *(4, "strategy=pisa_local", f"strategy.sigma={SIGMA}", "strategy.lr=0.01", "strategy.momentum=0.9"),
-        *("strategy.weight_decay=0.01", "strategy.local_epochs=3", f"participation={share}"),
+        *("strategy.weight_decay=0.01", "strategy.local_epochs=3", "strategy.schedule=constant"),
+        f"participation={share}",
     )
     assert_moved_alike(federation, expected, problem.start)
     for client, dual in duals.items():
