@@ -178,12 +178,12 @@ def test_running_statistics_are_averaged_by_examples():
     seen = []
     original = federation.gateway._take_buffers
 
-    def take(replies):
+    def take(replies, trained):
         seen.extend(
             (r.content["metrics"]["num-examples"], r.content["arrays"]["buffers"].numpy().copy())
             for r in replies
         )
-        original(replies)
+        original(replies, trained)
 
     federation.gateway._take_buffers = take
     final(federation, 1)
