@@ -52,6 +52,8 @@ def configure(tmp_path, root):
         state = ["engine.experiment=e", "engine.threads=1"]
         data = ["data=mnist", f"data.root={tmp_path}/digits", f"data.cache={tmp_path}/cache"]
         small = ["model=logistic", f"clients={CLIENTS}", "partition=iid", "batch_size=8", "device=cpu"]
+        if not any(text.startswith("strategy=") for text in overrides):
+            overrides = ("strategy=sisa", *overrides)  # whose clients have something to remember
         return resolve(compose("engine=flower", *state, *data, *small, *overrides))
 
     return make

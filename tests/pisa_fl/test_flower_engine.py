@@ -25,7 +25,7 @@ ROUNDS = 5
 COMMON = (f"rounds={ROUNDS}", "engine.threads=1", "progress=false")
 METHODS = {
     "sisa": ["strategy=sisa", "model=simple_cnn"],
-    "nsisa": ["strategy=nsisa", "model=logistic"],
+    "pisa": ["strategy=pisa", "model=simple_cnn"],
     "fedavg": ["strategy=fedavg", "strategy.local_epochs=1", "model=logistic"],
     "fedprox": ["strategy=fedprox", "strategy.local_epochs=1", "model=logistic"],
 }
