@@ -54,7 +54,7 @@ def test_killed_clients_are_gone_on_without_and_come_back(federation, tmp_path):
     directory = tmp_path / "run"
     overrides = (
         f"clients=2 rounds={ROUNDS} model=logistic partition.classes_per_client=5 progress=false "
-        "strategy.sigma=20 strategy.rho=200 round_timeout=40 patience=200 checkpoint.every=1"
+        "strategy=sisa strategy.sigma=20 strategy.rho=200 round_timeout=40 patience=200 checkpoint.every=1"
     )
     line = f"pisa-fl engine=flower engine.connection=three-hosts hydra.run.dir={directory} {overrides}"
     ended: list[subprocess.CompletedProcess] = []
