@@ -479,7 +479,9 @@ class PisaClient(ClientHalf):
         held = {name: arrays[name][None] for name in self.preconditioner.solver_fields() if self.align_every}
         round_number = integer(instruction.config, ROUND)
         with one_thread():
-            step = PrimalStep.of_round(self.preconditioner, self.penalty, held, round_number, self.lag)
+            step = PrimalStep.of_round(
+                *(self.preconditioner, self.penalty, held, round_number, self.lag), arrays[WEIGHTS].device
+            )
         return _Common(instruction, step)
 
     def _own_step(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from strategies.penalty import Penalty
@@ -37,7 +38,13 @@ class PrimalStep:
 
     @classmethod
     def of_round(
-        cls, preconditioner: Preconditioner, penalty: Penalty, held: State, round_number: int, lag: int
+        cls,
+        preconditioner: Preconditioner,
+        penalty: Penalty,
+        held: State,
+        round_number: int,
+        lag: int,
+        device: torch.device | str = "cpu",
     ) -> PrimalStep | None:
         """The step of a round (counted from 1) with a Q that is `lag` rounds old; None if that has observed nothing."""
         if held and not any(vector.any() for vector in held.values()):
@@ -45,10 +52,8 @@ class PrimalStep:
         scale = preconditioner.scale(held) if penalty.sigma is None else None
         sigma = penalty.sigma_at(round_number, scale)
         assert sigma is not None
-        if held:
-            sigma = sigma.to(next(iter(held.values())).device)
-        size = None if scale is None or not lag else preconditioner.layout.norms(scale)
-        return cls(preconditioner, penalty, held, sigma, penalty.rho_at(round_number), size)
+        size = None if scale is None or not lag else preconditioner.layout.norms(scale.to(device))
+        return cls(preconditioner, penalty, held, sigma.to(device), penalty.rho_at(round_number), size)
 
     def residual(self, gradient: Tensor, dual: Tensor) -> Tensor:
         """P(g_i) + pi_i, (C, d)."""

@@ -24,6 +24,7 @@ FEDAVG = (
     "strategy.local_epochs=1",
 )
 SISA = ("strategy=sisa",)
+PISA = ("strategy=pisa",)
 
 DEVICE = Task(200, 50, 10, drawn=50)
 SILO = Task(10, 1_000, 64)
@@ -83,6 +84,14 @@ def sisa(bench: Bench, tasks: Sequence[Task] = (SILO, Task(100, 100, 64))) -> It
     for task in tasks:
         rounds = take_turns([ours(task, *SISA), *floors(task)], bench.repeats)
         yield Outcome("sisa", f"SISA, {sizes(task)}", [against_floor(rounds, 1.2)], rounds)
+
+
+def pisa(bench: Bench, tasks: Sequence[Task] = (SILO, Task(100, 100, 64), MANY)) -> Iterator[Outcome]:
+    """What a PISA round, of which the server takes the steps, costs beside a SISA round."""
+    for task in tasks:
+        rounds = take_turns([ours(task, *PISA), ours(task, *SISA, name="SISA")], bench.repeats)
+        figure = Figure(f"{OURS} / SISA", ratio(rounds, OURS, "SISA"), at_most=1.1)
+        yield Outcome("pisa", f"PISA, {sizes(task)}", [figure], rounds)
 
 
 def many(bench: Bench, task: Task = MANY) -> Iterator[Outcome]:
@@ -176,7 +185,7 @@ def profile(bench: Bench, task: Task = MANY) -> Iterator[Outcome]:
 
 WORKS: dict[str, Callable[[Bench], Iterator[Outcome]]] = {
     work.__name__: work
-    for work in (device, silo, sisa, many, clients, memory, workers, together, gpu, profile)
+    for work in (device, silo, sisa, pisa, many, clients, memory, workers, together, gpu, profile)
 }
 """All of them by name."""
 
