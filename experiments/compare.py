@@ -7,8 +7,8 @@
 `whole`: ten clients of one class each, everybody in every round. `part`: 100 clients of two classes, ten a round. A
 PISA or SISA round is one pass and is run with its defaults. FedAvg and FedProx are run with as many passes in two ways,
 as many short rounds and few long ones, each with several learning rates, of which the report keeps the one of the best
-final test accuracy: more than a fair share for them. In `part`, FedAvg makes five passes a round and PISA one, a fifth of
-its budget. Further arguments are overrides, given to all.
+final test accuracy: more than a fair share for them. In `part` FedAvg makes five passes a round and PISA one, a fifth
+of its budget. Further arguments are overrides, given to all.
 """
 
 from __future__ import annotations
