@@ -105,7 +105,7 @@ def test_partition_deals_every_example_once(sisa):
 
 def test_a_run_on_its_partition_file_and_initial_weights_is_the_same_run(sisa, tmp_path):
     given = [f"partition.path={sisa / 'partition.json'}", f"init={sisa / 'initial.safetensors'}"]
-    simulate(tmp_path, "partition=from_file", *given)
+    simulate(tmp_path, "strategy=sisa", "partition=from_file", *given)
     for name in ("model.safetensors", "partition.json", "initial.safetensors"):
         assert (tmp_path / name).read_bytes() == (sisa / name).read_bytes()
 
@@ -237,7 +237,7 @@ def test_tensorboard_reads_the_curves(sisa):
         assert value == pytest.approx(line["test_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["sisa", "fedavg"])
+@pytest.mark.parametrize("strategy", ["sisa", "pisa", "fedavg"])
 def test_the_same_seed_gives_the_same_bits(tmp_path, strategy):
     chosen = [f"strategy={strategy}", "participation=0.5"]
     if strategy == "fedavg":
