@@ -11,9 +11,10 @@ convolutions as out x in*kh*kw) and G its gradient in a round,
 so that (sigma I + rho Q)^-1 R = U [ U^T R Z / (sigma + rho (sqrt(v^) + eps)) ] Z^T exactly. Tensors of fewer than two
 dimensions, and sides longer than `max_side`, keep the basis that they have: with both sides Q is SISA's.
 
-When the eigenvectors change, v is carried over in the order of the eigenvalues: the largest takes over from the
-largest. (The expectation over uncorrelated coordinates, (u'^T u)^2 v (z^T z')^2, evens v out round by round, which
-costs rounds; the old eigenvector that is closest to the new one is a matter of rounding where few gradients were seen.)
+When the eigenvectors change, v is carried over: each new one takes the place of the old one that it is closest to, of
+those along which anything was seen; where nothing was seen yet, v stays zero, in whatever basis. (The expectation over
+uncorrelated coordinates, the sum of (u^T u')^2 v (z^T z')^2, evens v out round by round and costs rounds; the order of
+the eigenvalues changes where few clients answer.)
 
 What is not SOAP's: L and R are kept and decomposed in double precision. A gradient in single precision tells singular
 values of a millionth of the largest, but their squares would be lost.
@@ -23,7 +24,7 @@ Everything follows from the averaged gradient: aligned, it takes no more on the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,9 @@ from strategies.layout import Layout
 from strategies.messages import Field, squared
 from strategies.preconditioners.base import Preconditioner, State
 from strategies.threads import in_threads
+
+NOTHING = 1e-12
+"""Share of the largest second moment along one eigenvector that rounding gives to those that nothing was seen along."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,15 @@ class Kronecker(Preconditioner):
         """One step of the moving averages, and every `refresh` rounds of the bases."""
         observed, age = statistic["observed"], int(state["age"].max())
         grams = self._grams(state["grams"], observed)
-        bases = state["bases"]
+        moment, bases = state["moment"], state["bases"]
         if age % self.refresh == 0:
-            bases = self._eigenvectors(grams).to(observed.dtype)
+            bases, seen = self._eigenvectors(grams)
+            bases = bases.to(observed.dtype)
+            if age:
+                moment = self._carried(moment, state["bases"], bases, seen)
         square = self._turn(observed, bases).square()
         return {
-            "moment": state["moment"] * self.beta + square * (1 - self.beta),
+            "moment": moment * self.beta + square * (1 - self.beta),
             "mass": state["mass"] * self.beta + (1 - self.beta),
             "bases": bases,
             "age": state["age"] + 1,
@@ -163,17 +170,42 @@ class Kronecker(Preconditioner):
                 right.of(grams).add_(matrix.mT @ matrix, alpha=1 - self.beta)
         return grams
 
-    def _eigenvectors(self, grams: Tensor) -> Tensor:
-        """Of every side, by ascending eigenvalue."""
-        bases = torch.empty_like(grams)
+    def _eigenvectors(self, grams: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Of every side, by ascending eigenvalue, and along which of them anything was seen, (C, n), by its side."""
+        bases, seen = torch.empty_like(grams), {}
 
         def decompose(side: _Side) -> None:
-            side.of(bases).copy_(torch.linalg.eigh(side.of(grams)).eigenvectors)
+            values, vectors = torch.linalg.eigh(side.of(grams))
+            side.of(bases).copy_(vectors)
+            seen[side.span.start] = values > NOTHING * values[..., -1:]
 
         # the largest first, so that no thread is left with it at the end
         list(in_threads(decompose, sorted(self._own_sides(), key=lambda side: -side.size)))
-        return bases
+        return bases, seen
+
+    def _carried(self, moment: Tensor, old: Tensor, new: Tensor, seen: Mapping[int, Tensor]) -> Tensor:
+        """v in new bases; see the module's rule."""
+        carried = moment.clone()
+        for matrix, left, right in self._matrices(carried):
+            result = matrix
+            if left is not None:
+                closest = _closest(left.of(old), left.of(new), matrix.sum(dim=-1))
+                result = torch.take_along_dim(result, closest.unsqueeze(-1), dim=-2)
+                result = result * seen[left.span.start].unsqueeze(-1)
+            if right is not None:
+                closest = _closest(right.of(old), right.of(new), matrix.sum(dim=-2))
+                result = torch.take_along_dim(result, closest.unsqueeze(-2), dim=-1)
+                result = result * seen[right.span.start].unsqueeze(-2)
+            matrix.copy_(result)
+        return carried
 
     def _own_sides(self) -> Iterator[_Side]:
         for sides in self._sides.values():
             yield from (side for side in sides if side is not None)
+
+
+def _closest(old: Tensor, new: Tensor, seen: Tensor) -> Tensor:
+    """For each new eigenvector the closest old one of those that anything was seen along, (C, n)."""
+    overlap = (old.mT @ new).abs_()
+    overlap *= (seen > NOTHING * seen.amax(dim=-1, keepdim=True)).unsqueeze(-1)
+    return overlap.argmax(dim=-2)

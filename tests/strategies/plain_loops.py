@@ -398,12 +398,29 @@ def fedavg(problem, rounds, drawn=everyone, **local):
     return w
 
 
+def carried(v, u, new_u, z, new_z, left, right):
+    """The second moment in new bases: from the closest old vectors; zero along what was never seen."""
+    rows = [i for i in range(len(v)) if v[i].sum() > 1e-12 * v.sum(1).max()]
+    columns = [j for j in range(v.shape[1]) if v[:, j].sum() > 1e-12 * v.sum(0).max()]
+    after = torch.zeros_like(v)
+    along_u, along_z = ((b.T @ g @ b).diagonal() for b, g in ((new_u, left), (new_z, right)))
+    for i in range(len(v)):
+        a = max(rows, key=lambda k: float((u[:, k] @ new_u[:, i]) ** 2))
+        for j in range(v.shape[1]):
+            b = max(columns, key=lambda k: float((z[:, k] @ new_z[:, j]) ** 2))
+            unseen = (len(v) > 1 and along_u[i] <= 1e-12 * along_u.max()) or (
+                v.shape[1] > 1 and along_z[j] <= 1e-12 * along_z.max()
+            )
+            after[i, j] = 0.0 if unseen else v[a, b]
+    return after
+
+
 def kronecker_pisa(problem, rounds, numbers, q, *, drawn=everyone, horizon):
     """`strategy=pisa`: the second moment in Kronecker eigenbases, of a table of gradients; fresh primals, all duals."""
     w, beta = dict(problem.start), q["beta"]
     flat = {name: (lambda t: t.flatten(1) if t.dim() > 1 else t[None]) for name in w}
     dual, table = {}, {}
-    left, right, v, mass = {}, {}, {}, 0.0
+    left, right, u, z, v, mass = {}, {}, {}, {}, {}, 0.0
     for number in range(1, rounds + 1):
         done = min(1.0, (number - 1) / (horizon - 1))
         final = numbers["final"]
@@ -425,6 +442,9 @@ def kronecker_pisa(problem, rounds, numbers, q, *, drawn=everyone, horizon):
             right[name] = beta * right.get(name, 0.0) + (1 - beta) * g.T @ g
             new_u = torch.linalg.eigh(left[name])[1] if m > 1 and not one else torch.eye(m, dtype=g.dtype)
             new_z = torch.linalg.eigh(right[name])[1] if n > 1 and not one else torch.eye(n, dtype=g.dtype)
+            if name in v:
+                v[name] = carried(v[name], u[name], new_u, z[name], new_z, left[name], right[name])
+            u[name], z[name] = new_u, new_z
             v[name] = beta * v.get(name, 0.0) + (1 - beta) * (new_u.T @ g @ new_z) ** 2
             root = (v[name] / mass).sqrt() + q["eps"]
             sigma, rho = root.mean() / lr, numbers["momentum"] / ((1 - numbers["momentum"]) * lr)

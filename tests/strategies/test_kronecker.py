@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from plain_loops import carried
 from quadratics import second_moment
 
 from strategies import Layout
@@ -44,8 +45,11 @@ def dense(gradients, max_side, refresh):
     for age, g in enumerate(gradients):
         left, right = BETA * left + (1 - BETA) * g @ g.T, BETA * right + (1 - BETA) * g.T @ g
         if age % refresh == 0:
-            u = torch.linalg.eigh(left)[1] if m <= max_side else eye[m]
-            z = torch.linalg.eigh(right)[1] if n <= max_side else eye[n]
+            new_u = torch.linalg.eigh(left)[1] if m <= max_side else eye[m]
+            new_z = torch.linalg.eigh(right)[1] if n <= max_side else eye[n]
+            if age:
+                moment = carried(moment, u, new_u, z, new_z, left, right)
+            u, z = new_u, new_z
         moment = BETA * moment + (1 - BETA) * (u.T @ g @ z) ** 2
         mass = BETA * mass + 1 - BETA
     basis = torch.kron(u.contiguous(), z.contiguous())
