@@ -36,7 +36,7 @@ from strategies.messages import Field, squared
 from strategies.preconditioners.base import Preconditioner, State
 from strategies.threads import in_threads
 
-NOTHING = 1e-12
+NOTHING = 1e-10
 """Share of the largest second moment along one eigenvector that rounding gives to those that nothing was seen along."""
 
 

@@ -400,16 +400,16 @@ def fedavg(problem, rounds, drawn=everyone, **local):
 
 def carried(v, u, new_u, z, new_z, left, right):
     """The second moment in new bases: from the closest old vectors; zero along what was never seen."""
-    rows = [i for i in range(len(v)) if v[i].sum() > 1e-12 * v.sum(1).max()]
-    columns = [j for j in range(v.shape[1]) if v[:, j].sum() > 1e-12 * v.sum(0).max()]
+    rows = [i for i in range(len(v)) if v[i].sum() > 1e-10 * v.sum(1).max()]
+    columns = [j for j in range(v.shape[1]) if v[:, j].sum() > 1e-10 * v.sum(0).max()]
     after = torch.zeros_like(v)
     along_u, along_z = ((b.T @ g @ b).diagonal() for b, g in ((new_u, left), (new_z, right)))
     for i in range(len(v)):
         a = max(rows, key=lambda k: float((u[:, k] @ new_u[:, i]) ** 2))
         for j in range(v.shape[1]):
             b = max(columns, key=lambda k: float((z[:, k] @ new_z[:, j]) ** 2))
-            unseen = (len(v) > 1 and along_u[i] <= 1e-12 * along_u.max()) or (
-                v.shape[1] > 1 and along_z[j] <= 1e-12 * along_z.max()
+            unseen = (len(v) > 1 and along_u[i] <= 1e-10 * along_u.max()) or (
+                v.shape[1] > 1 and along_z[j] <= 1e-10 * along_z.max()
             )
             after[i, j] = 0.0 if unseen else v[a, b]
     return after
