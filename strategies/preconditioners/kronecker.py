@@ -108,14 +108,14 @@ class Kronecker(Preconditioner):
 
     def accumulate(self, state: State, statistic: State) -> dict[str, Tensor]:
         """One step of the moving averages, and every `refresh` rounds of the bases."""
-        observed, age = statistic["observed"], int(state["age"].max())
+        observed, due = statistic["observed"], state["age"] % self.refresh == 0
         grams = self._grams(state["grams"], observed)
         moment, bases = state["moment"], state["bases"]
-        if age % self.refresh == 0:
-            bases, seen = self._eigenvectors(grams)
-            bases = bases.to(observed.dtype)
-            if age:
-                moment = self._carried(moment, state["bases"], bases, seen)
+        if due.any():
+            fresh, seen = self._eigenvectors(grams)
+            fresh = fresh.to(observed.dtype)
+            moment = torch.where(due, self._carried(moment, bases, fresh, seen), moment)
+            bases = torch.where(due, fresh, bases)
         square = self._turn(observed, bases).square()
         return {
             "moment": moment * self.beta + square * (1 - self.beta),

@@ -131,6 +131,21 @@ def test_many_clients_at_once_are_each_alone():
         torch.testing.assert_close(ours.solve(together, gradients[0], sigma, 0.7)[client], expected)
 
 
+def test_each_client_refreshes_its_own_bases_when_they_are_due():
+    # the second client begins a round after the first: the refresh of neither is the other's
+    gradients = draws(4)
+    ours = Kronecker(SMALL, BETA, 1e-8, 100, 2)
+    state, late = observe(ours, [gradients[0]]), observe(ours, [])
+    for name, rows in state.items():
+        rows[1] = late[name][1]
+    for gradient in gradients[1:]:
+        state = ours.accumulate(state, {"observed": gradient})
+    for client, seen in ((0, gradients), (1, gradients[1:])):
+        alone = observe(ours, [g[client : client + 1] for g in seen], clients=1)
+        for name, rows in alone.items():
+            torch.testing.assert_close(state[name][client], rows[0])
+
+
 def test_small_singular_values_are_told_from_rounding():
     # down to 1e-4 of the largest, whose square is below what single precision resolves of the largest's square
     generator = torch.Generator().manual_seed(3)
