@@ -6,9 +6,9 @@
 
 `whole`: ten clients of one class each, everybody in every round. `part`: 100 clients of two classes, ten a round. A
 PISA or SISA round is one pass and is run with its defaults. FedAvg and FedProx are run with as many passes in two ways,
-as many short rounds and few long ones, each with two learning rates, of which the report keeps the one of the best
-final test accuracy: more than a fair share for them. In `part` FedAvg makes five passes a round and PISA one, a fifth
-of its budget. Further arguments are overrides, given to all.
+as many short rounds and few long ones, each with two learning rates; in `part` FedAvg makes five passes a round in
+batches of ten (PISA one pass, a fifth of its budget), with two learning rates and two momenta. The report keeps the
+setting of the best final test accuracy: more than a fair share for them. Further arguments are overrides, given to all.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from pisa_fl.report import report
 
 FEDERATIONS = {
@@ -29,14 +31,17 @@ FEDERATIONS = {
     "part": ["clients=100", "participation=0.1", "partition=label_skew", "partition.classes_per_client=2"],
 }
 OURS = {"pisa": ["strategy=pisa"], "sisa": ["strategy=sisa"]}
-RATES = "strategy.lr=0.01,0.03"
+TUNED = {
+    "whole": ["strategy.lr=0.01,0.03"],
+    "part": ["strategy.lr=0.01,0.03", "strategy.momentum=0,0.9"],
+}
 RIVALS = {
     "whole": {
         f"{name}-{rounds}": [f"strategy={name}", f"rounds={rounds}", f"strategy.local_epochs={100 // rounds}"]
         for name in ("fedavg", "fedprox")
         for rounds in (100, 10)
     },
-    "part": {"fedavg": ["strategy=fedavg", "rounds=100", "strategy.local_epochs=5"]},
+    "part": {"fedavg": ["strategy=fedavg", "rounds=100", "strategy.local_epochs=5", "batch_size=10"]},
 }
 
 
@@ -48,21 +53,20 @@ def sweep(folder: Path, overrides: Sequence[str]) -> None:
 
 
 def keep_best(folder: Path) -> None:
-    """Keep the runs of the learning rate whose final accuracy is best, on average over what else was swept."""
-    finals: dict[float, list[float]] = {}
-    runs: dict[float, list[Path]] = {}
+    """Keep the runs of the learning rate and momentum whose final accuracy is best, on average over the seeds."""
+    finals: dict[tuple[float, float], list[float]] = {}
+    runs: dict[tuple[float, float], list[Path]] = {}
     for path in sorted(folder.glob("*/summary.json")):
-        settings = (path.parent / "config.yaml").read_text()
-        rate = next(float(line.split(":")[1]) for line in settings.splitlines() if line.startswith("  lr:"))
-        finals.setdefault(rate, []).append(json.loads(path.read_text())["final_accuracy"])
-        runs.setdefault(rate, []).append(path.parent)
-    best = max(finals, key=lambda rate: sum(finals[rate]) / len(finals[rate]))
-    for rate, directories in runs.items():
-        if rate != best:
+        strategy = OmegaConf.load(path.parent / "config.yaml").strategy
+        setting = strategy.lr, strategy.momentum
+        finals.setdefault(setting, []).append(json.loads(path.read_text())["final_accuracy"])
+        runs.setdefault(setting, []).append(path.parent)
+    best = max(finals, key=lambda setting: sum(finals[setting]) / len(finals[setting]))
+    for setting, directories in runs.items():
+        if setting != best:
             for directory in directories:
-                shutil.move(
-                    directory, folder.parent / "other-rates" / f"{folder.name}-{rate:g}-{directory.name}"
-                )
+                name = "-".join([folder.name, *map(str, setting), directory.name])
+                shutil.move(directory, folder.parent / "other-settings" / name)
 
 
 def main(arguments: list[str]) -> None:
@@ -75,11 +79,11 @@ def main(arguments: list[str]) -> None:
         if chosen.only not in (None, name):
             continue
         folder = start / name
-        (folder / "other-rates").mkdir(parents=True)
+        (folder / "other-settings").mkdir(parents=True)
         for method, own in OURS.items():
             sweep(folder / method, [*federation, *own, *overrides])
         for method, own in RIVALS[name].items():
-            sweep(folder / method, [*federation, *own, RATES, *overrides])
+            sweep(folder / method, [*federation, *own, *TUNED[name], *overrides])
             keep_best(folder / method)
         kept = [folder / method for method in (*OURS, *RIVALS[name])]
         print(report(kept, folder, "Same data, deal, model and initial weights"))

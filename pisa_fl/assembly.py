@@ -94,7 +94,8 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
     elif config.init is not None:
         _initialise(model, Path(config.init))
     identity.note(of_weights(model))
-    server = build(config.strategy.server, Strategy, layout=layout, seed=config.seed)
+    device = _device(str(config.device))
+    server = build(config.strategy.server, Strategy, layout=layout, seed=config.seed, device=device)
     checks.flowers_own(server)
     federation = Federation(
         data,
@@ -106,7 +107,7 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
         seed=config.seed,
         batch_size=config.batch_size,
         participation=config.participation,
-        device=_device(str(config.device)),
+        device=device,
         noise_std=noise_std,
         clients=config.clients,
         min_clients=config.min_clients,

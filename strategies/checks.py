@@ -73,6 +73,13 @@ def flowers_own(strategy: object) -> None:
                 check(key, getattr(strategy, attribute))
 
 
+def fraction(key: str, value: Any) -> None:
+    """A number from 0 to 1."""
+    _number(key, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"strategy.{key} must be from 0 to 1, got {value}")
+
+
 def _number(key: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and abs(value) <= GREATEST):

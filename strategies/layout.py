@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -92,6 +92,11 @@ class Layout:
         """Named views of a flat tensor, (..., d) -> {name: (..., *shape)}; nothing is copied."""
         lead = flat.shape[:-1]
         return {name: flat[..., self.spans[name]].view(lead + shape) for name, shape in self.shapes.items()}
+
+    def each_matrix(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Each of `matrices` inside flat vectors (C, d), as a view (C, rows, columns)."""
+        for name, shape in self.matrices.items():
+            yield name, flat[:, self.spans[name]].unflatten(-1, shape)
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One flat vector (d,) from named tensors.

@@ -101,6 +101,7 @@ class Pisa(Strategy):
         bound: Share of its size by which a tensor may move in a round; None for no bound.
         compression: How gradients are sent: `none`, as they are, or in fewer bytes as `bfloat16`, `int8` or `topk`.
         keep: Share of the elements that `topk` sends.
+        device: Where Q is kept and solved with; the ledger's rows stay in the CPU's memory.
 
     Raises:
         ValueError: A value is outside its range, the automatic penalty is asked for without alignment, or the wire
@@ -124,6 +125,7 @@ class Pisa(Strategy):
         bound: float | None = None,
         compression: str = "none",
         keep: float = 0.1,
+        device: torch.device | str = "cpu",
     ) -> None:
         checks.not_negative("lambda", lambda_)
         checks.whole("align_every", align_every, 0)
@@ -144,7 +146,8 @@ class Pisa(Strategy):
         statistic = sum(field.size for field in self.preconditioner.statistic_fields().values())
         table = None if consensus == "all" else statistic if align_every else 0
         self.ledger = Ledger(layout, alpha == "uniform", state == "disk", table)
-        self._shared = self.preconditioner.nothing()
+        self.device = device
+        self._shared = self.preconditioner.nothing(device)
         self._consensus = torch.empty(0)
         self._asked: tuple[dict[str, Tensor], Observed] | None = None
 
@@ -205,10 +208,9 @@ class Pisa(Strategy):
         if wrong := out_of_range(shared):
             raise RoundError(f"{wrong} of the server")
         held = shared if self.lag == 0 else self._shared
-        sigma = self.penalty.sigma_at(server_round, self.preconditioner.scale(held))
-        following = sigma
+        sigma = following = self._sigma(server_round, held)
         if self.lag:
-            following = self.penalty.sigma_at(server_round + 1, self.preconditioner.scale(shared))
+            following = self._sigma(server_round + 1, shared)
         weights = self._weights(server_round, held, sigma, answers)
         gone = self._gone(server_round, answers)
         self.ledger.begin(server_round, weights, examples, self._consensus, sigma, following, gone, observed)
@@ -240,6 +242,11 @@ class Pisa(Strategy):
                 examples[node] = integer(metrics_of(reply.content), EXAMPLES)
         return answers, examples
 
+    def _sigma(self, round_number: int, held: Mapping[str, Tensor]) -> Tensor | None:
+        """The penalty of a round, for the ledger."""
+        sigma = self.penalty.sigma_at(round_number, self.preconditioner.scale(held))
+        return None if sigma is None else sigma.cpu()
+
     def _measures(self, server_round: int) -> bool:
         return _measures(self.preconditioner, server_round, self.align_every)
 
@@ -261,7 +268,7 @@ class Pisa(Strategy):
         observed = self.ledger.observe(rows, examples, self._gone(server_round, answers))
         sizes = [field.size for field in fields.values()]
         parts = [
-            part.clamp(min=field.minimum)  # a sum from which rows were taken out may be less by rounding
+            part.clamp(min=field.minimum).to(self.device)  # a sum with rows taken out may be less by rounding
             for part, field in zip(observed.average[None].split(sizes, dim=-1), fields.values(), strict=True)
         ]
         with one_thread():
@@ -281,12 +288,15 @@ class Pisa(Strategy):
             return {node: arrays[WEIGHTS] for node, arrays in answers.items()}
         if sigma is None:
             return dict.fromkeys(answers, self._consensus)
-        common = PrimalStep.of_round(self.preconditioner, self.penalty, held, server_round, self.lag)
+        common = PrimalStep.of_round(
+            self.preconditioner, self.penalty, held, server_round, self.lag, self.device
+        )
 
         def solve(node: int) -> Tensor:
-            gradient, dual = answers[node][GRADIENT][None], self._dual(node)[None]
+            gradient = answers[node][GRADIENT][None].to(self.device)
+            dual = self._dual(node)[None].to(self.device)
             step = common or _own_step(self.preconditioner, self.penalty, held, server_round, gradient, dual)
-            return self._consensus - step.solve(step.residual(gradient, dual))[0]
+            return self._consensus - step.solve(step.residual(gradient, dual))[0].cpu()
 
         weights = dict(zip(answers, in_threads(solve, answers), strict=True))
         for node, row in weights.items():
@@ -340,7 +350,7 @@ class Pisa(Strategy):
     def state_dict(self) -> dict[str, Tensor]:
         """The ledger and the common Q, for a checkpoint."""
         return {f"ledger.{name}": v for name, v in self.ledger.state_dict().items()} | {
-            f"shared.{name}": v for name, v in self._shared.items()
+            f"shared.{name}": v.cpu() for name, v in self._shared.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -350,7 +360,7 @@ class Pisa(Strategy):
             part, _, key = name.partition(".")
             parts[part][key] = value
         self.ledger.load_state_dict(parts["ledger"])
-        self._shared = parts["shared"]
+        self._shared = {name: v.to(self.device) for name, v in parts["shared"].items()}
 
 
 @dataclass(frozen=True)

@@ -5,26 +5,33 @@ convolutions as out x in*kh*kw) and G its gradient in a round,
 
     L  = beta L + (1-beta) G G^T          R  = beta R + (1-beta) G^T G
     U  = eigenvectors of L,               Z  = eigenvectors of R            every `refresh` rounds
-    v  = beta v + (1-beta) (U^T G Z)^2,   v^ = v / (1-beta^t)
-    Q  = (U x Z) diag(sqrt(v^) + eps) (U x Z)^T
+    a  = eigenvalues of L,                b  = eigenvalues of R
+    v  = beta v + (1-beta) (U^T G Z)^2
+    s  = [ (1-factored) v + factored a b^T / sum(a) ] / (1-beta^t)
+    Q  = (U x Z) diag(sqrt(s) + eps) (U x Z)^T
 
-so that (sigma I + rho Q)^-1 R = U [ U^T R Z / (sigma + rho (sqrt(v^) + eps)) ] Z^T exactly. Tensors of fewer than two
-dimensions, and sides longer than `max_side`, keep the basis that they have: with both sides Q is SISA's.
+so that (sigma I + rho Q)^-1 R = U [ U^T R Z / (sigma + rho (sqrt(s) + eps)) ] Z^T exactly. Tensors of fewer than two
+dimensions have s = v / (1-beta^t); they, and sides longer than `max_side`, keep the basis that they have, in which a
+and b are moving averages of rows' and columns' squared norms. With both sides so, and `factored` 0, Q is SISA's.
 
-When the eigenvectors change, v is carried over: each new one takes the place of the old one that it is closest to, of
-those along which anything was seen; where nothing was seen yet, v stays zero, in whatever basis. (The expectation over
-uncorrelated coordinates, the sum of (u^T u')^2 v (z^T z')^2, evens v out round by round and costs rounds; the order of
-the eigenvalues changes where few clients answer.)
+a b^T / sum(a) is the matrix of rank one that has v's sums of rows and columns: what v would be if rows and columns of
+the gradient were independent, Adafactor's estimate (arXiv 1804.04235) in these bases, and with it Q is Shampoo's
+without its square root (Morwani et al. 2025, arXiv 2406.17748). Where few clients answer, a and b are known much
+better than each element of v; with everybody there, v keeps the steps of a gradient that hardly turns from round to
+round in bounds. `factored` 0 is SOAP.
 
-What is not SOAP's: L and R are kept and decomposed in double precision. A gradient in single precision tells singular
-values of a millionth of the largest, but their squares would be lost.
+When the eigenvectors change, v is carried over as the expectation over uncorrelated coordinates has it,
+v'_kl = sum_ij (u_i^T u'_k)^2 v_ij (z_j^T z'_l)^2, and depends on nothing that rounding decides.
+
+What is not SOAP's either: L and R are kept and decomposed in double precision. A gradient in single precision tells
+singular values of a millionth of the largest, but their squares would be lost.
 
 Everything follows from the averaged gradient: aligned, it takes no more on the wire than SISA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,19 +43,24 @@ from strategies.messages import Field, squared
 from strategies.preconditioners.base import Preconditioner, State
 from strategies.threads import in_threads
 
-NOTHING = 1e-10
-"""Share of the largest second moment along one eigenvector that rounding gives to those that nothing was seen along."""
-
 
 @dataclass(frozen=True)
 class _Side:
-    """One side of a matrix that has a basis of its own: where its Gram matrix lies among those of all sides."""
+    """One side of a matrix.
+
+    Attributes:
+        size: Its length.
+        spectrum: Where its eigenvalues lie among those of all sides.
+        span: Where its basis and its Gram matrix lie among those of all sides; None if it keeps the basis it has.
+    """
 
     size: int
-    span: slice
+    spectrum: slice
+    span: slice | None
 
     def of(self, flat: Tensor) -> Tensor:
-        """Its matrices in vectors of all sides, (C, k) -> (C, size, size), as a view."""
+        """Its matrices in vectors of all sides that have a basis of their own, (C, k) -> (C, size, size), as a view."""
+        assert self.span is not None
         return flat[:, self.span].unflatten(-1, (self.size, self.size))
 
 
@@ -61,42 +73,51 @@ class Kronecker(Preconditioner):
         eps: Added to the root; SOAP: 1e-8.
         max_side: Sides longer than that keep their basis; SOAP: 10,000.
         refresh: Rounds between decompositions; SOAP: 10.
+        factored: Share of the moment that is taken from the eigenvalues alone, in [0, 1]; SOAP: 0.
 
     Raises:
         ValueError: A number is outside its range.
     """
 
-    def __init__(self, layout: Layout, beta: float, eps: float, max_side: int, refresh: int) -> None:
+    def __init__(
+        self, layout: Layout, beta: float, eps: float, max_side: int, refresh: int, factored: float
+    ) -> None:
         checks.decay("preconditioner.beta", beta)
         checks.not_negative("preconditioner.eps", eps)
         checks.whole("preconditioner.max_side", max_side, 1)
         checks.whole("preconditioner.refresh", refresh, 1)
-        self.layout, self.beta, self.eps, self.refresh = layout, beta, eps, refresh
-        self._sides: dict[str, tuple[_Side | None, _Side | None]] = {}
-        start = 0
+        checks.fraction("preconditioner.factored", factored)
+        self.layout, self.beta, self.eps, self.refresh, self._share = layout, beta, eps, refresh, factored
+        self._sides: dict[str, tuple[_Side, _Side]] = {}
+        bases = spectra = 0
         for name, shape in layout.matrices.items():
-            sides: list[_Side | None] = []
+            sides: list[_Side] = []
             for size in shape:
-                own = 1 < size <= max_side
-                sides.append(_Side(size, slice(start, start + size**2)) if own else None)
-                start += size**2 if own else 0
+                own = size**2 if 1 < size <= max_side else 0
+                span = slice(bases, bases + own) if own else None
+                sides.append(_Side(size, slice(spectra, spectra + size), span))
+                bases, spectra = bases + own, spectra + size
             self._sides[name] = sides[0], sides[1]
-        self._size = start
+        self._bases, self._spectra = bases, spectra
+        self._turned = torch.zeros(spectra, dtype=torch.bool)
+        for side in self._own_sides():
+            self._turned[side.spectrum] = True
 
     def state_fields(self) -> dict[str, Field]:
-        """`moment` v (d,), `mass` 1-beta^t and `age` t (1,); `bases` and `grams` of all sides, one after the other."""
+        """`moment` v (d,), `mass` 1-beta^t and `age` t (1,); `spectra` a and b, `bases` and `grams` of all sides."""
         return {
             "moment": Field(self.layout.size, minimum=0.0),
             "mass": Field(1, minimum=0.0),
-            "bases": Field(self._size),
+            "spectra": Field(self._spectra, minimum=0.0),
+            "bases": Field(self._bases),
             "age": Field(1, minimum=0.0),
-            "grams": Field(self._size, types=("float64",)),
+            "grams": Field(self._bases, types=("float64",)),
         }
 
     def solver_fields(self) -> dict[str, Field]:
         """All but the Gram matrices."""
         fields = self.state_fields()
-        return {name: fields[name] for name in ("moment", "mass", "bases")}
+        return {name: fields[name] for name in ("moment", "mass", "spectra", "bases")}
 
     def statistic_fields(self) -> dict[str, Field]:
         """`observed`: the gradient, (d,)."""
@@ -110,51 +131,62 @@ class Kronecker(Preconditioner):
         """One step of the moving averages, and every `refresh` rounds of the bases."""
         observed, due = statistic["observed"], state["age"] % self.refresh == 0
         grams = self._grams(state["grams"], observed)
-        moment, bases = state["moment"], state["bases"]
+        moment, spectra, bases = state["moment"], state["spectra"], state["bases"]
         if due.any():
-            fresh, seen = self._eigenvectors(grams)
+            fresh, values = self._decomposed(grams)
             fresh = fresh.to(observed.dtype)
-            moment = torch.where(due, self._carried(moment, bases, fresh, seen), moment)
+            moment = torch.where(due, self._carried(moment, bases, fresh), moment)
             bases = torch.where(due, fresh, bases)
         square = self._turn(observed, bases).square()
+        spectra = spectra * self.beta + self._sums(square) * (1 - self.beta)
+        if due.any():
+            spectra = torch.where(due & self._turned.to(due.device), values.to(observed.dtype), spectra)
         return {
             "moment": moment * self.beta + square * (1 - self.beta),
             "mass": state["mass"] * self.beta + (1 - self.beta),
+            "spectra": spectra,
             "bases": bases,
             "age": state["age"] + 1,
             "grams": grams,
         }
 
     def scale(self, state: State) -> Tensor | None:
-        """Mean of sqrt(v^) + eps over each tensor, (d,)."""
+        """Mean of sqrt(s) + eps over each tensor, (d,)."""
         if not state["mass"].any():
             return None
         return self.layout.expand(self.layout.mean(self._root(state)))[0]
 
     def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
-        """Turned into the eigenbases, divided by sigma + rho (sqrt(v^) + eps), turned back."""
+        """Turned into the eigenbases, divided by sigma + rho (sqrt(s) + eps), turned back."""
         inverse = self.factored(state, sigma, rho, lambda: 1 / (sigma + rho * self._root(state)))
         turned = self._turn(residual, state["bases"]).mul_(inverse)
         return self._turn(turned, state["bases"], back=True)
 
     def _root(self, state: State) -> Tensor:
-        """sqrt(v^) + eps, (C, d)."""
-        return (state["moment"] / state["mass"]).sqrt_().add_(self.eps)
+        """sqrt(s) + eps, (C, d)."""
+        moment = state["moment"]
+        if self._share:
+            moment = moment.clone()
+            for matrix, left, right in self._matrices(moment):
+                rows, columns = (state["spectra"][:, side.spectrum] for side in (left, right))
+                rows = rows / rows.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+                matrix.lerp_(rows.unsqueeze(-1) * columns.unsqueeze(-2), self._share)
+        return (moment / state["mass"]).sqrt_().add_(self.eps)
 
-    def _matrices(self, flat: Tensor) -> Iterator[tuple[Tensor, _Side | None, _Side | None]]:
+    def _matrices(self, flat: Tensor) -> Iterator[tuple[Tensor, _Side, _Side]]:
         """Each matrix of (C, d) as a view (C, m, n), and its sides."""
-        for name, shape in self.layout.matrices.items():
-            yield flat[:, self.layout.spans[name]].unflatten(-1, shape), *self._sides[name]
+        for name, matrix in self.layout.each_matrix(flat):
+            yield matrix, *self._sides[name]
 
     def _turn(self, flat: Tensor, bases: Tensor, back: bool = False) -> Tensor:
         """U^T G Z of every matrix, or U G Z^T, as new vectors (C, d)."""
         turned = flat.clone()
         for matrix, left, right in self._matrices(turned):
             result = matrix
-            if left is not None:
+            if left.span is not None:
                 basis = left.of(bases)
                 result = (basis if back else basis.mT) @ result
-            if right is not None:
+            if right.span is not None:
                 basis = right.of(bases)
                 result = result @ (basis.mT if back else basis)
             matrix.copy_(result)
@@ -164,48 +196,44 @@ class Kronecker(Preconditioner):
         """One step of the moving averages of G G^T and G^T G."""
         grams = grams * self.beta
         for matrix, left, right in self._matrices(observed.to(grams.dtype)):
-            if left is not None:
+            if left.span is not None:
                 left.of(grams).add_(matrix @ matrix.mT, alpha=1 - self.beta)
-            if right is not None:
+            if right.span is not None:
                 right.of(grams).add_(matrix.mT @ matrix, alpha=1 - self.beta)
         return grams
 
-    def _eigenvectors(self, grams: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Of every side, by ascending eigenvalue, and along which of them anything was seen, (C, n), by its side."""
-        bases, seen = torch.empty_like(grams), {}
+    def _sums(self, square: Tensor) -> Tensor:
+        """Sums of every matrix's rows, and of its columns."""
+        sums = square.new_empty(len(square), self._spectra)
+        for matrix, left, right in self._matrices(square):
+            sums[:, left.spectrum], sums[:, right.spectrum] = matrix.sum(dim=-1), matrix.sum(dim=-2)
+        return sums
+
+    def _decomposed(self, grams: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenvectors of every side that has a basis of its own, by ascending eigenvalue, and eigenvalues."""
+        bases, spectra = torch.empty_like(grams), grams.new_zeros(len(grams), self._spectra)
 
         def decompose(side: _Side) -> None:
             values, vectors = torch.linalg.eigh(side.of(grams))
             side.of(bases).copy_(vectors)
-            seen[side.span.start] = values > NOTHING * values[..., -1:]
+            spectra[:, side.spectrum] = values.clamp(min=0)
 
         # the largest first, so that no thread is left with it at the end
         list(in_threads(decompose, sorted(self._own_sides(), key=lambda side: -side.size)))
-        return bases, seen
+        return bases, spectra
 
-    def _carried(self, moment: Tensor, old: Tensor, new: Tensor, seen: Mapping[int, Tensor]) -> Tensor:
-        """v in new bases; see the module's rule."""
+    def _carried(self, moment: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """v in new bases; see the module's rule. There is none yet before the first."""
         carried = moment.clone()
         for matrix, left, right in self._matrices(carried):
             result = matrix
-            if left is not None:
-                closest = _closest(left.of(old), left.of(new), matrix.sum(dim=-1))
-                result = torch.take_along_dim(result, closest.unsqueeze(-1), dim=-2)
-                result = result * seen[left.span.start].unsqueeze(-1)
-            if right is not None:
-                closest = _closest(right.of(old), right.of(new), matrix.sum(dim=-2))
-                result = torch.take_along_dim(result, closest.unsqueeze(-2), dim=-1)
-                result = result * seen[right.span.start].unsqueeze(-2)
+            if left.span is not None:
+                result = (left.of(old).mT @ left.of(new)).square().mT @ result
+            if right.span is not None:
+                result = result @ (right.of(old).mT @ right.of(new)).square()
             matrix.copy_(result)
         return carried
 
     def _own_sides(self) -> Iterator[_Side]:
         for sides in self._sides.values():
-            yield from (side for side in sides if side is not None)
-
-
-def _closest(old: Tensor, new: Tensor, seen: Tensor) -> Tensor:
-    """For each new eigenvector the closest old one of those that anything was seen along, (C, n)."""
-    overlap = (old.mT @ new).abs_()
-    overlap *= (seen > NOTHING * seen.amax(dim=-1, keepdim=True)).unsqueeze(-1)
-    return overlap.argmax(dim=-2)
+            yield from (side for side in sides if side.span is not None)

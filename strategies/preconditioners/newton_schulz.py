@@ -52,22 +52,6 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
     return x.mT if tall else x
 
 
-class _Matrices:
-    """The matrices of a layout inside flat vectors, and which elements belong to none."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.shapes = layout.matrices
-        self.spans = layout.spans
-        self.outside = torch.ones(layout.size, dtype=torch.bool)
-        for name in self.shapes:
-            self.outside[self.spans[name]] = False
-
-    def of(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Each matrix of (C, d) as a view (C, m, n)."""
-        for name, (rows, columns) in self.shapes.items():
-            yield name, flat[:, self.spans[name]].unflatten(-1, (rows, columns))
-
-
 class NewtonSchulz(Preconditioner):
     """The authors' NSISA; see the module's first equations.
 
@@ -90,7 +74,7 @@ class NewtonSchulz(Preconditioner):
         checks.not_negative("preconditioner.eps", eps)
         self.layout = layout
         self.mu, self.steps, self.eps = mu, steps, eps
-        self._others, self._matrices = others(layout), _Matrices(layout)
+        self._others = others(layout)
 
     def state_fields(self) -> dict[str, Field]:
         """SISA's moments, and `momentum` b (d,)."""
@@ -113,9 +97,9 @@ class NewtonSchulz(Preconditioner):
     def direction(self, state: State, gradient: Tensor) -> Tensor:
         """o for matrices, g for the rest."""
         direction = gradient.clone()
-        targets = dict(self._matrices.of(direction))
-        for name, matrix in self._matrices.of(gradient + self.mu * state["momentum"]):
-            rows, columns = self._matrices.shapes[name]
+        targets = dict(self.layout.each_matrix(direction))
+        for name, matrix in self.layout.each_matrix(gradient + self.mu * state["momentum"]):
+            rows, columns = self.layout.matrices[name]
             targets[name].copy_(newton_schulz(matrix, self.steps) * max(1.0, rows / columns) ** 0.5)
         return direction
 
@@ -124,15 +108,18 @@ class NewtonSchulz(Preconditioner):
         scale = self._others.scale(state)
         if scale is None:
             return None
-        for name, matrix in self._matrices.of(scale.unsqueeze(0)):
-            matrix.fill_(self._matrices.shapes[name][1] ** -0.5)
+        for name, matrix in self.layout.each_matrix(scale.unsqueeze(0)):
+            matrix.fill_(self.layout.matrices[name][1] ** -0.5)
         return scale
 
     def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
         """Soft sign of u for matrices, SISA's step for the rest."""
         soft = residual / (sigma + rho * (residual.abs() + self.eps))
-        outside = self._matrices.outside.to(residual.device)
-        return torch.where(outside, self._others.solve(state, residual, sigma, rho), soft)
+        step = self._others.solve(state, residual, sigma, rho)
+        soft_parts = dict(self.layout.each_matrix(soft))
+        for name, matrix in self.layout.each_matrix(step):
+            matrix.copy_(soft_parts[name])
+        return step
 
 
 class Spectral(Preconditioner):
@@ -155,7 +142,7 @@ class Spectral(Preconditioner):
         checks.one_of("preconditioner.moment_of", moment_of, ("residual", "gradient"))
         self.layout, self.beta = layout, beta
         self._of_gradient = moment_of == "gradient"
-        self._others, self._matrices = others(layout), _Matrices(layout)
+        self._others = others(layout)
         self._sides = {name: min(shape) for name, shape in layout.matrices.items()}
 
     def state_fields(self) -> dict[str, Field]:
@@ -175,7 +162,7 @@ class Spectral(Preconditioner):
     def accumulate(self, state: State, statistic: State) -> dict[str, Tensor]:
         """One step of the moving averages."""
         grams = []
-        for _, matrix in self._matrices.of(statistic["factor"]):
+        for _, matrix in self.layout.each_matrix(statistic["factor"]):
             wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
             grams.append((wide @ wide.mT / wide.shape[-1]).flatten(start_dim=1))
         gram = torch.cat(grams, dim=1) if grams else state["gram"]
@@ -190,15 +177,15 @@ class Spectral(Preconditioner):
         if scale is None:
             return None
         spectra = dict(self._spectra(state))
-        for name, part in self._matrices.of(scale.unsqueeze(0)):
+        for name, part in self.layout.each_matrix(scale.unsqueeze(0)):
             part.fill_(float(spectra[name][0].mean()))
         return scale
 
     def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
         """V diag(1/(sigma + rho s)) V^T R for matrices, on their smaller side; SISA's step for the rest."""
         step = self._others.solve(state, residual, sigma, rho)
-        targets = dict(self._matrices.of(step))
-        matrices = dict(self._matrices.of(residual))
+        targets = dict(self.layout.each_matrix(step))
+        matrices = dict(self.layout.each_matrix(residual))
         for name, vectors, inverse in self.factored(
             state, sigma, rho, lambda: list(self._inverses(state, sigma, rho))
         ):
@@ -211,7 +198,7 @@ class Spectral(Preconditioner):
 
     def _inverses(self, state: State, sigma: Tensor, rho: float) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Eigenvectors of each Q, and 1/(sigma + rho s) of their eigenvalues s, (C, side, 1)."""
-        sigmas = dict(self._matrices.of(sigma.expand(1, self.layout.size)))
+        sigmas = dict(self.layout.each_matrix(sigma.expand(1, self.layout.size)))
         for name, (roots, vectors) in self._spectra(state):
             # sigma is one number a tensor, so any of its elements will do
             yield name, vectors, 1 / (sigmas[name][:, 0, 0, None] + rho * roots).unsqueeze(-1)

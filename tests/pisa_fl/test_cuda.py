@@ -8,7 +8,7 @@ from pisa_fl import compose, prepare
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 
-@pytest.mark.parametrize("strategy", ["sisa", "nsisa", "sisa_official", "fedavg"])
+@pytest.mark.parametrize("strategy", ["pisa", "sisa", "nsisa", "sisa_official", "fedavg"])
 def test_a_gpus_cohorts_follow_the_cpus_clients(strategy):
     def weights(device):
         own = ["strategy.local_epochs=1"] if strategy == "fedavg" else []

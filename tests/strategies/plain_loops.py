@@ -398,21 +398,15 @@ def fedavg(problem, rounds, drawn=everyone, **local):
     return w
 
 
-def carried(v, u, new_u, z, new_z, left, right):
-    """The second moment in new bases: from the closest old vectors; zero along what was never seen."""
-    rows = [i for i in range(len(v)) if v[i].sum() > 1e-10 * v.sum(1).max()]
-    columns = [j for j in range(v.shape[1]) if v[:, j].sum() > 1e-10 * v.sum(0).max()]
-    after = torch.zeros_like(v)
-    along_u, along_z = ((b.T @ g @ b).diagonal() for b, g in ((new_u, left), (new_z, right)))
-    for i in range(len(v)):
-        a = max(rows, key=lambda k: float((u[:, k] @ new_u[:, i]) ** 2))
-        for j in range(v.shape[1]):
-            b = max(columns, key=lambda k: float((z[:, k] @ new_z[:, j]) ** 2))
-            unseen = (len(v) > 1 and along_u[i] <= 1e-10 * along_u.max()) or (
-                v.shape[1] > 1 and along_z[j] <= 1e-10 * along_z.max()
-            )
-            after[i, j] = 0.0 if unseen else v[a, b]
-    return after
+def carried(v, u, new_u, z, new_z):
+    """The second moment in new bases, as if its coordinates were uncorrelated."""
+    return torch.einsum("ik,ij,jl->kl", (u.T @ new_u) ** 2, v, (z.T @ new_z) ** 2)
+
+
+def blended(v, u, left, z, right, factored):
+    """The second moment with a share of what it would be if rows and columns were independent."""
+    a, b = ((basis.T @ gram @ basis).diagonal().clamp(min=0) for basis, gram in ((u, left), (z, right)))
+    return (1 - factored) * v + factored * torch.outer(a, b) / a.sum()
 
 
 def kronecker_pisa(problem, rounds, numbers, q, *, drawn=everyone, horizon):
@@ -443,10 +437,12 @@ def kronecker_pisa(problem, rounds, numbers, q, *, drawn=everyone, horizon):
             new_u = torch.linalg.eigh(left[name])[1] if m > 1 and not one else torch.eye(m, dtype=g.dtype)
             new_z = torch.linalg.eigh(right[name])[1] if n > 1 and not one else torch.eye(n, dtype=g.dtype)
             if name in v:
-                v[name] = carried(v[name], u[name], new_u, z[name], new_z, left[name], right[name])
+                v[name] = carried(v[name], u[name], new_u, z[name], new_z)
             u[name], z[name] = new_u, new_z
             v[name] = beta * v.get(name, 0.0) + (1 - beta) * (new_u.T @ g @ new_z) ** 2
-            root = (v[name] / mass).sqrt() + q["eps"]
+            share = 0.0 if one else q["factored"]
+            moment = blended(v[name], new_u, left[name], new_z, right[name], share)
+            root = (moment / mass).sqrt() + q["eps"]
             sigma, rho = root.mean() / lr, numbers["momentum"] / ((1 - numbers["momentum"]) * lr)
             start, total = flat[name](before), torch.zeros_like(g)
             for i in drawn(number):
@@ -454,7 +450,8 @@ def kronecker_pisa(problem, rounds, numbers, q, *, drawn=everyone, horizon):
                 step = new_u @ ((new_u.T @ residual @ new_z) / (sigma + rho * root)) @ new_z.T
                 total = total + SIZES[i] / present * (start - step)
                 dual[i][name] = dual[i][name] - sigma * step
-            moved = total + sum(SIZES[i] / known * dual[i][name] for i in dual) / sigma - start
+            duals = sum(SIZES[i] / known * dual[i][name] for i in dual)
+            moved = (sigma * total + duals) / (sigma + numbers["lambda"]) - start
             longest = numbers["bound"] * max(float(start.norm()), 0.1 * start.numel() ** 0.5)
             moved = moved * min(1.0, longest / float(moved.norm()))
             after[name] = (start + moved).view_as(before)

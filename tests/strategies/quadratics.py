@@ -166,7 +166,7 @@ PRECONDITIONERS = {
     "second moment": second_moment(),
     "squares": second_moment("square"),
     "spectral": partial(Spectral, beta=0.9, moment_of="residual", others=second_moment()),
-    "kronecker": partial(Kronecker, beta=0.9, eps=1e-8, max_side=8, refresh=1),
+    "kronecker": partial(Kronecker, beta=0.9, eps=1e-8, max_side=8, refresh=1, factored=0.5),
     "newton_schulz": partial(NewtonSchulz, mu=0.95, steps=5, eps=1e-8, others=second_moment()),
 }
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plain_loops import carried
+from plain_loops import blended, carried
 from quadratics import second_moment
 
 from strategies import Layout
@@ -36,7 +36,7 @@ def observe(preconditioner, gradients, clients=C):
     return state
 
 
-def dense(gradients, max_side, refresh):
+def dense(gradients, max_side, refresh, factored):
     """Q of one matrix on its row-major elements, from its gradients (m, n) in their order."""
     m, n = gradients[0].shape
     eye = {size: torch.eye(size, dtype=torch.float64) for size in (m, n)}
@@ -48,19 +48,21 @@ def dense(gradients, max_side, refresh):
             new_u = torch.linalg.eigh(left)[1] if m <= max_side else eye[m]
             new_z = torch.linalg.eigh(right)[1] if n <= max_side else eye[n]
             if age:
-                moment = carried(moment, u, new_u, z, new_z, left, right)
+                moment = carried(moment, u, new_u, z, new_z)
             u, z = new_u, new_z
         moment = BETA * moment + (1 - BETA) * (u.T @ g @ z) ** 2
         mass = BETA * mass + 1 - BETA
+    moment = blended(moment, u, left, z, right, factored)
     basis = torch.kron(u.contiguous(), z.contiguous())
     return basis @ ((moment / mass).sqrt().flatten() + 1e-8).diag() @ basis.T
 
 
+@pytest.mark.parametrize("factored", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("max_side", "refresh"), [(100, 1), (100, 2), (3, 1), (100, 3), (1, 1)])
-def test_solve_is_the_dense_inverse(max_side, refresh):
+def test_solve_is_the_dense_inverse(max_side, refresh, factored):
     *gradients, right = draws(5)
     rho, values = 0.7, dict(zip(SHAPES, (0.3, 0.5, 1.1, 2.0, 0.9, 0.0), strict=True))
-    ours = Kronecker(SMALL, BETA, 1e-8, max_side, refresh)
+    ours = Kronecker(SMALL, BETA, 1e-8, max_side, refresh, factored)
     sigma = SMALL.expand(torch.tensor(list(values.values()), dtype=torch.float64))
     state = observe(ours, gradients)
     step, scale = ours.solve(state, right, sigma, rho), ours.scale({k: v[:1] for k, v in state.items()})
@@ -70,7 +72,8 @@ def test_solve_is_the_dense_inverse(max_side, refresh):
                 continue  # until the next refresh, the basis of what a first gradient leaves out is anybody's
             shape = SMALL.matrices.get(name, (1, 4))
             matrices = [g[client, span].view(shape) for g in gradients]
-            q = dense(matrices, max_side if name in SMALL.matrices else 0, refresh)
+            known = name in SMALL.matrices
+            q = dense(matrices, max_side if known else 0, refresh, factored if known else 0.0)
             system = values[name] * torch.eye(len(q), dtype=torch.float64) + rho * q
             expected = torch.linalg.solve(system, right[client, span])
             torch.testing.assert_close(step[client, span], expected, rtol=1e-6, atol=1e-9)
@@ -81,7 +84,7 @@ def test_solve_is_the_dense_inverse(max_side, refresh):
 
 def test_with_the_basis_that_tensors_have_it_is_sisas():
     *gradients, right = draws(4)
-    ours, sisa = Kronecker(SMALL, BETA, 1e-8, 1, 1), second_moment(beta=BETA)(SMALL)
+    ours, sisa = Kronecker(SMALL, BETA, 1e-8, 1, 1, 0.0), second_moment(beta=BETA)(SMALL)
     theirs = {n: torch.zeros(C, f.size, dtype=torch.float64) for n, f in sisa.state_fields().items()}
     for gradient in gradients:
         theirs = sisa.accumulate(theirs, sisa.statistic(gradient, gradient))
@@ -94,7 +97,7 @@ def test_with_the_basis_that_tensors_have_it_is_sisas():
 def test_the_first_step_is_the_polar_factor():
     # in its own singular bases a gradient is diagonal, and divided by its size it is one
     [gradient] = draws(1)
-    ours = Kronecker(SMALL, 0.0, 1e-10, 100, 1)
+    ours = Kronecker(SMALL, 0.0, 1e-10, 100, 1, 0.0)
     step = ours.solve(observe(ours, [gradient]), gradient, torch.tensor(0.0, dtype=torch.float64), 1.0)
     for name, (rows, columns) in SMALL.matrices.items():
         for client in range(C):
@@ -114,7 +117,7 @@ def test_turning_the_rows_and_columns_of_all_gradients_turns_the_step():
     gradients = [torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(6)]
     steps = []
     for turned in ([*gradients], [left @ g @ right for g in gradients]):
-        ours = Kronecker(layout, BETA, 1e-8, 100, 1)
+        ours = Kronecker(layout, BETA, 1e-8, 100, 1, 0.5)
         *seen, last = [g.reshape(1, -1) for g in turned]
         state = observe(ours, seen, clients=1)
         steps.append(ours.solve(state, last, torch.tensor(0.2, dtype=torch.float64), 0.7).view(4, 3))
@@ -123,7 +126,7 @@ def test_turning_the_rows_and_columns_of_all_gradients_turns_the_step():
 
 def test_many_clients_at_once_are_each_alone():
     gradients = draws(5)
-    ours = Kronecker(SMALL, BETA, 1e-8, 100, 2)
+    ours = Kronecker(SMALL, BETA, 1e-8, 100, 2, 0.5)
     together, sigma = observe(ours, gradients), torch.tensor(0.3, dtype=torch.float64)
     for client in range(C):
         alone = observe(ours, [g[client : client + 1] for g in gradients], clients=1)
@@ -134,7 +137,7 @@ def test_many_clients_at_once_are_each_alone():
 def test_each_client_refreshes_its_own_bases_when_they_are_due():
     # the second client begins a round after the first: the refresh of neither is the other's
     gradients = draws(4)
-    ours = Kronecker(SMALL, BETA, 1e-8, 100, 2)
+    ours = Kronecker(SMALL, BETA, 1e-8, 100, 2, 0.5)
     state, late = observe(ours, [gradients[0]]), observe(ours, [])
     for name, rows in state.items():
         rows[1] = late[name][1]
@@ -153,7 +156,7 @@ def test_small_singular_values_are_told_from_rounding():
     z, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
     values = torch.tensor([1.0, 0.3, 1e-1, 1e-2, 1e-3, 1e-4], dtype=torch.float64)
     gradient = ((u * values) @ z.T).float().reshape(1, -1)
-    ours = Kronecker(Layout({"w": (6, 6)}), 0.9, 1e-12, 100, 1)
+    ours = Kronecker(Layout({"w": (6, 6)}), 0.9, 1e-12, 100, 1, 0.0)
     state = ours.nothing()
     for _ in range(3):
         state = ours.accumulate(state, {"observed": gradient})
@@ -162,9 +165,10 @@ def test_small_singular_values_are_told_from_rounding():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("beta", 1.0), ("eps", -1.0), ("max_side", 0), ("refresh", 0), ("refresh", 1.5)]
+    ("key", "value"),
+    [("beta", 1.0), ("eps", -1.0), ("max_side", 0), ("refresh", 0), ("refresh", 1.5), ("factored", 1.1)],
 )
 def test_impossible_numbers(key, value):
-    options = {"beta": 0.9, "eps": 1e-8, "max_side": 8, "refresh": 1, key: value}
+    options = {"beta": 0.9, "eps": 1e-8, "max_side": 8, "refresh": 1, "factored": 0.5, key: value}
     with pytest.raises(ValueError, match=rf"strategy\.preconditioner\.{key} must"):
         Kronecker(SMALL, **options)

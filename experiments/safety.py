@@ -1,0 +1,87 @@
+"""Does any untuned run of PISA collapse? Many seeds, deals, models and step lengths, on few images and for few rounds.
+
+    python -m experiments.safety
+    python -m experiments.safety --models mlp simple_cnn --lrs 0.005 0.03 --seeds 20
+
+The first rounds are the dangerous ones: little is known of Q, and a leap silences units for good. Each run is
+`strategy=pisa` with its schedule for `--horizon` rounds, of which the first `--rounds` are run; half of ten clients
+answer in each. A run has collapsed if its training loss is not finite, or at the end not below nine tenths of a
+guesser's, ln 10. Writes a table of the worst final training loss and the number of collapsed runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from statistics import median
+
+from pisa_fl import ImageData, compose, prepare
+from pisa_fl.data.mnist import mnist_mini
+
+DEALS = {
+    "iid": ["partition=iid"],
+    "one class": ["partition.classes_per_client=1"],
+    "Dirichlet .1": ["partition=dirichlet", "partition.alpha=0.1", "partition.min_examples=1"],
+}
+MODELS = ("mlp", "simple_cnn", "vgg9", "resnet18")
+GUESS = math.log(10)
+
+
+def few_images(train: int, test: int) -> ImageData:
+    """The first images of mnist_mini, as many of every class."""
+    data = mnist_mini(cache=None, mean=0.1307, std=0.3081)
+    rows, tests = slice(None, None, 10_000 // train), slice(None, None, 2_000 // test)
+    return replace(
+        data,
+        train_images=data.train_images[rows],
+        train_labels=data.train_labels[rows],
+        test_images=data.test_images[tests],
+        test_labels=data.test_labels[tests],
+    )
+
+
+def train_losses(overrides: Sequence[str], images: int, rounds: int) -> list[float]:
+    """Training loss of every round."""
+    config = compose("strategy=pisa", "clients=10", "participation=0.5", "engine.workers=0", *overrides)
+    config.data = {"_target_": "experiments.safety.few_images", "train": images, "test": 100}
+    return [float(line["train_loss"]) for line in prepare(config).rounds(rounds)][1:]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all, print a line for each setting; returns the number of collapsed runs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--lrs", nargs="+", type=float, default=[0.005, 0.01, 0.03])
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--horizon", type=int, default=50)
+    chosen = parser.parse_args(arguments)
+    collapsed = 0
+    print("| model | deal | lr | seeds | training loss, median | worst | collapsed |\n" + "| --- " * 7 + "|")
+    for model, lr, (deal, own) in product(chosen.models, chosen.lrs, DEALS.items()):
+        ends, fallen = [], 0
+        for seed in range(chosen.seeds):
+            overrides = [
+                *own,
+                f"model={model}",
+                f"strategy.lr={lr}",
+                f"rounds={chosen.horizon}",
+                f"seed={seed}",
+            ]
+            losses = train_losses(overrides, chosen.images, chosen.rounds)
+            ends.append(losses[-1])
+            fallen += not all(map(math.isfinite, losses)) or not losses[-1] < 0.9 * GUESS
+        collapsed += fallen
+        print(
+            f"| {model} | {deal} | {lr:g} | {chosen.seeds} | {median(ends):.3f} | {max(ends):.3f} | {fallen} |",
+            flush=True,
+        )
+    return collapsed
+
+
+if __name__ == "__main__":
+    raise SystemExit(1 if main() else 0)
