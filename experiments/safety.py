@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run all, print a line for each setting; returns the number of collapsed runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--lrs", nargs="+", type=float, default=[0.005, 0.01, 0.03])
+    parser.add_argument("--lrs", nargs="+", type=float, default=[0.005, 0.015, 0.03])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=20)

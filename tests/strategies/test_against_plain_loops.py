@@ -184,7 +184,7 @@ def test_pisa_follows_the_plain_loop_with_its_own_numbers(problem, drawn, share,
 
 
 def test_whatever_the_skew_the_path_is_the_same():
-    small = ("clients=10", "rounds=20", "progress=false", "engine.threads=1", "strategy=pisa")
+    small = ("clients=10", "rounds=50", "progress=false", "engine.threads=1", "strategy=pisa")
     losses = {}
     for classes in (1, 10):
         federation = prepare(compose(*small, f"partition.classes_per_client={classes}"))
@@ -193,8 +193,10 @@ def test_whatever_the_skew_the_path_is_the_same():
             == [classes] * 10
         )
         losses[classes] = [line["test_loss"] for line in federation.rounds(20)]
+    # rounding, in the order in which clients are summed, grows as any disturbance of a network's weights does
+    assert losses[1][:11] == pytest.approx(losses[10][:11], rel=2e-4)
     assert losses[1] == pytest.approx(losses[10], rel=1e-2)
-    assert losses[1][-1] < 0.7 * losses[1][0]
+    assert losses[1][-1] < 0.2 * losses[1][0]
 
 
 def test_the_first_round_of_an_automatic_penalty_only_measures(problem):
