@@ -28,7 +28,13 @@ from pisa_fl.report import report
 
 FEDERATIONS = {
     "whole": ["clients=10", "partition=label_skew", "partition.classes_per_client=1"],
-    "part": ["clients=100", "participation=0.1", "partition=label_skew", "partition.classes_per_client=2"],
+    "part": [
+        "clients=100",
+        "participation=0.1",
+        "partition=label_skew",
+        "partition.classes_per_client=2",
+        "batch_size=10",
+    ],
 }
 OURS = {"pisa": ["strategy=pisa"], "sisa": ["strategy=sisa"]}
 TUNED = {
@@ -41,7 +47,7 @@ RIVALS = {
         for name in ("fedavg", "fedprox")
         for rounds in (100, 10)
     },
-    "part": {"fedavg": ["strategy=fedavg", "rounds=100", "strategy.local_epochs=5", "batch_size=10"]},
+    "part": {"fedavg": ["strategy=fedavg", "rounds=100", "strategy.local_epochs=5"]},
 }
 
 

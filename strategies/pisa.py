@@ -208,10 +208,14 @@ class Pisa(Strategy):
         if wrong := out_of_range(shared):
             raise RoundError(f"{wrong} of the server")
         held = shared if self.lag == 0 else self._shared
-        sigma = following = self._sigma(server_round, held)
+        step = PrimalStep.of_round(
+            self.preconditioner, self.penalty, held, server_round, self.lag, self.device
+        )
+        sigma = following = self.penalty.sigma_at(server_round, None) if step is None else step.sigma.cpu()
         if self.lag:
-            following = self._sigma(server_round + 1, shared)
-        weights = self._weights(server_round, held, sigma, answers)
+            following = self.penalty.sigma_at(server_round + 1, self.preconditioner.scale(shared))
+            following = None if following is None else following.cpu()
+        weights = self._weights(server_round, held, step, sigma, answers)
         gone = self._gone(server_round, answers)
         self.ledger.begin(server_round, weights, examples, self._consensus, sigma, following, gone, observed)
         consensus = self._consensus
@@ -241,11 +245,6 @@ class Pisa(Strategy):
                 answers[node] = _read(arrays_of(reply.content), self.compression)
                 examples[node] = integer(metrics_of(reply.content), EXAMPLES)
         return answers, examples
-
-    def _sigma(self, round_number: int, held: Mapping[str, Tensor]) -> Tensor | None:
-        """The penalty of a round, for the ledger."""
-        sigma = self.penalty.sigma_at(round_number, self.preconditioner.scale(held))
-        return None if sigma is None else sigma.cpu()
 
     def _measures(self, server_round: int) -> bool:
         return _measures(self.preconditioner, server_round, self.align_every)
@@ -280,6 +279,7 @@ class Pisa(Strategy):
         self,
         server_round: int,
         held: Mapping[str, Tensor],
+        common: PrimalStep | None,
         sigma: Tensor | None,
         answers: Mapping[int, Mapping[str, Tensor]],
     ) -> dict[int, Tensor]:
@@ -288,9 +288,6 @@ class Pisa(Strategy):
             return {node: arrays[WEIGHTS] for node, arrays in answers.items()}
         if sigma is None:
             return dict.fromkeys(answers, self._consensus)
-        common = PrimalStep.of_round(
-            self.preconditioner, self.penalty, held, server_round, self.lag, self.device
-        )
 
         def solve(node: int) -> Tensor:
             gradient = answers[node][GRADIENT][None].to(self.device)

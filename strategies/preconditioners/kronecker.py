@@ -14,14 +14,13 @@ so that (sigma I + rho Q)^-1 R = U [ U^T R Z / (sigma + rho (sqrt(s) + eps)) ] Z
 dimensions have s = v / (1-beta^t); they, and sides longer than `max_side`, keep the basis that they have, in which a
 and b are moving averages of rows' and columns' squared norms. With both sides so, and `factored` 0, Q is SISA's.
 
-a b^T / sum(a) is the matrix of rank one that has v's sums of rows and columns: what v would be if rows and columns of
-the gradient were independent, Adafactor's estimate (arXiv 1804.04235) in these bases, and with it Q is Shampoo's
-without its square root (Morwani et al. 2025, arXiv 2406.17748). Where few clients answer, a and b are known much
-better than each element of v; with everybody there, v keeps the steps of a gradient that hardly turns from round to
-round in bounds. `factored` 0 is SOAP.
+a b^T / sum(a) is the matrix of rank one that has v's sums of rows and columns, as long as the bases stay: what v would
+be if rows and columns of the gradient were independent. It is Adafactor's estimate (arXiv 1804.04235) in these bases,
+and alone it makes Q Shampoo's without its square root (Morwani et al. 2025, arXiv 2406.17748). Where few clients
+answer, a and b are known much better than each element of v. `factored` 0 is SOAP's moment.
 
 When the eigenvectors change, v is carried over as the expectation over uncorrelated coordinates has it,
-v'_kl = sum_ij (u_i^T u'_k)^2 v_ij (z_j^T z'_l)^2, and depends on nothing that rounding decides.
+v'_kl = sum_ij (u_i^T u'_k)^2 v_ij (z_j^T z'_l)^2, which is continuous in the eigenvectors.
 
 What is not SOAP's either: L and R are kept and decomposed in double precision. A gradient in single precision tells
 singular values of a millionth of the largest, but their squares would be lost.
