@@ -24,7 +24,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from pisa_fl.report import report
+from pisa_fl.results.report import report
 
 FEDERATIONS = {
     "whole": ["clients=10", "partition=label_skew", "partition.classes_per_client=1"],
@@ -53,7 +53,14 @@ RIVALS = {
 
 def sweep(folder: Path, overrides: Sequence[str]) -> None:
     """Run a sweep into a folder."""
-    command = [sys.executable, "-m", "pisa_fl.main", "--multirun", f"hydra.sweep.dir={folder}", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "pisa_fl",
+        "--multirun",
+        f"hydra.sweep.dir={folder}",
+        *overrides,
+    ]
     if (status := subprocess.run(command).returncode) != 0:
         sys.exit(status)
 

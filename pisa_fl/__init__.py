@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from pisa_fl.namesakes import find_own_first
 
 if TYPE_CHECKING:
-    from pisa_fl.assembly import prepare
     from pisa_fl.config import ConfigurationError, compose
     from pisa_fl.data import ImageData
     from pisa_fl.engines.local import LocalGrid
     from pisa_fl.federation import Federation
-    from pisa_fl.simulation import Result, resume, run
+    from pisa_fl.from_config import prepare
+    from pisa_fl.results.result import Result
+    from pisa_fl.runner import resume, run
 
 __all__ = [
     "ConfigurationError",
@@ -44,11 +45,11 @@ _HOMES = {
     "Federation": "federation",
     "ImageData": "data",
     "LocalGrid": "engines.local",
-    "Result": "simulation",
+    "Result": "results.result",
     "compose": "config",
-    "prepare": "assembly",
-    "resume": "simulation",
-    "run": "simulation",
+    "prepare": "from_config",
+    "resume": "runner",
+    "run": "runner",
 }
 
 

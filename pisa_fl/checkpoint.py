@@ -25,14 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pisa_fl.clients.host import ClientState
 from pisa_fl.config import ConfigurationError
-from pisa_fl.explain import first_line
+from pisa_fl.config.explain import first_line
 from pisa_fl.federation import Federation
-from pisa_fl.files import digest, naming, replace, sync
-from pisa_fl.gateway import Traffic
-from pisa_fl.host import ClientState
 from pisa_fl.identity import run_id
-from strategies.messages import WEIGHTS, record, vectors
+from pisa_fl.server.gateway import Traffic
+from pisa_fl.system.files import digest, naming, replace, sync
+from strategies.base.messages import WEIGHTS, record, vectors
 
 log = logging.getLogger(__name__)
 

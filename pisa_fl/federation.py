@@ -17,18 +17,18 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from partitioners import Partition
-from pisa_fl.cohort import FlatModel
+from pisa_fl.clients.cohort import FlatModel
+from pisa_fl.clients.executor import TEST_PART, tensor
+from pisa_fl.clients.host import Clients
 from pisa_fl.data import ImageData
 from pisa_fl.engines.base import ClientGrid
 from pisa_fl.engines.local import local_engine
-from pisa_fl.gateway import Gateway
-from pisa_fl.host import Clients
 from pisa_fl.randomness import global_generators, numpy_generator
-from pisa_fl.rundir import Metrics
-from pisa_fl.solver import TEST_PART, tensor
-from pisa_fl.surroundings import own_surroundings
+from pisa_fl.results.run_directory import Metrics
+from pisa_fl.server.gateway import Gateway
+from pisa_fl.system.surroundings import own_surroundings
 from strategies import ClientHalf
-from strategies.messages import (
+from strategies.base.messages import (
     BUFFERS,
     DIFFERENTIATED,
     LARGEST,

@@ -1,12 +1,9 @@
 """Federated algorithms: server halves are Flower strategies, client halves solve a cohort's local problems."""
 
-from strategies.client import Batch, ClientHalf, Cohort, Instruction, Update
-from strategies.layout import Layout
-from strategies.ledger import Ledger
+from strategies.base.client import Batch, ClientHalf, Cohort, Instruction, Update
+from strategies.base.layout import Layout
 from strategies.local_sgd import LocalSgd
-from strategies.penalty import Penalty
-from strategies.pisa import Pisa, PisaClient
-from strategies.pisa_local import PisaLocalClient
+from strategies.pisa import Ledger, Penalty, Pisa, PisaClient, PisaLocalClient
 
 __all__ = [
     "Batch",

@@ -1,5 +1,5 @@
 """Local stochastic gradient descent: the client half of FedAvg, FedProx, FedAvgM and the FedOpt family, and its
-loop over mini-batches, which is also that of `strategies.pisa_local`.
+loop over mini-batches, which is also that of `strategies.pisa.local_client`.
 
 FedAvg (McMahan et al. 2017, arXiv 1602.05629, Algorithm 1), with momentum and weight decay as
 NIID-Bench (arXiv 2102.02079) uses them; FedProx (Li et al. 2020, arXiv 1812.06127, equation 2) adds the
@@ -21,10 +21,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from strategies import checks
-from strategies.client import ClientHalf, Cohort, Instruction, Update
-from strategies.layout import Layout
-from strategies.messages import WEIGHTS, real
+from strategies.base import checks
+from strategies.base.client import ClientHalf, Cohort, Instruction, Update
+from strategies.base.layout import Layout
+from strategies.base.messages import WEIGHTS, real
 
 
 class LocalSgd(ClientHalf):

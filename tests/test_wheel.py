@@ -62,7 +62,7 @@ def test_the_installed_wheel_runs_by_itself(installed, tmp_path):
     for path in run("-c", where, cwd=tmp_path, **alone).splitlines():
         assert Path(path).is_relative_to(installed)
     arguments = ["rounds=1", "model=logistic", "engine.threads=1", "hydra.run.dir=run"]
-    run("-m", "pisa_fl.main", *arguments, cwd=tmp_path, **alone)
+    run("-m", "pisa_fl", *arguments, cwd=tmp_path, **alone)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["rounds"] == 1
     assert summary["git_commit"] is None
@@ -71,4 +71,4 @@ def test_the_installed_wheel_runs_by_itself(installed, tmp_path):
 
 def test_the_commands_are_installed(installed):
     (entries,) = installed.glob("pisa_fl-*.dist-info/entry_points.txt")
-    assert "pisa-fl = pisa_fl.main:main" in entries.read_text()
+    assert "pisa-fl = pisa_fl.cli.main:main" in entries.read_text()

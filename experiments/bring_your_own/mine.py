@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pisa_fl import ImageData
 from strategies import ClientHalf, Cohort, Instruction, Layout, Update
-from strategies.messages import WEIGHTS
+from strategies.base.messages import WEIGHTS
 
 
 class TwoLayer(nn.Sequential):

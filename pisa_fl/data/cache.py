@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pisa_fl import files
 from pisa_fl.data.image_data import Arrays
+from pisa_fl.system import files
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pisa_fl.data.cache import cached, fingerprint
 from pisa_fl.data.folder import read_tree
 from pisa_fl.data.hub import download
 from pisa_fl.data.image_data import Arrays, Augmentation, ImageData, PerChannel, channels_first
-from pisa_fl.files import expand
+from pisa_fl.system.files import expand
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = "cifar-10-batches-py"

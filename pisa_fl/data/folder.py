@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from pisa_fl.data.cache import cached, fingerprint
 from pisa_fl.data.image_data import Arrays, Augmentation, ImageData, PerChannel, check_memory
-from pisa_fl.files import expand
+from pisa_fl.system.files import expand
 
 log = logging.getLogger(__name__)
 

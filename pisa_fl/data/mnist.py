@@ -8,7 +8,7 @@ from pisa_fl.data.cache import cached, fingerprint
 from pisa_fl.data.hub import download
 from pisa_fl.data.idx import find_idx, read_idx
 from pisa_fl.data.image_data import Arrays, Augmentation, ImageData, PerChannel
-from pisa_fl.files import expand
+from pisa_fl.system.files import expand
 
 DIGITS = tuple("0123456789")
 CLOTHES = (

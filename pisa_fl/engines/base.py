@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,9 +15,11 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from omegaconf import DictConfig
 from torch import Tensor
 
-from pisa_fl.host import ClientState
+from pisa_fl.clients.host import ClientState
+from pisa_fl.results.result import Result
 
 SERVER_NODE = 1
 """Flower's node id of the server side; a client's node id is its client number."""
@@ -140,6 +143,30 @@ class ClientGrid(Grid):
     def run(self) -> Run:
         """The run's description."""
         return self._run
+
+
+class Launcher(ABC):
+    """An engine that has the whole federation run elsewhere, and brings back how it ended."""
+
+    @property
+    @abstractmethod
+    def real_clients(self) -> bool:
+        """Whether clients are processes of their own hosts, with data of theirs, and not simulated."""
+
+    @abstractmethod
+    def launch(self, config: DictConfig, directory: Path | None, resume: bool = False) -> Result:
+        """Run a federation, or go on with one.
+
+        Args:
+            config: Resolved configuration of the run.
+            directory: Run directory; None keeps nothing.
+            resume: Go on with the run in the directory.
+
+        Raises:
+            ConfigurationError: Something is impossible or missing.
+            RunError: The run failed.
+            Interrupted: It was stopped, and can go on.
+        """
 
 
 def set_threads(threads: int | Literal["auto"] | None) -> None:

@@ -14,13 +14,13 @@ from typing import Literal
 from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
-from pisa_fl.cohort import mean_score
+from pisa_fl.clients.cohort import mean_score
+from pisa_fl.clients.executor import TEST_PART, Job
+from pisa_fl.clients.host import ClientHost, Clients, ClientState
 from pisa_fl.config import ConfigurationError
 from pisa_fl.engines.base import ClientGrid, cores
-from pisa_fl.host import ClientHost, Clients, ClientState
-from pisa_fl.solver import TEST_PART, Job
-from pisa_fl.workers import Workers, can_fork
-from strategies.messages import TensorArray
+from pisa_fl.engines.workers import Workers, can_fork
+from strategies.base.messages import TensorArray
 
 NORMALISED = 2**30
 """Bytes that a set of images may take, all processes together, to be normalised once instead of every time."""
@@ -48,7 +48,7 @@ def local_engine(
         compiled: See there.
         threads: PyTorch's threads in this process until the grid is closed; `auto`: one per core if it computes
             itself, else one; None leaves them. A worker has one.
-        state: Where what clients remember is kept: in `memory`, or on `disk` (`strategies.memory.zeros`).
+        state: Where what clients remember is kept: in `memory`, or on `disk` (`strategies.base.rows.zeros`).
 
     Raises:
         ConfigurationError: The workers are impossible here.

@@ -26,11 +26,11 @@ from typing import Any, Literal
 import torch
 from flwr.app import ArrayRecord, Error, Message, RecordDict
 
+from pisa_fl.clients.host import ClientHost, Clients, ClientState
 from pisa_fl.config import ConfigurationError
+from pisa_fl.config.explain import first_line
 from pisa_fl.engines.base import ClientGrid, cores, identify, set_threads
-from pisa_fl.explain import first_line
-from pisa_fl.host import ClientHost, Clients, ClientState
-from strategies.messages import ARRAYS
+from strategies.base.messages import ARRAYS
 
 # read when Ray is imported: it reports nothing to its makers, and prints nothing about actors that die or about what
 # its next version will do, which are no news to who reads our own log

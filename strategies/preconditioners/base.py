@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.layout import Layout
-from strategies.messages import Field
+from strategies.base.layout import Layout
+from strategies.base.messages import Field
 
 State = Mapping[str, Tensor]
 """Named vectors with a leading client axis, (C, size): one row a client, or a single row for all."""

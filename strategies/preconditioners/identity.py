@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from strategies.layout import Layout
-from strategies.messages import Field
+from strategies.base.layout import Layout
+from strategies.base.messages import Field
 from strategies.preconditioners.base import Preconditioner, State
 
 

@@ -36,11 +36,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from strategies import checks
-from strategies.layout import Layout
-from strategies.messages import Field, squared
+from strategies.base import checks
+from strategies.base.layout import Layout
+from strategies.base.messages import Field, squared
+from strategies.base.threads import in_threads
 from strategies.preconditioners.base import Preconditioner, State
-from strategies.threads import in_threads
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from strategies import checks
-from strategies.layout import Layout
-from strategies.messages import Field, squared
+from strategies.base import checks
+from strategies.base.layout import Layout
+from strategies.base.messages import Field, squared
 from strategies.preconditioners.base import Preconditioner, State
 from strategies.preconditioners.second_moment import SecondMoment
 

@@ -16,9 +16,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from strategies import checks
-from strategies.layout import Layout
-from strategies.messages import Field, averaged, squared
+from strategies.base import checks
+from strategies.base.layout import Layout
+from strategies.base.messages import Field, averaged, squared
 from strategies.preconditioners.base import Preconditioner, State
 
 

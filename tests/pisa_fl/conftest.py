@@ -8,7 +8,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from pisa_fl.main import main
+from pisa_fl.cli.main import main
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ import pytest
 from flwr.app import Error, Message
 
 import pisa_fl
-from pisa_fl import federation, simulation
-from pisa_fl.assembly import prepare
+from pisa_fl import federation, runner
+from pisa_fl.clients.host import CLIENT_FAILED, ClientState
 from pisa_fl.engines import local
 from pisa_fl.engines.local import LocalGrid
-from pisa_fl.host import CLIENT_FAILED, ClientState
-from strategies.messages import vectors
+from pisa_fl.from_config import prepare
+from pisa_fl.results.result import Interrupted
+from strategies.base.messages import vectors
 
 CLIENTS = 10
 QUICK = ("model=logistic", "engine.threads=1", "progress=false")
@@ -109,7 +110,7 @@ def sigma_of(strategy, round_number):
 def test_sisa_keeps_its_books_and_its_accuracy_whatever_happens_to_the_replies():
     rounds, overrides = 60, (*QUICK, "strategy=sisa", "strategy.lr=0.02", "partition.classes_per_client=2")
     undisturbed = list(prepare(pisa_fl.compose(*overrides)).rounds(rounds))
-    logging.getLogger("pisa_fl.gateway").setLevel(logging.CRITICAL)
+    logging.getLogger("pisa_fl.server.gateway").setLevel(logging.CRITICAL)
     fed = prepare(pisa_fl.compose(*overrides), lambda c: Chaos(c.host(c.rows, "auto", 250), seed=0))
     strategy, ledger, grid = fed.strategy, fed.strategy.ledger, fed.grid
     book, accepted, measured = Book(grid.sizes), 0, fed.rounds(100 * rounds)
@@ -133,7 +134,7 @@ def test_sisa_keeps_its_books_and_its_accuracy_whatever_happens_to_the_replies()
         if sigma is not None:
             error, size = book.imbalance(now, sigma, strategy.lambda_)
             assert error <= 1e-6 * size
-    logging.getLogger("pisa_fl.gateway").setLevel(logging.NOTSET)
+    logging.getLogger("pisa_fl.server.gateway").setLevel(logging.NOTSET)
     assert min(grid.counts.values()) >= 20, grid.counts
     assert {f.reason for f in fed.gateway.failures} <= {
         "no reply",
@@ -147,7 +148,7 @@ def test_sisa_keeps_its_books_and_its_accuracy_whatever_happens_to_the_replies()
 def test_pisa_keeps_its_books_and_its_accuracy_whatever_happens_to_the_replies():
     rounds, overrides = 40, (*QUICK, "partition.classes_per_client=2")
     undisturbed = list(prepare(pisa_fl.compose(*overrides, f"rounds={rounds}")).rounds(rounds))
-    logging.getLogger("pisa_fl.gateway").setLevel(logging.CRITICAL)
+    logging.getLogger("pisa_fl.server.gateway").setLevel(logging.CRITICAL)
     chosen = pisa_fl.compose(*overrides, f"rounds={2 * rounds}")
     fed = prepare(chosen, lambda c: Chaos(c.host(c.rows, "auto", 250), seed=0))
     ledger, grid = fed.strategy.ledger, fed.grid
@@ -172,7 +173,7 @@ def test_pisa_keeps_its_books_and_its_accuracy_whatever_happens_to_the_replies()
         assert (ledger._table / sum(grid.sizes[c] for c in seen) - table).norm() <= 1e-6 * table.norm()
         left = duals - chosen.strategy["lambda"] * vectors(fed.arrays)["weights"].double()
         assert line["dual_residual"] == pytest.approx(float(left.norm()), rel=1e-3)
-    logging.getLogger("pisa_fl.gateway").setLevel(logging.NOTSET)
+    logging.getLogger("pisa_fl.server.gateway").setLevel(logging.NOTSET)
     assert min(grid.counts.values()) >= 10, grid.counts
     # who answers is another draw every round, of clients of two classes: a point and a half here
     assert line["test_accuracy"] >= undisturbed[-1]["test_accuracy"] - 0.03
@@ -203,16 +204,16 @@ def test_stopped_after_each_of_its_rounds_a_lossy_run_ends_with_the_same_bits(me
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     result = pisa_fl.run(config, whole, engine)
     assert sum(line["clients_failed"] for line in result.metrics) >= 10
-    show = simulation.Display.show
+    show = runner.Display.show
 
     def show_and_stop(display, metrics):
         show(display, metrics)
         if metrics["round"] == last:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(simulation.Display, "show", show_and_stop)
+    monkeypatch.setattr(runner.Display, "show", show_and_stop)
     for last in range(10):
-        with pytest.raises(simulation.Interrupted, match=f"stopped after round {last} of 10"):
+        with pytest.raises(Interrupted, match=f"stopped after round {last} of 10"):
             pisa_fl.resume(parts, engine) if last else pisa_fl.run(config, parts, engine)
     last = None
     ended = pisa_fl.resume(parts, engine)
@@ -236,7 +237,11 @@ def test_killed_again_and_again_a_server_ends_with_the_same_bits(tmp_path):
     ]
     pisa_fl.run(pisa_fl.compose(*overrides), tmp_path / "whole")
     run, rng = tmp_path / "run", random.Random(0)
-    start, reached, command = [*overrides, "hydra.run.dir=run"], every, [sys.executable, "-m", "pisa_fl.main"]
+    start, reached, command = (
+        [*overrides, "hydra.run.dir=run"],
+        every,
+        [sys.executable, "-m", "pisa_fl"],
+    )
     for _ in range(3):
         target = reached + rng.randint(1, 2 * every)
         process = subprocess.Popen([*command, *start], cwd=tmp_path, stderr=subprocess.PIPE, text=True)

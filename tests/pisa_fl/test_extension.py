@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import pisa_fl
-from pisa_fl import config
+from pisa_fl.config import own_code
 
 OWN = '''
 """Everything of mine."""
@@ -22,7 +22,7 @@ from torch import nn
 
 from pisa_fl import ImageData
 from strategies import ClientHalf, Update
-from strategies.messages import WEIGHTS
+from strategies.base.messages import WEIGHTS
 from strategies.preconditioners import Identity
 
 
@@ -137,7 +137,7 @@ def metrics_of(directory):
 def test_from_the_command_line_alone(folder, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    line = [sys.executable, "-m", "pisa_fl.main", "--config-dir", str(folder)]
+    line = [sys.executable, "-m", "pisa_fl", "--config-dir", str(folder)]
     ended = subprocess.run(
         [*line, *CHOSEN, "strategy=mine", "hydra.run.dir=run"], cwd=empty, capture_output=True, text=True
     )
@@ -184,7 +184,7 @@ def test_the_users_strategy_resumes_with_the_folder_that_the_user_trusts(
     for path in (tmp_path / "run" / "checkpoint" / "round-000003").iterdir():
         path.unlink()
     (tmp_path / "run" / "model.safetensors").unlink()
-    monkeypatch.setattr(config, "imported_folders", [])  # as in another process
+    monkeypatch.setattr(own_code, "imported_folders", [])  # as in another process
     monkeypatch.delitem(sys.modules, next(name for name in sys.modules if name.startswith("own_")))
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(folder)])
     ended = command("resume=run")

@@ -179,7 +179,7 @@ def test_a_module_of_the_users_with_the_name_of_ours(tmp_path):
 
 def test_modules_beside_the_users_configuration_are_searched_last(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr("pisa_fl.config.imported_folders", [])
+    monkeypatch.setattr("pisa_fl.config.own_code.imported_folders", [])
     for name in ("strategies", "random"):
         (tmp_path / f"{name}.py").write_text("def net(): pass\n")
         (tmp_path / "model").mkdir(exist_ok=True)

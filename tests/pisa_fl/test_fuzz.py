@@ -26,12 +26,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pisa_fl.checkpoint import load_strategy_state, strategy_state
+from pisa_fl.clients.host import Clients, ClientState
 from pisa_fl.data import ImageData
 from pisa_fl.engines.local import LocalGrid
-from pisa_fl.gateway import Gateway
-from pisa_fl.host import Clients, ClientState
+from pisa_fl.server.gateway import Gateway
 from strategies import Layout, LocalSgd, Penalty, Pisa, PisaClient
-from strategies.messages import STATE_LOST, Field, fault, record, vectors
+from strategies.base.messages import STATE_LOST, Field, fault, record, vectors
 from strategies.preconditioners import Identity, SecondMoment
 
 SIZES = (3, 5, 4, 6)
@@ -549,10 +549,10 @@ def honest_round(server, number):
 @pytest.fixture(autouse=True)
 def quiet():
     """Every refusal is logged; numpy warns of headers that Python 2 wrote."""
-    logging.getLogger("pisa_fl.gateway").setLevel(logging.CRITICAL)
+    logging.getLogger("pisa_fl.server.gateway").setLevel(logging.CRITICAL)
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         yield
-    logging.getLogger("pisa_fl.gateway").setLevel(logging.NOTSET)
+    logging.getLogger("pisa_fl.server.gateway").setLevel(logging.NOTSET)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -19,9 +19,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import pisa_fl
-from pisa_fl import simulation
+from pisa_fl import runner
 from pisa_fl.checkpoint import SUMS, _is_whole, checkpoints
 from pisa_fl.engines.local import LocalGrid
+from pisa_fl.results.result import Interrupted
 
 ROUNDS = 4
 NAMES = ("server-0000.safetensors", "clients-0000.safetensors", "state.json")
@@ -66,15 +67,15 @@ def reference(method, tmp_path_factory):
 
 @pytest.mark.parametrize("last", range(ROUNDS))
 def test_stopped_after_any_round_it_ends_with_the_same_bits(method, reference, tmp_path, monkeypatch, last):
-    show = simulation.Display.show
+    show = runner.Display.show
 
     def show_and_stop(display, metrics):
         show(display, metrics)
         if metrics["round"] == last:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(simulation.Display, "show", show_and_stop)
-    with pytest.raises(simulation.Interrupted) as stopped:
+    monkeypatch.setattr(runner.Display, "show", show_and_stop)
+    with pytest.raises(Interrupted) as stopped:
         pisa_fl.run(pisa_fl.compose(*overrides(method)), tmp_path)
     assert str(stopped.value) == (
         f"stopped after round {last} of {ROUNDS}; go on with: pisa-fl resume={tmp_path}"
@@ -97,9 +98,9 @@ def test_a_client_whose_last_reply_was_lost_rolls_back_after_the_resume_too(tmp_
         return [r for r in replies if r.metadata.src_node_id != 0 or federations[-1].round != 1]
 
     federations = []
-    prepare = simulation.prepare
+    prepare = runner.prepare
     monkeypatch.setattr(
-        simulation, "prepare", lambda *given: federations.append(prepare(*given)) or federations[-1]
+        runner, "prepare", lambda *given: federations.append(prepare(*given)) or federations[-1]
     )
     monkeypatch.setattr(LocalGrid, "send_and_receive", lose_one)
     chosen = overrides("own moments", "participation=1.0", "checkpoint.every=1", f"checkpoint.keep={ROUNDS}")
@@ -123,9 +124,10 @@ def test_the_signal_handlers_are_put_back(tmp_path):
 LONG = 12
 SLOWLY = """
 import time
-from pisa_fl import main, simulation
-show = simulation.Display.show
-simulation.Display.show = lambda display, metrics: (show(display, metrics), time.sleep(0.5))
+from pisa_fl.cli import main
+from pisa_fl import runner
+show = runner.Display.show
+runner.Display.show = lambda display, metrics: (show(display, metrics), time.sleep(0.5))
 main.main()
 """  # the command, with half a second a round for the signal to arrive in
 
@@ -438,7 +440,10 @@ def test_a_strangers_configuration_has_nothing_built_that_is_not_allowed(
     before = sorted(path.name for path in copy.iterdir())
     for own, words in (
         (text.replace("pisa_fl.models.mlp.mlp", "os.system"), "model._target_=os.system must not be built"),
-        (text.replace("pisa_fl.models.mlp.mlp", "pisa_fl.files.write"), "model._target_=pisa_fl.files.write"),
+        (
+            text.replace("pisa_fl.models.mlp.mlp", "pisa_fl.system.files.write"),
+            "model._target_=pisa_fl.system.files.write",
+        ),
         (text.replace("pisa_fl.models.mlp.mlp", "users.net"), "add it to `allow` if you trust it"),
         (text + "extra:\n- a: {_target_: subprocess.Popen}\n", "extra.0.a._target_=subprocess.Popen"),
         (text + "extra: ${oc.env:HOME}\n", "is an interpolation"),
@@ -510,7 +515,7 @@ def pictured(tmp_path_factory):
         ]
         (folder / "run").mkdir()
         (folder / "run" / "stop").touch()
-        with pytest.raises(simulation.Interrupted):
+        with pytest.raises(Interrupted):
             pisa_fl.run(pisa_fl.compose(*QUICK, *IMAGES, *files, "rounds=2"), "run")
         config = pisa_fl.compose(*QUICK, *IMAGES, *files, "rounds=2")
         pisa_fl.run(config, "whole")

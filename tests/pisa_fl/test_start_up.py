@@ -23,8 +23,8 @@ print("\\n" + " ".join(sys.modules))
 
 RUN = """
 import json, sys
-from pisa_fl.main import main
-from pisa_fl.progress import Display
+from pisa_fl.cli.main import main
+from pisa_fl.results.console import Display
 
 Display.show = lambda self, metrics: print(json.dumps([metrics["round"], list(sys.modules)]))
 main()
@@ -34,7 +34,8 @@ print(json.dumps(["end", list(sys.modules)]))
 CLIENT = """
 import sys
 from omegaconf import OmegaConf
-from pisa_fl import compose, flower_app
+from pisa_fl import compose
+from pisa_fl.flower import app as flower_app
 from pisa_fl.config import resolve
 
 config = resolve(compose("engine=flower", "engine.state=" + sys.argv[1]))

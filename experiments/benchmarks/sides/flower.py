@@ -20,7 +20,7 @@ from torch import Tensor
 from experiments.benchmarks.sides.pace import Pace
 from experiments.benchmarks.task import LR, Task
 from pisa_fl.engines.base import cores
-from strategies.messages import integer
+from strategies.base.messages import integer
 
 
 @cache

@@ -1,0 +1,5 @@
+"""`python -m pisa_fl`: the same as `pisa-fl`."""
+
+from pisa_fl.cli.main import main
+
+main()

@@ -1,0 +1,143 @@
+"""The command line: `pisa-fl [overrides]`, a Hydra application.
+
+Exit status: 0 done, 1 the run failed, 2 the configuration is wrong (one sentence, no traceback), 130 interrupted.
+A run of a sweep that fails says which it is; the others go on, and the sweep ends with its status.
+`HYDRA_FULL_ERROR=1` shows the traceback all the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from pisa_fl.config import CONF, ConfigurationError, explain_composition, import_from, settle
+from pisa_fl.config.explain import explain
+from pisa_fl.results import claim
+from pisa_fl.system.text import tolerate_any_text, visible
+
+FAILED, WRONG, INTERRUPTED = 1, 2, 130
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM)
+"""Errors of the system that are no fault of the configuration."""
+
+
+class SweepError(Exception):
+    """A run of a sweep failed, and has said why; its argument is the exit status."""
+
+
+class _Mistake(Exception):
+    """A run ended by an exception that only its programmer can mend, the argument: it is to be shown."""
+
+
+def main() -> None:
+    """Entry point of `pisa-fl`."""
+    tolerate_any_text()
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    # Hydra prints and exits 1 on its own unless told to let exceptions through
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    arguments = sys.argv[1:]
+    folder = _config_dir(arguments)
+    try:
+        if folder is not None:
+            if not Path(folder).is_dir() or not folder:
+                raise ConfigurationError(f"--config-dir={folder} is not a folder, or not found")
+            import_from(folder)
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_task)()
+    except (SystemExit, SweepError) as end:
+        if wants_traceback and end.__cause__ is not None:
+            raise end.__cause__ from None
+        sys.exit(end.args[0] if end.args else 0)
+    except _Mistake as mistake:
+        raise mistake.args[0] from mistake.args[0].__cause__
+    except Exception as error:  # before a run began: Hydra could not compose its configuration
+        if wants_traceback:
+            raise
+        _say(explain_composition(error, [a for a in arguments if not a.startswith("-")], folder))
+        sys.exit(WRONG)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(INTERRUPTED)
+
+
+def _task(config: DictConfig) -> None:
+    """One run, of a single command or of a sweep."""
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        settings = settle(config)
+        if settings.resume is not None:
+            _refuse_others("resume", "allow")
+        _run(settings, directory)
+    except (ConfigurationError, OSError) as error:
+        no_room = isinstance(error, OSError) and error.errno in NO_ROOM
+        _give_up(FAILED if no_room else WRONG, error)
+    except SweepError:
+        raise
+    except Exception as error:
+        raise _Mistake(error) from error
+    finally:
+        claim.withdraw(directory)
+
+
+def _run(settings: DictConfig, directory: Path) -> None:
+    # heavy imports only now: --help, --cfg and a wrong key or value are answered at once
+    from rich.logging import RichHandler
+
+    from pisa_fl.federation import RunError
+    from pisa_fl.results.console import console
+    from pisa_fl.results.result import Interrupted
+    from pisa_fl.runner import run
+
+    handler = RichHandler(console=console, show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
+    try:
+        run(settings, directory)
+    except RunError as error:
+        _give_up(FAILED, error)
+    except (Interrupted, KeyboardInterrupt) as error:
+        _give_up(INTERRUPTED, error)
+
+
+def _config_dir(arguments: list[str]) -> str | None:
+    """The folder of the user's own groups and modules, if one is given."""
+    for position, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            return value if equals else "".join(arguments[position + 1 : position + 2])
+    return None
+
+
+def _refuse_others(key: str, *more: str) -> None:
+    """Refuse overrides beside one that would ignore them, and beside those that go with it."""
+    given = HydraConfig.get().overrides.task
+    others = [text for text in given if text.lstrip("+").partition("=")[0] not in (key, *more)]
+    if others:
+        raise ConfigurationError(f"{key} uses the run's own configuration: leave out {' '.join(others)}")
+
+
+def _give_up(status: int, error: BaseException) -> NoReturn:
+    """Say why a run ends here; the other runs of a sweep go on unless it was interrupted."""
+    text = explain(error) if str(error) else "interrupted"
+    job = HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN:
+        text = f"run {job.job.num} ({job.job.override_dirname}): {text}"
+    _say(text)
+    if job.mode == RunMode.MULTIRUN and status != INTERRUPTED:
+        raise SweepError(status) from error
+    raise SystemExit(status) from error
+
+
+def _say(text: str) -> None:
+    print(f"pisa-fl: {visible(text)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,403 @@
+"""A cohort of clients: their examples, and the gradients of their losses.
+
+Two ways of computing, one result: a cohort of one runs an ordinary forward and backward pass, which is
+the fastest on CPU cores (experiments/benchmarks/README.md); a larger one advances all its clients together,
+vectorised over the client axis, which is the fastest on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.utils.rnn import pad_sequence
+
+from pisa_fl.data import ImageData
+from pisa_fl.models.examination import Findings
+from pisa_fl.randomness import numpy_generator, torch_generator
+from strategies.base.client import Batch
+from strategies.base.layout import Layout
+
+_NOTHING = torch.empty(0, dtype=torch.int64)
+
+
+class FlatModel:
+    """A model whose parameters and gradients are views of two flat vectors of length d.
+
+    Args:
+        model: Any module; it is moved to `device` and its parameters re-bound.
+        device: Where it computes.
+        precision: `float32`, or `bfloat16`: mixed, by PyTorch's autocast, for the gradients.
+        compiled: Have PyTorch compile the gradients of cohorts.
+        findings: What training has to know of it; None: every floating-point buffer is a running statistic, and a
+            single example is enough.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        compiled: bool = False,
+        findings: Findings | None = None,
+    ) -> None:
+        self.module = model.to(device)
+        self.layout = Layout.of_parameters(model)
+        self.buffer_layout = Layout.of_buffers(model, findings.statistics if findings else None)
+        self.takes_one = findings is None or findings.takes_one
+        self.device = device
+        # BatchNorm's batch counter and its like: they are restored for every client in turn
+        self._integers = {n: b.clone() for n, b in model.named_buffers() if not b.is_floating_point()}
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = self.layout.flatten(parameters).to(device)
+        self.gradient = torch.zeros_like(self.weights)
+        values, gradients = self.layout.views(self.weights), self.layout.views(self.gradient)
+        for name, parameter in parameters.items():
+            parameter.data, parameter.grad = values[name], gradients[name]
+        # oneDNN's convolutions, and PyTorch's pooling even more, are faster on images with channels last
+        convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        self._channels_last = convolves and device.type == "cpu"
+        self._mixed, self._compiled = precision == "bfloat16", compiled
+
+    @property
+    def buffers(self) -> Tensor:
+        """Running statistics as one vector (b,)."""
+        return self.buffer_layout.flatten(dict(self.module.named_buffers())).to(self.device)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which losses are computed."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed)
+
+    @cached_property
+    def gradients(self) -> dict[bool, Callable[..., tuple[Tensor, Tensor]]]:
+        """Gradients and summed losses of a cohort's batches: at one point for all (True), or each at its own (False).
+
+        They take weights (d,) or (C, d), and images, labels and the examples' weights with a leading client axis.
+        """
+        of_one = grad(self._weighted_loss, has_aux=True)
+        of_all = {
+            shared: vmap(of_one, in_dims=(None if shared else 0, 0, 0, 0), randomness="different")
+            for shared in (True, False)
+        }
+        return {shared: torch.compile(f) for shared, f in of_all.items()} if self._compiled else of_all
+
+    def _weighted_loss(
+        self, weights: Tensor, images: Tensor, labels: Tensor, shares: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with self.autocast():
+            logits = functional_call(self.module, self.layout.views(weights), (images,))
+        loss = F.cross_entropy(logits.float(), labels, reduction="none")
+        return (shares * loss).sum(), torch.where(shares > 0, loss, 0.0).sum()
+
+    def example_bytes(self, images: Tensor) -> int:
+        """Bytes that a pass over one example, (1, channels, height, width), keeps for the way back."""
+        kept = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.nbytes if tensor.untyped_storage().data_ptr() != own else 0
+            return tensor
+
+        own, training = self.weights.untyped_storage().data_ptr(), self.module.training
+        self.module.eval()  # running statistics stay as they are
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            self.module(images)
+        self.module.train(training)
+        return kept
+
+    @torch.no_grad()
+    def load(self, weights: Tensor, buffers: Tensor | None = None) -> None:
+        """Set the parameters (d,) and, if given, the running statistics (b,)."""
+        self.weights.copy_(weights)
+        self.load_buffers(buffers)
+
+    @torch.no_grad()
+    def load_buffers(self, buffers: Tensor | None) -> None:
+        """Set the running statistics (b,), if there are any."""
+        if buffers is not None and self.buffer_layout.size:
+            own = dict(self.module.named_buffers())
+            for name, value in {**self.buffer_layout.views(buffers), **self._integers}.items():
+                own[name].copy_(value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters and buffers by PyTorch's names, copied to the CPU."""
+        return {k: v.detach().cpu().clone().contiguous() for k, v in self.module.state_dict().items()}
+
+    def take(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Some images of a set (N, channels, height, width), in the order in memory that suits the model."""
+        rows = rows.to(images.device)
+        if not self._channels_last:
+            return images.index_select(0, rows)
+        return images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+
+    def normalised(self, images: Tensor, data: ImageData) -> Tensor:
+        """A whole set as model input, in that order: four times the memory of pixels, and none of the work later."""
+        ready = torch.empty(images.shape, device=images.device)
+        if self._channels_last:
+            ready = ready.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        for start in range(0, len(images), 1000):
+            part = slice(start, start + 1000)
+            ready[part] = data.normalise(images[part])
+        return ready
+
+    def evaluate(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        rows: Tensor,
+        data: ImageData,
+        chunk: int,
+        raw: bool = True,
+    ) -> tuple[float, float]:
+        """Accuracy (0..1) and mean cross-entropy (nats) of the present weights on some rows of a set."""
+        scores = (self.score(images, labels, part, data, raw) for part in rows.split(chunk))
+        return mean_score(scores, len(rows))
+
+    @torch.no_grad()
+    def score(
+        self, images: Tensor, labels: Tensor, rows: Tensor, data: ImageData, raw: bool = True
+    ) -> tuple[int, float]:
+        """Correct answers and the sum of the cross-entropies (nats), of some rows of a set read at once."""
+        self.module.eval()
+        y = labels[rows].to(self.device)
+        x = self.take(images, rows).to(self.device)
+        logits = self.module(data.normalise(x) if raw else x)
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        return int((logits.argmax(dim=1) == y).sum()), float(loss)
+
+
+def mean_score(scores: Iterable[tuple[int, float]], examples: int) -> tuple[float, float]:
+    """Accuracy (0..1) and mean loss from what `FlatModel.score` gave of the parts of a set, in their order."""
+    correct, loss = 0, 0.0
+    for part_correct, part_loss in scores:
+        correct += part_correct
+        loss += part_loss
+    return correct / examples, loss / examples
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """The examples of one client: its rows of a shared set of images.
+
+    Attributes:
+        images: Images of the whole set, (N, channels, height, width).
+        labels: Class numbers of the whole set, int64, (N,).
+        rows: The client's examples, int64, (n,).
+        noise_std: Standard deviation of the Gaussian noise added to its pixels (0..1), drawn afresh each
+            time an image is read, as NIID-Bench's feature skew does; zero for none.
+        raw: Whether the images are as they were stored, or `FlatModel.normalised`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+    noise_std: float = 0.0
+    raw: bool = True
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class LocalCohort:
+    """C clients on one device; see `strategies.base.client.Cohort` for what its methods promise.
+
+    Args:
+        model: The model that computes; its weights and running statistics are overwritten.
+        data: Normalisation and augmentation of the data set.
+        examples: Client number -> its examples.
+        buffers: Running statistics to start from, (b,), or None for a model without.
+        round_number: The round, part of every draw's address.
+        seed: Seed of the run.
+        batch_size: Examples of a mini-batch.
+        chunk: Examples differentiated at once where the number does not matter to the result.
+
+    Raises:
+        ValueError: More than one client with a model that keeps running statistics.
+    """
+
+    def __init__(
+        self,
+        model: FlatModel,
+        data: ImageData,
+        examples: Mapping[int, ClientData],
+        buffers: Tensor | None,
+        round_number: int,
+        seed: int,
+        batch_size: int,
+        chunk: int,
+    ) -> None:
+        if len(examples) > 1 and model.buffer_layout.size:
+            raise ValueError(
+                "a model with running statistics needs cohorts of one client: set engine.cohort=1"
+            )
+        self.clients, self.layout = list(examples), model.layout
+        self.differentiated = [0] * len(examples)
+        self._model, self._data, self._examples = model, data, list(examples.values())
+        self._seed, self._round = seed, round_number
+        self._batch_size, self._chunk = batch_size, chunk
+        # running statistics and random draws depend on which examples are read together
+        self._disturbed = data.augment is not None or any(e.noise_std for e in self._examples)
+        first = self._examples[0]
+        one_set = all(e.images is first.images and e.labels is first.labels for e in self._examples)
+        self._alone = self._disturbed or len(self._examples) == 1 or not one_set
+        self._draws = [
+            torch_generator(seed, "augmentation", round_number, c) if self._disturbed else None
+            for c in examples
+        ]
+        if not model.module.training:  # walking through the modules takes as long as a small client's step
+            model.module.train()
+        model.load_buffers(buffers)
+
+    @property
+    def buffers(self) -> Tensor:
+        """Running statistics after what was computed so far, (C, b)."""
+        return self._model.buffers.expand(len(self.clients), -1)
+
+    def full_gradient(self, weights: Tensor, gradient: str) -> tuple[Tensor, Tensor]:
+        """Gradient (C, d) and mean loss (C,) over all examples, in the order they were dealt."""
+        fixed = self._disturbed or self._model.buffer_layout.size > 0
+        step = self._batch_size if fixed else max(1, self._chunk // len(self.clients))
+        lengths = [len(e) for e in self._examples]
+        parts = [torch.arange(n).split(self._sizes(n, step)) for n in lengths]
+        batches = (
+            self._batch(
+                list(chosen), [self._shares(c, n, gradient) for c, n in zip(chosen, lengths, strict=True)]
+            )
+            for chosen in zip_longest(*parts, fillvalue=_NOTHING)
+        )
+        total, loss = self._differentiate(weights, batches)
+        return total, loss / torch.tensor(lengths, device=loss.device)
+
+    def gradient(self, weights: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Gradient (C, d) and mean loss (C,) of each client's batch."""
+        gradient, loss = self._differentiate(weights, [batch])
+        return gradient, loss / torch.tensor(batch.examples, device=loss.device).clamp(min=1)
+
+    def batches(self, epochs: int) -> Iterator[Batch]:
+        """Shuffled mini-batches; each client's order is drawn from (seed, "batches", round, client)."""
+        orders = [
+            _batch_order(
+                numpy_generator(self._seed, "batches", self._round, c),
+                epochs,
+                self._sizes(len(e), self._batch_size),
+            )
+            for c, e in zip(self.clients, self._examples, strict=True)
+        ]
+        for chosen in zip_longest(*orders, fillvalue=_NOTHING):
+            yield self._batch(list(chosen), [torch.full((len(c),), 1 / max(1, len(c))) for c in chosen])
+
+    def _shares(self, chosen: Tensor, examples: int, gradient: str) -> Tensor:
+        """Weight of each chosen example in its client's gradient."""
+        if gradient == "mean":
+            return torch.full((len(chosen),), 1 / examples)
+        sizes = torch.tensor(self._sizes(examples, self._batch_size))
+        return 1 / sizes.repeat_interleave(sizes)[chosen].to(torch.float32)
+
+    def _sizes(self, examples: int, size: int) -> list[int]:
+        """Sizes of a client's batches; a leftover of one joins the one before if the model cannot take it alone."""
+        full, rest = divmod(examples, size)
+        if rest == 1 and full and not self._model.takes_one:
+            return [size] * (full - 1) + [size + 1]
+        return [size] * full + [rest] * (rest > 0)
+
+    def _batch(self, chosen: list[Tensor], shares: list[Tensor]) -> Batch:
+        """Gather, normalise, disturb and augment the chosen examples of each client."""
+        device = self._model.device
+        images, labels = self._read_alone(chosen) if self._alone else self._read_together(chosen)
+        counts = [len(c) for c in chosen]
+        self.differentiated = [d + n for d, n in zip(self.differentiated, counts, strict=True)]
+        return Batch(
+            images=images,
+            labels=labels,
+            weights=_padded(shares).to(device),
+            active=torch.tensor([float(n > 0) for n in counts], device=device),
+            examples=counts,
+        )
+
+    def _read_alone(self, chosen: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Images and labels of every client by itself, (C, B, ...), padded with zeros."""
+        device = self._model.device
+        images, labels = [], []
+        for client, (rows, examples) in enumerate(zip(chosen, self._examples, strict=True)):
+            rows = examples.rows[rows].to(examples.images.device)
+            x = self._model.take(examples.images, rows)
+            if examples.raw:
+                x = self._data.normalise(x)
+            draw = self._draws[client]
+            if draw is not None and examples.noise_std:
+                scale = torch.tensor(self._data.std).view(-1, 1, 1)
+                x = x + (torch.randn(x.shape, generator=draw) * examples.noise_std / scale).to(device)
+            if draw is not None and self._data.augment is not None and len(rows):
+                x = self._data.augment(x, draw)
+            images.append(x)
+            labels.append(examples.labels.index_select(0, rows))
+        return _padded(images), _padded(labels)
+
+    def _read_together(self, chosen: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Images and labels of all clients at once, (C, B, ...), padded with whatever; its weight is zero."""
+        whole = self._examples[0]
+        rows = _padded([e.rows[c] for c, e in zip(chosen, self._examples, strict=True)]).to(
+            whole.images.device
+        )
+        x = self._model.take(whole.images, rows.flatten())
+        if whole.raw:
+            x = self._data.normalise(x)
+        return x.unflatten(0, rows.shape), whole.labels[rows]
+
+    def _differentiate(self, weights: Tensor, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        """Sums over batches of the gradients (C, d) of the weighted losses, and of the plain losses (C,)."""
+        if len(self.clients) == 1:
+            return self._backward(weights.reshape(-1), batches)
+        gradients_of = self._model.gradients[weights.dim() == 1]
+        total = torch.zeros(len(self.clients), self.layout.size, device=self._model.device)
+        losses = total.new_zeros(len(self.clients))
+        for batch in batches:
+            gradients, loss = gradients_of(weights, batch.images, batch.labels, batch.weights)
+            total += gradients
+            losses += loss
+        return total, losses
+
+    def _backward(self, weights: Tensor, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        self._model.load(weights)
+        self._model.gradient.zero_()
+        total = weights.new_zeros(1)
+        for batch in batches:
+            with self._model.autocast():
+                logits = self._model.module(batch.images[0])
+            loss = F.cross_entropy(logits.float(), batch.labels[0], reduction="none")
+            (batch.weights[0] * loss).sum().backward()
+            total += loss.detach().sum()
+        return self._model.gradient.clone().unsqueeze(0), total
+
+
+def fitting_cohort(model: FlatModel, images: Tensor, batch_size: int, chunk: int, free: int) -> int:
+    """How many clients can advance together in the memory of a GPU.
+
+    Args:
+        model: Their model.
+        images: One example, (1, channels, height, width).
+        batch_size: Examples of a mini-batch of each.
+        chunk: Examples differentiated at once where the number does not matter to the result.
+        free: Bytes of memory that are free; half of them are used.
+    """
+    # what a pass keeps is held beside its gradient; a client's vectors are its weights, gradient, dual, answer, ...
+    example, client = 2 * model.example_bytes(images), 16 * 4 * model.layout.size
+    return max(1, (free // 2 - chunk * example) // (client + batch_size * example))
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of different lengths as one tensor, (C, longest, ...), filled with zeros."""
+    return rows[0].unsqueeze(0) if len(rows) == 1 else pad_sequence(list(rows), batch_first=True)
+
+
+def _batch_order(draw: np.random.Generator, epochs: int, sizes: list[int]) -> Iterator[Tensor]:
+    for _ in range(epochs):
+        yield from torch.from_numpy(draw.permutation(sum(sizes))).split(sizes)

@@ -1,0 +1,236 @@
+"""The solver: what clients compute, apart from who they are to the server and what they remember.
+
+A job is the work of one cohort on one instruction. Its outcome follows from the job and from what the solver was made
+of, and from nothing else, so that any process that has a solver can take any job.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pisa_fl.clients.cohort import ClientData, FlatModel, LocalCohort
+from pisa_fl.config import ConfigurationError
+from pisa_fl.data import ImageData
+from pisa_fl.randomness import global_generators, torch_seed
+from strategies.base.client import ClientHalf, Instruction
+from strategies.base.messages import (
+    BUFFERS,
+    DIFFERENTIATED,
+    EXAMPLES,
+    LOSS,
+    ROUND,
+    WEIGHTS,
+    integer,
+    sendable,
+)
+
+MOVED = "moved"
+
+TEST_PART = 1000
+"""Examples of a part of the test set, which are read at once."""
+
+
+class InstructionError(ValueError):
+    """A message from the server that a client must not act upon."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The work of one cohort.
+
+    Attributes:
+        kind: `train`: to solve the local problem; `evaluate`: to evaluate the weights on the clients' own examples;
+            `test`: to do so on parts of the test set, which are no clients but take their place.
+        clients: Their numbers.
+        arrays: What the server sent, {name: (size,)}; jobs of one instruction share it.
+        config: Numbers and texts that it sent.
+        state: What each client remembers, {name: (size,)}; what is missing is zero.
+    """
+
+    kind: Literal["train", "evaluate", "test"]
+    clients: Sequence[int]
+    arrays: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    state: Sequence[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job.
+
+    Attributes:
+        metrics: Numbers of each client.
+        arrays: What they answer, {name: (C, size)}.
+        state: What each is to remember if the server accepts that, {name: (size,)}; empty if there is no such thing.
+        norms: Euclidean norm of each client's row of each of the arrays, infinite where it is not known; under `MOVED`,
+            how far its weights moved.
+    """
+
+    metrics: Sequence[Mapping[str, int | float]]
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Sequence[Mapping[str, Tensor]] = ()
+    norms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+class Solver:
+    """Runs the client half.
+
+    Args:
+        model: The model that all clients compute with, in turn.
+        half: The client half of the algorithm.
+        data: Normalisation and augmentation of the data set.
+        clients: Client number -> its examples.
+        seed: Seed of the run.
+        batch_size: Examples of a mini-batch.
+        chunk: Examples differentiated at once where the number does not matter to the result.
+    """
+
+    def __init__(
+        self,
+        model: FlatModel,
+        half: ClientHalf,
+        data: ImageData,
+        clients: Mapping[int, ClientData],
+        seed: int,
+        batch_size: int,
+        chunk: int,
+    ) -> None:
+        self.model, self.half, self.data, self.clients = model, half, data, clients
+        self._seed, self._batch_size, self._chunk = seed, batch_size, chunk
+        self._last: tuple[Mapping[str, Tensor], Instruction] | None = None
+
+    def answer(self, job: Job) -> Outcome | str:
+        """The outcome, or why there is none."""
+        try:
+            return self.run(job)
+        except Exception as error:
+            return failure_reason(error)
+
+    def run(self, job: Job) -> Outcome:
+        """The outcome; whatever the client half raises is raised here."""
+        versions = {name: array._version for name, array in job.arrays.items()}
+        outcome = self._train(job) if job.kind == "train" else self._evaluate(job)
+        for name, array in job.arrays.items():
+            if array._version != versions[name]:
+                raise RuntimeError(
+                    f"the client half wrote to the array '{name}' of its instruction: clone it before"
+                )
+        return outcome
+
+    def _train(self, job: Job) -> Outcome:
+        round_number = integer(job.config, ROUND)
+        cohort = LocalCohort(
+            self.model,
+            self.data,
+            {client: self.clients[client] for client in job.clients},
+            job.arrays.get(BUFFERS),
+            round_number,
+            self._seed,
+            self._batch_size,
+            self._chunk,
+        )
+        state = {
+            name: torch.stack([self._vector(held, name, size) for held in job.state])
+            for name, size in self.half.state_sizes().items()
+        }
+        # dropout and its like draw from PyTorch's global generators: give them an address of their own
+        seed = torch_seed(self._seed, "model", round_number, job.clients[0])
+        with global_generators(seed, self.model.device):
+            update = self.half.solve(cohort, self._instruction_of(job), state)
+        answered = dict(update.arrays)
+        if self.model.buffer_layout.size:
+            answered[BUFFERS] = cohort.buffers
+        losses = update.loss.tolist()
+        metrics = [
+            {
+                ROUND: round_number,
+                EXAMPLES: len(self.clients[client]),
+                LOSS: losses[row],
+                DIFFERENTIATED: cohort.differentiated[row],
+            }
+            for row, client in enumerate(job.clients)
+        ]
+        arrays = {name: sendable(stack) for name, stack in answered.items()}
+        rows = [{name: stack[row] for name, stack in update.state.items()} for row in range(len(job.clients))]
+        if len(rows) > 1:  # a row of many would keep them all in memory
+            rows = [{name: vector.clone() for name, vector in row.items()} for row in rows]
+        norms = {name: [_norm(row) for row in stack] for name, stack in arrays.items()}
+        if WEIGHTS in arrays:
+            start = job.arrays[WEIGHTS].cpu()
+            norms[MOVED] = [math.sqrt(gap @ gap) for gap in (row - start for row in arrays[WEIGHTS])]
+        return Outcome(metrics, arrays, rows if update.state else (), norms)
+
+    def _evaluate(self, job: Job) -> Outcome:
+        """Loss and accuracy of the sent weights; of the test set, parts to be put together."""
+        self.model.load(job.arrays[WEIGHTS], job.arrays.get(BUFFERS))
+        metrics: list[dict[str, int | float]] = []
+        for client in job.clients:
+            if job.kind == "test":
+                rows = torch.arange(client * TEST_PART, min((client + 1) * TEST_PART, len(self.test[1])))
+                correct, loss = self.model.score(*self.test, rows, self.data)
+                metrics.append({"correct": correct, "loss": loss})
+            else:
+                own = self.clients[client]
+                accuracy, loss = self.model.evaluate(
+                    own.images, own.labels, own.rows, self.data, self._chunk, own.raw
+                )
+                metrics.append({EXAMPLES: len(own), "accuracy": accuracy, "loss": loss})
+        return Outcome(metrics)
+
+    @cached_property
+    def test(self) -> tuple[Tensor, Tensor]:
+        """Images and labels of the test set."""
+        device = self.model.device
+        return tensor(self.data.test_images, device), tensor(self.data.test_labels, device)
+
+    def examples(self, job: Job) -> int:
+        """How many examples a job has to do with, by which it can be told how long it takes."""
+        if job.kind == "test":
+            return TEST_PART * len(job.clients)
+        return sum(len(self.clients[client]) for client in job.clients)
+
+    def _instruction_of(self, job: Job) -> Instruction:
+        """The very same object for the jobs of one instruction: client halves may compute something from it once."""
+        if self._last is not None:
+            arrays, instruction = self._last
+            if arrays is job.arrays and instruction.config == job.config:
+                return instruction
+        own = {name: array for name, array in job.arrays.items() if name != BUFFERS}
+        self._last = job.arrays, Instruction(own, job.config)
+        return self._last[1]
+
+    def _vector(self, held: Mapping[str, Tensor], name: str, size: int) -> Tensor:
+        return held[name] if name in held else torch.zeros(size, device=self.model.device)
+
+
+def _norm(row: Tensor) -> float:
+    """Euclidean norm; not known of whole numbers, whose squares their type cannot hold."""
+    return math.sqrt(row @ row) if row.is_floating_point() else math.inf
+
+
+def tensor(array: NDArray[Any], device: torch.device) -> Tensor:
+    """An array as a tensor on the device; on the CPU it shares the (perhaps memory-mapped) array's pages."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
+        return torch.from_numpy(array).to(device)
+
+
+def failure_reason(error: Exception) -> str:
+    """One line, then the traceback; an instruction that was refused needs none, nor what the user can mend."""
+    if isinstance(error, ConfigurationError):
+        return str(error)
+    line = " ".join(str(error).split())
+    if isinstance(error, InstructionError):
+        return f"instruction refused: {line}"
+    trace = "".join(traceback.format_exception(error))
+    return f"{type(error).__name__}: {line}\n{trace}"

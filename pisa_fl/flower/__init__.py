@@ -1,0 +1,1 @@
+"""`engine=flower`: Flower's app, its processes, and a real federation's hosts."""

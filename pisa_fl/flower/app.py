@@ -1,0 +1,197 @@
+"""The Flower app: `server`, a ServerApp around a run of this package, and `client`, a ClientApp around one client.
+
+Both are made from one configuration, which the launcher sends as the run-config key `hydra`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from omegaconf import DictConfig, OmegaConf
+
+from pisa_fl import runner
+from pisa_fl.clients.executor import failure_reason
+from pisa_fl.clients.host import CLIENT_FAILED, ClientHost, Clients
+from pisa_fl.config import ConfigurationError
+from pisa_fl.config.allowed import CLIENT, SIMULATION, check_targets
+from pisa_fl.config.explain import first_line
+from pisa_fl.engines.base import set_threads
+from pisa_fl.federation import RunError
+from pisa_fl.flower.grid import NODES, FlowerGrid
+from pisa_fl.flower.state_file import StateFile
+from pisa_fl.from_config import one_client
+from pisa_fl.results import run_directory
+from pisa_fl.results.result import Interrupted
+from pisa_fl.system.files import write
+from pisa_fl.system.text import visible
+from strategies.base.messages import CONFIG
+
+server = ServerApp()
+client = ClientApp()
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation, and leave in the run directory how it ended."""
+    config = configuration(context)
+    set_threads(config.engine.threads)
+    directory = Path(str(config.engine.directory))
+    if not (directory / run_directory.FLOWER_LOG).is_file():
+        raise ConfigurationError(f"{directory} is not to be seen here: start pisa-fl on the SuperLink's host")
+
+    nodes = os.environ.get(NODES)
+    registered = None if nodes is None else Path(nodes)
+
+    def engine(clients: Clients) -> FlowerGrid:
+        return FlowerGrid(clients, grid, registered)
+
+    try:
+        if config.resume is None:
+            runner.begin(_at_home(config, directory), directory, engine, {run_directory.FLOWER_LOG})
+        else:
+            runner.resume(directory, engine, config.get("allow") or ())
+    except (ConfigurationError, RunError, OSError) as error:
+        _leave(directory, error)
+        raise
+    except Interrupted as error:
+        _leave(directory, error)
+
+
+@client.query()
+def introduce(message: Message, context: Context) -> Message:
+    """Say who this client is."""
+    try:
+        config = client_configuration(context)
+        number = client_number(context)
+        host = hosted(OmegaConf.to_yaml(config), number, own_data(context), experiment(config, context))
+        data = host.data
+        said: dict[str, Any] = {
+            "client": number,
+            "examples": len(host.clients[number]),
+            "version": version("pisa-fl"),
+            "shape": list(data.shape),
+            "classes": [visible(name) for name in data.classes],
+        }
+        return Message(RecordDict({CONFIG: ConfigRecord(said)}), reply_to=message)
+    except Exception as error:
+        return Message(Error(CLIENT_FAILED, failure_reason(error)), reply_to=message)
+
+
+@client.train()
+@client.evaluate()
+def answer(message: Message, context: Context) -> Message:
+    """Have this client's host answer, between loading and saving what the client remembers."""
+    try:
+        config = client_configuration(context)
+        number, name = client_number(context), experiment(config, context)
+        host = hosted(OmegaConf.to_yaml(config), number, own_data(context), name)
+        file = StateFile(config.engine.state, name, number)
+        with file.locked():
+            host.states[number] = file.load(host.solver.half.state_sizes()).to(host.device)
+            (reply,) = host.handle([(number, message)])
+            file.save(host.states[number])
+        return reply
+    except Exception as error:
+        return Message(Error(CLIENT_FAILED, failure_reason(error)), reply_to=message)
+
+
+def configuration(context: Context) -> DictConfig:
+    """The run's configuration.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    text = str(context.run_config.get("hydra", ""))
+    try:
+        # nothing that is written once and stands for much: a few lines of it would fill the memory
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it has YAML aliases")
+        config = OmegaConf.create(text)
+    except Exception as error:  # whatever the text makes the YAML parser raise
+        raise ConfigurationError(f"the run-config key `hydra` cannot be read: {first_line(error)}") from error
+    if not isinstance(config, DictConfig) or "engine" not in config:
+        raise ConfigurationError("the run-config key `hydra` holds no configuration")
+    return config
+
+
+def client_configuration(context: Context) -> DictConfig:
+    """The run's configuration as a client may use it: no more is built, read and written than its owner allows.
+
+    The server's word for where the client keeps its state and its decoded images counts in Flower's simulation alone.
+
+    Raises:
+        ConfigurationError: It has something built that is not allowed.
+    """
+    config = configuration(context)
+    if SIMULATION in os.environ:
+        return config
+    check_targets(config, str(context.node_config.get("allow", "")).split(), CLIENT)
+    config.engine.state = None
+    if config.data.get("cache") is not None:
+        config.data.cache = os.environ.get("PISA_FL_CACHE", "~/.cache/pisa-fl")
+    return config
+
+
+def _at_home(config: DictConfig, directory: Path) -> DictConfig:
+    """The configuration without what the launcher added, for the directory may be moved."""
+    config = config.copy()
+    config.engine.directory = None
+    if config.engine.state == str(directory / "clients"):
+        config.engine.state = None
+    return config
+
+
+def client_number(context: Context) -> int:
+    """This client's number.
+
+    Raises:
+        ConfigurationError: The node does not say.
+    """
+    number = context.node_config.get("partition-id")
+    if type(number) is not int or number < 0:
+        raise ConfigurationError(f"node-config needs partition-id, the client's number, and has {number}")
+    return number
+
+
+def own_data(context: Context) -> str | None:
+    """The node's own data folder, or None."""
+    folder = context.node_config.get("data")
+    return None if folder is None else str(folder)
+
+
+def experiment(config: DictConfig, context: Context) -> str:
+    """What the clients' state files are filed under."""
+    name = config.engine.experiment
+    return f"flower-{context.run_id}" if name is None else str(name)
+
+
+@lru_cache(maxsize=4)
+def hosted(text: str, number: int, folder: str | None, name: str) -> ClientHost:
+    """A host of one client; in a process that lives on, as in Flower's runner, it is made once.
+
+    Raises:
+        ConfigurationError: The configuration is impossible on this machine.
+    """
+    config = OmegaConf.create(text)
+    assert isinstance(config, DictConfig)
+    set_threads(config.engine.threads)
+    clients = one_client(config, number, folder, StateFile(config.engine.state, name, number))
+    return clients.host([number], 1, config.engine.chunk)
+
+
+def _leave(directory: Path, error: Exception) -> None:
+    """Tell the launcher why the run ended."""
+    if directory.is_dir():
+        write(
+            directory / run_directory.OUTCOME,
+            json.dumps({"kind": type(error).__name__, "reason": str(error)}),
+        )

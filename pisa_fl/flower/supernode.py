@@ -1,0 +1,61 @@
+"""`pisa-fl-supernode`: Flower's SuperNode, which runs the pisa-fl installed here and no code of the server's.
+
+With every run a SuperLink sends an app bundle, and names the module in it that is the client's app: Flower puts that
+first on Python's path and runs it. Here the SuperNode takes a bundle of its own in its place, which holds nothing
+but the name of the installed app. Of the server's it keeps the configuration, which
+`pisa_fl.config.allowed` looks through.
+Arguments are those of `flower-supernode`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+from flwr.cli.build import build_fab_from_files
+from flwr.supercore.constant import TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.run import Run
+from flwr.supernode import start_client_internal
+from flwr.supernode.cli import flower_supernode
+
+from pisa_fl.config.allowed import SIMULATION
+from pisa_fl.flower.bundle import BUNDLE
+
+
+def own_bundle() -> Fab:
+    """The bundle that names the installed app."""
+    content, _ = build_fab_from_files({"pyproject.toml": BUNDLE.format(version=version("pisa-fl")).encode()})
+    return Fab(hashlib.sha256(content).hexdigest(), content, {})
+
+
+def main() -> None:
+    """Entry point of `pisa-fl-supernode`."""
+    connect, fab = start_client_internal._init_connection, own_bundle()
+
+    def own_run(run: Run) -> Run:
+        return replace(
+            run,
+            fab_id="pisa-fl/pisa-fl",
+            fab_version=version("pisa-fl"),
+            fab_hash=fab.hash_str,
+            primary_task_type=TaskType.SERVER_APP,  # of which a SuperNode runs the client's app, and no other
+        )
+
+    @contextmanager
+    def connect_for_messages(*arguments: Any, **named: Any) -> Iterator[tuple[Any, ...]]:
+        with connect(*arguments, **named) as (node, receive, send, get_run, _, *rest):
+            yield node, receive, send, lambda run_id: own_run(get_run(run_id)), lambda *_: fab, *rest
+
+    start_client_internal._init_connection = connect_for_messages
+    os.environ.pop(SIMULATION, None)
+    flower_supernode()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""From a configuration to objects: a whole federation, or one client of a real one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+import partitioners
+from partitioners import Partition
+from pisa_fl.checkpoint import known_identity
+from pisa_fl.clients.host import Clients
+from pisa_fl.config import ConfigurationError, build, resolve, settle
+from pisa_fl.config.explain import explain
+from pisa_fl.data import ImageData
+from pisa_fl.engines.base import ClientGrid, is_child
+from pisa_fl.federation import Federation, seeded
+from pisa_fl.flower.state_file import StateFile
+from pisa_fl.identity import Identity, expected, of_deal, of_settings, of_tensors, of_weights
+from pisa_fl.system.surroundings import own_surroundings
+from strategies import ClientHalf, Layout
+from strategies.base import checks
+
+Engine = Callable[[Clients], ClientGrid]
+"""Makes the grid that reaches the clients from what they are made of."""
+
+
+@runtime_checkable
+class Partitioner(Protocol):
+    """What deals examples: anything like `flwr_datasets`' class of this name, whose import takes a second."""
+
+    def load_partition(self, partition_id: int) -> Any:
+        """The examples of a client."""
+
+
+@own_surroundings()
+def prepare(config: DictConfig, engine: Engine | None = None, run: Path | None = None) -> Federation:
+    """Build everything a configuration names, without writing anything.
+
+    Args:
+        config: As `compose` gives it; it is resolved here.
+        engine: In place of the configuration's.
+        run: Directory of the run to go on with: deal and initial weights are those that it holds.
+
+    Raises:
+        ConfigurationError: Something in it is impossible or missing, or not as it was when the run began.
+    """
+    config = settle(config)
+    if is_child():
+        torch.set_num_threads(1)  # building a model may not use several
+    try:
+        known = None if run is None else known_identity(run / "checkpoint", config.run_id)
+        own = engine or (lambda clients: build(config.engine, ClientGrid, clients=clients))
+        return _prepare(config, own, Identity(known), run)
+    except (ValueError, OSError) as error:
+        raise ConfigurationError(explain(error)) from error
+
+
+def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path | None) -> Federation:
+    identity.note(of_settings(config))
+    data = build(config.data, ImageData)
+    identity.note({"data": data.digest})
+    partition: Partition = []
+    noise_std = None
+    if deals(config):
+        partitioner = build(config.partition, Partitioner)
+        if run is not None and (dealt := run / "partition.json").is_file():
+            with expected("deal"):
+                partition = partitioners.load(dealt)
+        else:
+            partition = partitioners.deal(partitioner, data.train_labels)
+        if len(partition) != config.clients:
+            raise ConfigurationError(
+                f"partition deals to {len(partition)} clients but clients={config.clients}:"
+                f" set clients={len(partition)}"
+            )
+        noise_std = getattr(partitioner, "noise_std", None)
+    noise = {client: noise_std(client) for client in range(len(partition))} if noise_std else {}
+    identity.note(of_deal(partition, noise))
+    model, layout = _model(config, data)
+    identity.note(of_tensors(model))
+    if run is not None and (initial := run / "initial.safetensors").is_file():
+        with expected("weights"):
+            _initialise(model, initial)
+    elif config.init is not None:
+        _initialise(model, Path(config.init))
+    identity.note(of_weights(model))
+    device = _device(str(config.device))
+    server = build(config.strategy.server, Strategy, layout=layout, seed=config.seed, device=device)
+    checks.flowers_own(server)
+    federation = Federation(
+        data,
+        partition,
+        model,
+        server,
+        build(config.strategy.client, ClientHalf, layout=layout, seed=config.seed),
+        engine,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        participation=config.participation,
+        device=device,
+        noise_std=noise_std,
+        clients=config.clients,
+        min_clients=config.min_clients,
+        round_timeout=config.round_timeout,
+        patience=config.patience,
+        accept_failures=config.accept_failures,
+        max_update=config.max_update,
+    )
+    federation.identity = identity.parts
+    return federation
+
+
+@own_surroundings()
+def one_client(config: DictConfig, number: int, folder: str | None, file: StateFile) -> Clients:
+    """What one client of a real federation is made of, on its own machine.
+
+    Args:
+        config: Configuration of the run.
+        number: Client number.
+        folder: The client's own data folder; None takes its part of the configuration's data set.
+        file: Where it keeps which part that is, so that it is dealt only once.
+
+    Raises:
+        ConfigurationError: Something is impossible or missing here.
+    """
+    config = resolve(config)
+    try:
+        own = not deals(config)
+        if own != (folder is not None):
+            raise ConfigurationError(
+                "partition=own and `data` in the node-config go together: one is there without the other"
+            )
+        if folder is not None:
+            config.data[_folder_key(config)] = folder
+        data = build(config.data, ImageData)
+        noise: dict[int, float] = {}
+        rows: NDArray[np.integer]
+        if own:
+            rows = np.arange(len(data.train_labels))
+        else:
+            partitioner = build(config.partition, Partitioner)
+            labels = hashlib.sha256(data.train_labels.tobytes()).hexdigest()
+            source = OmegaConf.to_yaml(config.data) + OmegaConf.to_yaml(config.partition) + labels
+            rows = file.rows(
+                source, lambda: _share(partitioners.deal(partitioner, data.train_labels), number)
+            )
+            if hasattr(partitioner, "noise_std"):
+                noise = {number: partitioner.noise_std(number)}
+        model, layout = _model(config, data)
+        half = build(config.strategy.client, ClientHalf, layout=layout, seed=config.seed)
+        device = _device(str(config.device))
+        return Clients(data, {number: rows}, model, half, config.seed, config.batch_size, device, noise)
+    except (ValueError, OSError) as error:
+        raise ConfigurationError(f"client {number}: {explain(error)}") from error
+
+
+def deals(config: DictConfig) -> bool:
+    """Whether the configuration deals examples to clients; with partition=own they bring theirs."""
+    return "_target_" in config.partition
+
+
+def _folder_key(config: DictConfig) -> str:
+    """The key of the data set's folder.
+
+    Raises:
+        ConfigurationError: The data set has none.
+    """
+    for key in ("path", "root"):
+        if key in config.data:
+            return key
+    raise ConfigurationError(
+        "data has neither path nor root, so partition=own cannot put the node's folder there"
+    )
+
+
+def _share(partition: Partition, number: int) -> NDArray[np.integer]:
+    """One client's part.
+
+    Raises:
+        ConfigurationError: There is no such client.
+    """
+    if number >= len(partition):
+        raise ConfigurationError(
+            f"partition-id={number} in the node-config is none of 0 to {len(partition) - 1}"
+        )
+    return partition[number]
+
+
+def _model(config: DictConfig, data: ImageData) -> tuple[nn.Module, Layout]:
+    given = {"shape": data.shape, "classes": len(data.classes)}
+    model = seeded(config.seed, lambda: build(config.model, nn.Module, **given))
+    return model, Layout.of_parameters(model)
+
+
+def _device(name: str) -> torch.device:
+    """The device by name.
+
+    Raises:
+        ConfigurationError: It does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigurationError(
+                f"device={name} asks for a GPU and there are {torch.cuda.device_count()}:"
+                " use device=auto or device=cpu"
+            )
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise ConfigurationError(
+            f"device={name} is no device that PyTorch can use here: use auto, cpu or cuda"
+        ) from None
+    return device
+
+
+def _initialise(model: nn.Module, path: Path) -> None:
+    """Load initial weights.
+
+    Raises:
+        ConfigurationError: There is no such file, or it is of another model, or holds what are no weights.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ConfigurationError(f"init={path} is no file: give the path of a .safetensors file")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(f"init={path} cannot be read as safetensors: {error}") from error
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            raise ConfigurationError(
+                f"init={path} is of another model: {name} is {found} there and {tuple(tensor.shape)} in the model"
+            )
+        if tensors[name].is_floating_point() != tensor.is_floating_point():
+            raise ConfigurationError(
+                f"init={path} is of another model: {name} is {tensors[name].dtype} there and {tensor.dtype} in the"
+                " model"
+            )
+        if not tensors[name].to(tensor.dtype).isfinite().all():
+            raise ConfigurationError(
+                f"init={path} holds numbers in {name} that are not finite in {tensor.dtype}"
+            )
+    if extra := sorted(tensors.keys() - own.keys()):
+        raise ConfigurationError(
+            f"init={path} is of another model: it holds {extra[0]}, which the model lacks"
+        )
+    model.load_state_dict(tensors)

@@ -1,0 +1,133 @@
+"""What a model must be so that it can be trained, found out by trying it on images drawn at random."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pisa_fl.config import ConfigurationError
+from pisa_fl.config.explain import first_line
+from pisa_fl.randomness import global_generators
+from strategies.base.layout import Layout
+
+IMAGES = 4
+"""Images that a model is tried on: enough for statistics over a batch."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What training has to know of a model.
+
+    Attributes:
+        statistics: Names of its running statistics: the floating-point buffers that a training pass changes. Others,
+            such as masks and tables of positions, are constants of the model.
+        takes_one: Whether a training pass can be made of a single image, which BatchNorm over (B, C) cannot.
+    """
+
+    statistics: tuple[str, ...]
+    takes_one: bool
+
+
+def examine(model: nn.Module, shape: tuple[int, ...], classes: int) -> Findings:
+    """Try a copy of a model on random images; nothing of the caller's changes.
+
+    Args:
+        model: The model.
+        shape: (channels, height, width) of the images.
+        classes: How many logits it has to give at least.
+
+    Raises:
+        ConfigurationError: It cannot be trained: a pass fails, it gives no logits, or they do not follow from its
+            parameters.
+    """
+    try:
+        Layout.of_parameters(model)
+        own = copy.deepcopy(model).cpu()
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ConfigurationError(f"model: {first_line(error)}") from error
+    with global_generators(0):
+        images = torch.randn(IMAGES, *shape)
+        before = {name: buffer.clone() for name, buffer in own.named_buffers()}
+        parameters = [p for p in own.parameters() if p.requires_grad]
+        try:
+            evaluated = own.eval()(images)
+            own.train()
+            first, second = (_moved(own, parameters, images) for _ in range(2))
+        except Exception as error:  # whatever a model of the user's raises
+            raise ConfigurationError(
+                f"model: {type(model).__name__} cannot take images of (channels, height, width) {tuple(shape)}:"
+                f" {type(error).__name__}: {first_line(error)}"
+            ) from error
+        for output, mode in ((evaluated, "in evaluation"), (second, "in training")):
+            if (words := _fault(output, classes)) is not None:
+                raise ConfigurationError(
+                    f"model: {type(model).__name__} must give logits, one float tensor of (images, classes),"
+                    f" and gives {words} {mode}"
+                )
+        _check_output_follows(first, second, parameters)
+        after = dict(own.named_buffers())
+        statistics = tuple(
+            name
+            for name, buffer in before.items()
+            if buffer.is_floating_point() and not _same(buffer, after[name])
+        )
+        try:
+            own(images[:1])
+            takes_one = True
+        except Exception:  # it was trained on several
+            takes_one = False
+    return Findings(statistics, takes_one)
+
+
+def _fault(output: Any, classes: int) -> str | None:
+    """What a model gave for the images that it was tried on, if that is no logits."""
+    if not isinstance(output, Tensor):
+        return f"a {type(output).__name__}"
+    if output.dim() != 2 or len(output) != IMAGES or not output.is_floating_point():
+        return f"{output.dtype} of shape {tuple(output.shape)} for {IMAGES} images"
+    if output.shape[1] < classes:
+        return f"{output.shape[1]} numbers an image for {classes} classes"
+    return None if output.isfinite().all() else "numbers that are not finite"
+
+
+def _moved(model: nn.Module, parameters: Sequence[nn.Parameter], images: Tensor) -> Any:
+    """Output of a training pass after the parameters were given other values, as training does it.
+
+    Zero-initialised layers are no longer zero then, and what lies behind them shows.
+    """
+    for parameter in parameters:
+        parameter.data = parameter.data + torch.randn(parameter.shape) * 0.1
+    with global_generators(0):  # dropout and its like draw the same every time
+        return model(images)
+
+
+def _check_output_follows(first: Tensor, second: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """Refuse a model whose output is not a differentiable function of the parameters that training sets.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if not second.requires_grad:
+        raise ConfigurationError(
+            "model: its output has no gradient, so it would never learn:"
+            " its forward must not detach it or run under torch.no_grad"
+        )
+    gradients = [torch.zeros_like(parameter.data) for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient  # as training does: the gradients are to be added there
+    second.square().sum().backward()
+    if _same(first.detach(), second.detach()) or not any(gradient.any() for gradient in gradients):
+        raise ConfigurationError(
+            "model: its output does not follow from its parameters, so it would never learn: give an ordinary"
+            " nn.Module (a scripted or traced one keeps tensors of its own) that does not replace its parameters"
+        )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same values, NaN being one."""
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())

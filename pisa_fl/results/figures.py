@@ -1,0 +1,190 @@
+"""Pictures of runs: accuracy and loss against what they cost, and comparisons of several runs.
+
+Names and values come from users, and may hold what a picture would take for a formula: `plain` is for all of them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partitioners.picture import plain
+from pisa_fl.results.settings import order, written
+from pisa_fl.system.files import write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Metrics = Mapping[str, Any]
+Column = NDArray[np.float64]
+
+COSTS = {"round": "rounds", "passes": "passes over the data", "megabytes": "megabytes, both ways"}
+"""What accuracy is drawn against: a communication, a computation and a payload."""
+
+STYLES = ("-", "--", ":", "-.")
+"""Of lines: the next one when the ten colours are used up."""
+
+
+def draw_curves(metrics: Sequence[Metrics], title: str, path: Path) -> None:
+    """One run: test accuracy against rounds, losses, and for ADMM methods the residuals."""
+    has_residuals = any("primal_residual" in m for m in metrics)
+    figure, axes = _figure(2 + has_residuals, title)
+    rounds = _column(metrics, "round")
+    axes[0].plot(rounds, 100 * _column(metrics, "test_accuracy"), color="C0")
+    _label(axes[0], "rounds", "test accuracy, %")
+    axes[1].plot(rounds, _column(metrics, "test_loss"), color="C0", label="test")
+    axes[1].plot(rounds, _column(metrics, "train_loss"), color="C1", label="training")
+    axes[1].set_yscale("log")
+    axes[1].legend(frameon=False)
+    _label(axes[1], "rounds", "loss, nats")
+    if has_residuals:
+        later = [m for m in metrics if m.get("dual_residual")]  # not before the duals have moved
+        for key, color in (("primal_residual", "C2"), ("dual_residual", "C3")):
+            axes[2].plot(_column(later, "round"), _column(later, key), color=color, label=key.split("_")[0])
+        axes[2].set_yscale("log")
+        axes[2].legend(frameon=False)
+        _label(axes[2], "rounds", "residual")
+    _save(figure, path)
+
+
+def draw_comparison(runs: Mapping[str, Sequence[Sequence[Metrics]]], title: str, path: Path) -> None:
+    """Several methods on one federation: accuracy against rounds, passes and bytes.
+
+    Args:
+        runs: Name of each method -> the metrics of its runs (seeds); a line is their median, a band their range, as
+            far as all of them go.
+        title: Of the picture.
+        path: Where to write it.
+    """
+    figure, axes = _figure(len(COSTS), title)
+    counts = [len(seeds) for seeds in runs.values()]
+    names = _distinct(runs)
+    if max(counts) > 1:
+        names = [f"{name}, n={count}" for name, count in zip(names, counts, strict=True)]
+    for ax, (cost, label) in zip(axes, COSTS.items(), strict=True):
+        for index, (name, seeds) in enumerate(zip(names, runs.values(), strict=True)):
+            x, table = _together(seeds, cost)
+            ax.plot(x, np.median(table, axis=0), **_line(index), label=name)
+            if len(seeds) > 1:
+                ax.fill_between(
+                    x, table.min(axis=0), table.max(axis=0), color=f"C{index}", alpha=0.15, linewidth=0
+                )
+        _label(ax, label, "test accuracy, %")
+        if cost != "round":
+            ax.set_xscale("symlog", linthresh=1)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper", fontsize="small"
+    )
+    _save(figure, path)
+
+
+def draw_sweep(
+    swept: Mapping[str, Sequence[tuple[Any, Sequence[float]]]],
+    without: Mapping[str, Sequence[float]],
+    parameter: str,
+    path: Path,
+) -> None:
+    """Final accuracy of several methods against a swept parameter: numbers to scale, else all values side by side.
+
+    Args:
+        swept: Name of each method -> (value of the parameter, final accuracies 0..1 of its seeds).
+        without: Name of each method that has no such parameter -> its final accuracies: a level line.
+        parameter: Name of the parameter.
+        path: Where to write the picture.
+    """
+    figure, (ax,) = _figure(1, "")
+    values = sorted({written(v): v for points in swept.values() for v, _ in points}.values(), key=order)
+    to_scale = all(
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
+    )
+    places = {written(v): float(v) if to_scale else i for i, v in enumerate(values)}
+    names = _distinct([*swept, *without])
+    for index, points in enumerate(swept.values()):
+        points = sorted(points, key=lambda point: places[written(point[0])])
+        table = [100 * np.array(accuracies) for _, accuracies in points]
+        middle = np.array([np.median(column) for column in table])
+        low = middle - [column.min() for column in table]
+        high = [column.max() for column in table] - middle
+        ax.errorbar(
+            [places[written(value)] for value, _ in points],
+            middle,
+            yerr=(low, high),
+            marker="o",
+            capsize=3,
+            label=names[index],
+            **_line(index),
+        )
+    for index, accuracies in enumerate(without.values(), start=len(swept)):
+        ax.axhline(100 * float(np.median(accuracies)), **_line(index), label=names[index])
+    if to_scale and values[0] > 0 and values[-1] >= 10 * values[0]:
+        ax.set_xscale("log")
+    ax.set_xticks(list(places.values()), [plain(text, 24) for text in places])
+    ax.set_xticks([], minor=True)
+    _label(ax, parameter, "final test accuracy, %")
+    ax.legend(frameon=False)
+    _save(figure, path)
+
+
+def accuracies(metrics: Sequence[Metrics]) -> Column:
+    """Test accuracy of every round, 0..1; a model whose accuracy is no number got nothing right."""
+    return np.nan_to_num(_column(metrics, "test_accuracy"), nan=0.0)
+
+
+def megabytes(metrics: Sequence[Metrics]) -> Column:
+    """Payload of both directions up to every round, in MB."""
+    return (_column(metrics, "bytes_up") + _column(metrics, "bytes_down")) / 1e6
+
+
+def _together(seeds: Sequence[Sequence[Metrics]], cost: str) -> tuple[Column, Column]:
+    """Accuracy in per cent of every seed (rows) at common points of a cost, and these, as far as all seeds go."""
+    x = [megabytes(metrics) if cost == "megabytes" else _column(metrics, cost) for metrics in seeds]
+    points = np.unique(np.concatenate(x))
+    points = points[points <= min(own[-1] for own in x)]
+    table = [np.interp(points, own, 100 * accuracies(metrics)) for own, metrics in zip(x, seeds, strict=True)]
+    return points, np.array(table)
+
+
+def _column(metrics: Sequence[Metrics], key: str) -> Column:
+    """One value of every round; NaN where it is null."""
+    return np.array([m[key] for m in metrics], dtype=np.float64)
+
+
+def _line(index: int) -> dict[str, Any]:
+    """How the line of a method looks."""
+    return {"color": f"C{index}", "linestyle": STYLES[index // 10 % len(STYLES)]}
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """Names as a picture can show them; those that look the same are numbered."""
+    shown = [plain(name) for name in names]
+    return [name if shown.count(name) == 1 else f"{name} [{i + 1}]" for i, name in enumerate(shown)]
+
+
+def _figure(columns: int, title: str) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow imports, that only pictures need
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * columns, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(plain(title, 100))
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _label(ax: Axes, x: str, y: str) -> None:
+    ax.set_xlabel(plain(x))
+    ax.set_ylabel(y)
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    write(path, drawn.getvalue())

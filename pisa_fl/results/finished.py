@@ -1,0 +1,136 @@
+"""Finished runs, read from their directories; what cannot be used is told in a note, and left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pisa_fl.results.run_directory import Metrics, read_metrics
+
+COUNTS = ("round", "passes", "bytes_up", "bytes_down")
+"""What every line of metrics.jsonl has as a number; accuracies and losses may be null."""
+
+COMPARED = ("round", "test_accuracy", "test_loss", "train_loss")
+"""What the same run gives again, bit by bit."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as its directory tells it.
+
+    Attributes:
+        directory: The run directory.
+        config: Its configuration.
+        metrics: The lines of metrics.jsonl.
+        targets: Test accuracies, 0..1, whose cost it was asked for.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    metrics: Sequence[Metrics]
+    targets: Sequence[float]
+
+    @property
+    def seed(self) -> int:
+        """What every random draw follows from."""
+        return int(self.config["seed"])
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended with a loss or an accuracy that is no number."""
+        last = self.metrics[-1]
+        return not (_is_number(last["test_accuracy"]) and _is_number(last.get("test_loss", 0)))
+
+    def repeats(self, other: Run) -> bool:
+        """Whether its numbers are those of another run."""
+        mine, others = ([[line.get(key) for key in COMPARED] for line in r.metrics] for r in (self, other))
+        return mine == others
+
+
+def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The finished runs below the folders, in the order of their paths, and notes on what was left out.
+
+    Raises:
+        ValueError: There is no such folder, or no finished run in any.
+    """
+    if missing := next((folder for folder in folders if not folder.is_dir()), None):
+        raise ValueError(f"{missing} is not a folder: give a run directory or a sweep's")
+    runs, notes, seen = [], [], set()
+    for folder in folders:
+        found = {path.parent for name in ("config.yaml", "summary.json") for path in folder.rglob(name)}
+        for directory in sorted(found, key=_natural):
+            if directory.resolve() in seen:
+                notes.append(f"{directory} was given twice and is counted once")
+                continue
+            seen.add(directory.resolve())
+            try:
+                runs.append(read(directory))
+            except (ValueError, OSError) as error:
+                notes.append(f"{directory} is left out: {error}")
+    if not runs:
+        reasons = f" ({'; '.join(notes)})" if notes else ""
+        raise ValueError(
+            f"no finished run below {', '.join(map(str, folders))}{reasons}: give a run directory or a sweep's"
+        )
+    return runs, notes
+
+
+def read(directory: Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        ValueError: The run is not finished, or one of its files is damaged.
+        OSError: A file cannot be read.
+    """
+    for name in ("summary.json", "config.yaml", "metrics.jsonl"):
+        if not (directory / name).is_file():
+            raise ValueError("it is not finished" if name == "summary.json" else f"it has no {name}")
+    with _damaged("config.yaml"):
+        config = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
+        if not isinstance(config, dict) or not isinstance(config["seed"], int):
+            raise ValueError
+    with _damaged("metrics.jsonl"):
+        metrics = read_metrics(directory)
+        rounds = [line["round"] for line in metrics]
+        numbers = [line[key] for line in metrics for key in COUNTS]
+        numbers += [line["test_accuracy"] for line in metrics if line["test_accuracy"] is not None]
+        if not rounds or rounds != sorted(set(rounds)) or not all(_is_number(number) for number in numbers):
+            raise ValueError
+    with _damaged("summary.json"):
+        summary = json.loads((directory / "summary.json").read_text())
+        targets = [float(target) for target in summary["targets"]]
+        ended = summary["rounds"], summary["final_accuracy"]
+    if ended != (rounds[-1], metrics[-1]["test_accuracy"]):
+        raise ValueError("its summary.json is not of the run in metrics.jsonl")
+    return Run(directory, {str(key): value for key, value in config.items()}, metrics, targets)
+
+
+@contextmanager
+def _damaged(name: str) -> Iterator[None]:
+    """Say of which file it is that its content, whatever it is, could not be used.
+
+    Raises:
+        ValueError: It could not.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read, {error.strerror}") from error
+    except Exception as error:
+        raise ValueError(f"{name} is damaged") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sort key by which run 10 of a sweep follows run 9."""
+    return [(int(part) if part.isdigit() else -1, part) for part in path.parts]

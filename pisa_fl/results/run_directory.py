@@ -1,0 +1,272 @@
+"""The run directory: every file of a run, and how each is written.
+
+config.yaml           the resolved configuration, and the id of the run
+partition.json        {"0": [indices], ...}; readable by partition=from_file
+partition.png         clients x classes, drawn after the first round
+initial.safetensors   weights of round 0, by PyTorch's names; readable by init=
+model.safetensors     final weights
+metrics.jsonl         one line a round, round 0 being the untrained model
+failures.jsonl        one line a reply that was refused: round, client, reason; only if there was one
+summary.json          final and best accuracy, what each target cost, time, memory, versions
+curves.png            accuracy and loss against rounds, passes and bytes
+events.out.tfevents.* the same for TensorBoard
+checkpoint/           to resume from
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pisa_fl.config import ConfigurationError, literal, located, own_folders
+from pisa_fl.system.files import append, write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Metrics = dict[str, Any]
+"""One line of metrics.jsonl: numbers, and the run's id."""
+
+OUTCOME = ".outcome.json"
+"""Name of a file in the run directory by which a run elsewhere tells why it ended before its time."""
+
+WAITING = ".waiting"
+"""Name of a file in the run directory with a line about the clients for which a run elsewhere waits."""
+
+STOP = "stop"
+"""Name of a file in the run directory that asks the run to stop after its round."""
+
+FLOWER_LOG = "flower.log"
+"""Name of a file in the run directory with what Flower said; a launcher leaves it before its run begins elsewhere."""
+
+ALWAYS = ("test_accuracy", "passes", "bytes_up", "bytes_down", "seconds")
+"""What every line of metrics.jsonl has, as a number."""
+
+PACKAGES = ("pisa-fl", "flwr", "flwr-datasets", "hydra-core", "torch", "torchvision", "numpy")
+
+
+def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write weights as safetensors, complete or not at all."""
+    from safetensors.torch import save  # brings PyTorch, which reading metrics needs not
+
+    write(path, save(dict(state)))
+
+
+def write_config(path: Path, config: DictConfig, run_id: str) -> None:
+    """Write the resolved configuration, with what only a run directory says: whose it is, and where modules lie."""
+    stored = located(config)
+    OmegaConf.set_struct(stored, False)
+    stored.run_id, stored.imports = run_id, [literal(folder) for folder in own_folders(config)]
+    write(path, OmegaConf.to_yaml(stored))
+
+
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Append one line of JSON; values that are not finite become null, which JSON can hold."""
+    append(path, json.dumps(_finite(values)) + "\n")
+
+
+def read_lines(path: Path, last: float = math.inf) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file up to a round; a damaged end, as a kill leaves it, is dropped.
+
+    Raises:
+        ConfigurationError: A line before the end is damaged.
+    """
+    read = [_line(text) for text in path.read_bytes().split(b"\n")]
+    end = max((i + 1 for i, line in enumerate(read) if line and line["round"] <= last), default=0)
+    kept = []
+    for number, line in enumerate(read[:end], start=1):
+        if line is None:
+            raise _damaged(path, number)
+        if line["round"] <= last:
+            kept.append(line)
+    return kept
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """One line, or None if it is damaged."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("round")) is int else None
+
+
+def read_metrics(directory: Path) -> list[Metrics]:
+    """The lines of metrics.jsonl; none of a run that ended before it measured anything."""
+    path = directory / "metrics.jsonl"
+    return read_lines(path) if path.exists() else []
+
+
+def rewind(directory: Path, last: int, run_id: str) -> list[Metrics]:
+    """Take the lines of the rounds after `last` out of metrics.jsonl and failures.jsonl; the metrics that are left.
+
+    Raises:
+        ConfigurationError: Lines of rounds up to it are damaged or missing, or of another run; nothing is changed.
+    """
+    metrics, failures = directory / "metrics.jsonl", directory / "failures.jsonl"
+    kept = {path: read_lines(path, last) for path in (metrics, failures) if path.exists()}
+    lines = kept.get(metrics, [])
+    if others := {str(line["run_id"]) for line in lines if "run_id" in line} - {run_id}:
+        raise ConfigurationError(
+            f"resume: {metrics} has lines of run {', '.join(sorted(others))} and config.yaml is of run {run_id}:"
+            " put the files of one run together"
+        )
+    for number, line in enumerate(lines):
+        if line["round"] != number:
+            raise _damaged(metrics, number + 1)
+    if len(lines) <= last:
+        raise _damaged(metrics, len(lines) + 1)
+    for path, left in kept.items():
+        write(path, "".join(json.dumps(line) + "\n" for line in left))
+    return kept.get(metrics, [])
+
+
+def check_numbers(directory: Path, metrics: Sequence[Metrics]) -> None:
+    """Check that lines of metrics.jsonl hold what a summary is made of.
+
+    Raises:
+        ConfigurationError: One does not.
+    """
+    for number, line in enumerate(metrics, start=1):
+        if any(type(line.get(key)) not in (int, float) for key in ALWAYS):
+            raise _damaged(directory / "metrics.jsonl", number)
+
+
+def _damaged(path: Path, number: int) -> ConfigurationError:
+    return ConfigurationError(
+        f"resume: line {number} of {path} is damaged or missing: restore the file from a copy, or run anew in"
+        " another directory"
+    )
+
+
+class NewLines:
+    """The lines of a .jsonl file as they come, each once; all of them again if the file is replaced.
+
+    Args:
+        path: The file, which need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file, self._read = path, 0, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The lines since the last time; one that is incomplete waits for the next."""
+        try:
+            with self._path.open("rb") as file:
+                if (number := os.fstat(file.fileno()).st_ino) != self._file:
+                    self._file, self._read = number, 0
+                file.seek(self._read)
+                whole, end, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        self._read += len(whole) + len(end)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def summarise(metrics: Sequence[Metrics], targets: Iterable[float], seed: int) -> dict[str, Any]:
+    """What summary.json holds, but for the clients."""
+    last = metrics[-1]
+    best = max(metrics, key=lambda m: m["test_accuracy"])
+    return {
+        "run_id": last.get("run_id"),
+        "rounds": last["round"],
+        "final_accuracy": last["test_accuracy"],
+        "final_loss": last["test_loss"],
+        "best_accuracy": best["test_accuracy"],
+        "best_round": best["round"],
+        "passes": last["passes"],
+        "bytes_up": last["bytes_up"],
+        "bytes_down": last["bytes_down"],
+        "targets": {str(target): _reached(metrics, target) for target in targets},
+        "seconds": last["seconds"],
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "git_commit": git_commit(),
+        "seed": seed,
+    }
+
+
+def summarise_clients(metrics: Sequence[Metrics], turned_away: Sequence[str]) -> dict[str, Any]:
+    """What summary.json says of the clients: the fewest that were there and answered, failures in all, who was refused.
+
+    Args:
+        metrics: The run's.
+        turned_away: Who was not admitted, and why.
+    """
+    trained = metrics[1:] or metrics
+    return {
+        "clients_expected": metrics[-1]["clients_expected"],
+        "clients_reachable": min(line["clients_reachable"] for line in trained),
+        "clients_ok": min(line["clients_ok"] for line in trained),
+        "clients_failed": sum(line["clients_failed"] for line in metrics),
+        "clients_turned_away": max(line["clients_turned_away"] for line in metrics),
+        "turned_away": list(turned_away),
+    }
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write summary.json."""
+    write(path, json.dumps(_finite(summary), indent=2) + "\n")
+
+
+def write_events(directory: Path, metrics: Sequence[Metrics]) -> None:
+    """Write every metric as a TensorBoard curve over the rounds, in place of what was there."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from torch.utils.tensorboard.summary import scalar
+
+    content, now = BytesIO(), time.time()
+    writer = RecordWriter(content)
+    writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+    for line in metrics:
+        for key, value in line.items():
+            if key != "round" and isinstance(value, int | float):
+                event = Event(wall_time=now, step=int(line["round"]), summary=scalar(key, value))
+                writer.write(event.SerializeToString())
+    for old in directory.glob("events.out.tfevents.*"):
+        old.unlink()
+    write(directory / f"events.out.tfevents.{int(now)}.{platform.node()}", content.getvalue())
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With null for numbers that JSON cannot hold."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _reached(metrics: Sequence[Metrics], target: float) -> dict[str, float] | None:
+    """Rounds, passes and bytes up to the first round at the target, or None if it was never reached."""
+    for line in metrics:
+        if line["test_accuracy"] >= target:
+            return {
+                "round": line["round"],
+                "passes": line["passes"],
+                "bytes": line["bytes_up"] + line["bytes_down"],
+                "seconds": line["seconds"],
+            }
+    return None
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, or None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None  # a checkout may have no commit yet

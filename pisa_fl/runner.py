@@ -1,0 +1,345 @@
+"""One run: a configuration becomes a federation, its rounds, and a run directory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+import partitioners
+from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
+from pisa_fl.config import ConfigurationError, build, own_folders, own_modules, settle
+from pisa_fl.config.allowed import check_targets
+from pisa_fl.config.builder import makes
+from pisa_fl.config.explain import explain
+from pisa_fl.engines.base import Launcher
+from pisa_fl.federation import DivergedError, Federation, RunError, TooFewClientsError
+from pisa_fl.from_config import Engine, deals, prepare
+from pisa_fl.identity import run_id
+from pisa_fl.results import claim, run_directory
+from pisa_fl.results.console import Display, show_summary
+from pisa_fl.results.figures import draw_curves
+from pisa_fl.results.result import Interrupted, Result
+from pisa_fl.results.run_directory import Metrics
+from pisa_fl.system import files
+from pisa_fl.system.files import write
+from pisa_fl.system.signals import stop_signals
+from pisa_fl.system.text import visible
+
+log = logging.getLogger(__name__)
+
+
+def run(config: DictConfig, directory: Path | str | None = None, engine: Engine | None = None) -> Result:
+    """Run a federation from its configuration.
+
+    Args:
+        config: As `compose` gives it; it is resolved here.
+        directory: Run directory, made if it is not there; None writes nothing.
+        engine: In place of the configuration's.
+
+    Raises:
+        ConfigurationError: Before anything is written, if the configuration is impossible or the directory holds a run.
+        OSError: Before anything is written, if there is no room for what clients are to remember.
+        RunError: Too few clients of a round gave an acceptable reply (a checkpoint was written), the engine failed, or
+            a file cannot be written.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written if there is a directory.
+    """
+    path = None if directory is None else Path(directory)
+    config = settle(config)
+    if config.resume is not None:
+        return resume(Path(str(config.resume)), engine, config.get("allow") or ())
+    if engine is None and (launcher := _launcher(config)):
+        return launcher.launch(config, path)
+    return begin(config, path, engine)
+
+
+def begin(
+    config: DictConfig, path: Path | None, engine: Engine | None, beside: Collection[str] = ()
+) -> Result:
+    """Run a new federation; as `run`, in a directory that may hold the files `beside`."""
+    with claim.claimed(path):
+        if path is not None:
+            claim.check_free(path, beside)
+        federation = prepare(config, engine)
+        with _begun(path, config):
+            if path is not None:
+                _write_start(federation, config, path)
+            return _run(federation, config, path, [])
+
+
+def _launcher(config: DictConfig) -> Launcher | None:
+    """Who runs the federation, if it is not this process."""
+    launcher: Launcher | None = None
+    try:
+        if "_target_" in config.engine and makes(config.engine, Launcher):
+            launcher = build(config.engine, Launcher)
+    except ValueError as error:
+        raise ConfigurationError(explain(error)) from error
+    if not deals(config) and (launcher is None or not launcher.real_clients):
+        raise ConfigurationError("partition=own needs real clients: engine=flower engine.connection=NAME")
+    return launcher
+
+
+def resume(directory: Path, engine: Engine | None = None, allow: Collection[str] = ()) -> Result:
+    """Go on with an interrupted run, in its directory and with its configuration.
+
+    One that was interrupted before its first checkpoint begins again.
+
+    Args:
+        directory: The run directory.
+        engine: In place of the configuration's.
+        allow: Packages of which its configuration may have anything built, beside what
+            `pisa_fl.config.allowed` lists and the modules of a `--config-dir`.
+
+    Raises:
+        ConfigurationError: It is no run directory, has something built that is not allowed, holds no whole checkpoint,
+            or something is not as it was when the run began.
+    """
+    directory = directory.absolute()
+    config = _stored(directory, allow)
+    if engine is None and (launcher := _launcher(config)):
+        return launcher.launch(config, directory, resume=True)
+    with claim.claimed(directory), _begun(directory, config):
+        federation = prepare(config, engine, directory)
+        try:
+            if not load_checkpoint(federation, directory / "checkpoint"):
+                _check_begun_lately(federation, config, directory)
+                _write_start(federation, config, directory)
+            if config.rounds < federation.round:
+                raise ConfigurationError(
+                    f"resume: rounds={config.rounds} in {directory}/config.yaml is less than the {federation.round}"
+                    " rounds that are done: set it to these or more"
+                )
+            last = federation.round or -1  # the untrained model is measured again
+            metrics = run_directory.rewind(directory, last, config.run_id)
+            run_directory.check_numbers(directory, metrics)
+        except BaseException:
+            federation.grid.close()
+            raise
+        return _run(federation, config, directory, metrics)
+
+
+def _stored(directory: Path, allow: Collection[str]) -> DictConfig:
+    """The configuration in a run directory.
+
+    Raises:
+        ConfigurationError: There is none, or one of another version, or that has something built that is not allowed.
+    """
+    if not (directory / "config.yaml").is_file():
+        raise ConfigurationError(f"resume: {directory} is not a run directory, it has no config.yaml")
+    try:
+        config = OmegaConf.load(directory / "config.yaml")
+    except Exception as error:  # whatever the file makes the YAML parser raise
+        raise ConfigurationError(f"resume: {directory}/config.yaml cannot be read") from error
+    if not isinstance(config, DictConfig):
+        raise ConfigurationError(f"resume: {directory}/config.yaml cannot be read as a configuration")
+    if "run_id" not in config:
+        raise ConfigurationError(
+            f"resume: {directory} was written by another version of pisa-fl, which gave runs no run_id: go on with that"
+            " version, or begin a run anew in another directory"
+        )
+    config.allow = sorted({*allow, *own_modules()})  # of this command, and not of the file
+    try:
+        check_targets(config, config.allow)
+    except ConfigurationError as error:
+        folders = "".join(
+            f", or give --config-dir {folder} if you trust that" for folder in own_folders(config)
+        )
+        raise ConfigurationError(f"resume: {directory}/config.yaml: {error}{folders}") from error
+    try:
+        return settle(config)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"resume: {directory}/config.yaml: {error}") from error
+
+
+def _check_begun_lately(federation: Federation, config: DictConfig, directory: Path) -> None:
+    """Check that a run without any checkpoint need not have one yet, and is to begin as it did.
+
+    Raises:
+        ConfigurationError: It has lost them, or something is not as it was.
+    """
+    metrics = directory / "metrics.jsonl"
+    rounds = [line["round"] for line in run_directory.read_lines(metrics)] if metrics.exists() else []
+    if (directory / "summary.json").exists() or max(rounds, default=0) > config.checkpoint.every:
+        raise ConfigurationError(f"resume: {directory}/checkpoint holds no checkpoint that is whole")
+    if run_id(federation.identity) != config.run_id:
+        raise ConfigurationError(
+            f"resume: data, deal, model or settings are not those that {directory} began with, and it has no checkpoint"
+            " to tell which: put them back as they were, or begin a run anew in another directory"
+        )
+
+
+@contextmanager
+def _begun(path: Path | None, config: DictConfig) -> Iterator[None]:
+    """What the system refuses to a run that has begun is no fault of its configuration.
+
+    Raises:
+        RunError: In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        begun = path is not None and (path / "config.yaml").is_file()
+        raise RunError(f"{explain(error)}{_go_on(path, config) if begun else ''}") from error
+
+
+def _go_on(path: Path | None, config: DictConfig) -> str:
+    return "" if path is None else f"; go on with: {claim.resume_command(path, own_folders(config))}"
+
+
+def _run(federation: Federation, config: DictConfig, path: Path | None, metrics: list[Metrics]) -> Result:
+    if path is not None:
+        files.sweep(path)
+    drawn = False
+    with (
+        closing(federation.grid),
+        Display(str(config.name), config.rounds, federation.round, config.progress) as display,
+        stop_signals() as stop,
+        _last_checkpoint(federation, config, path, metrics),
+    ):
+        if federation.grid.elsewhere and federation.round < config.rounds:
+            _gather(federation, path, stop)
+        for measured in federation.rounds(config.rounds):
+            line = measured | {"run_id": run_id(federation.identity)}
+            if path is not None:
+                _write_round(federation, line, path)
+            metrics.append(line)
+            display.show(line)
+            finished = federation.round == config.rounds
+            stopped = stop or (path is not None and (path / run_directory.STOP).exists())
+            if path is not None and (stopped or finished or federation.round % config.checkpoint.every == 0):
+                _save(federation, config, path)
+            if path is not None and not drawn and (stopped or finished or federation.round > 0):
+                _draw_partition(federation, path)
+                drawn = True
+            if path is not None:
+                (path / run_directory.STOP).unlink(
+                    missing_ok=True
+                )  # heard, and not to be heard again after a resume
+            if stopped and not finished:
+                raise Interrupted(
+                    f"stopped after round {federation.round} of {config.rounds}{_go_on(path, config)}"
+                )
+    federation.load_weights()
+    turned_away = [str(one) for one in federation.gateway.turned_away]
+    summary = run_directory.summarise(metrics, config.targets, config.seed)
+    summary |= run_directory.summarise_clients(metrics, turned_away)
+    if path is not None:
+        _write_end(federation, config, metrics, summary, path)
+        if not drawn:
+            _draw_partition(federation, path)
+        show_summary(summary, str(path))
+    return Result(metrics, summary, federation.model.module, path)
+
+
+def _gather(federation: Federation, path: Path | None, stop: list[int]) -> None:
+    """Wait until the clients are there; whoever follows the run elsewhere is told by a file.
+
+    Raises:
+        TooFewClientsError: They do not come.
+        Interrupted: The run was asked to stop meanwhile.
+    """
+
+    def tell(line: str) -> None:
+        log.warning("%s", line)
+        if path is not None:
+            write(path / run_directory.WAITING, line)
+
+    def stopped() -> bool:
+        return bool(stop) or (path is not None and (path / run_directory.STOP).exists())
+
+    try:
+        federation.gather(tell, stopped)
+    finally:
+        if path is not None:
+            (path / run_directory.WAITING).unlink(missing_ok=True)
+    if federation.round and path is not None:  # else they are written with round 0
+        _write_failures(federation, federation.round, path)
+    if federation.round and stopped():
+        if path is not None:
+            (path / run_directory.STOP).unlink(missing_ok=True)
+        raise Interrupted(f"stopped after round {federation.round}, while clients were waited for")
+
+
+def _write_start(federation: Federation, config: DictConfig, path: Path) -> None:
+    run_directory.write_config(path / "config.yaml", config, run_id(federation.identity))
+    run_directory.write_weights(path / "initial.safetensors", federation.model.state_dict())
+    if federation.partition:
+        partitioners.save(federation.partition, path / "partition.json")
+
+
+def _draw_partition(federation: Federation, path: Path) -> None:
+    """Draw the partition unless that is done: at the start, the first round would wait a second for it."""
+    picture, data = path / "partition.png", federation.data
+    if federation.partition and not picture.exists():
+        with _dispensable(picture.name):
+            partitioners.draw(federation.partition, data.train_labels, data.classes, picture)
+
+
+@contextmanager
+def _dispensable(what: str) -> Iterator[None]:
+    """Whatever a library makes of what users wrote, a picture that cannot be made is a warning: the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s is missing, it could not be made: %s", what, visible(explain(error)))
+
+
+def _write_round(federation: Federation, line: Metrics, path: Path) -> None:
+    run_directory.append_line(path / "metrics.jsonl", line)
+    _write_failures(federation, federation.round, path)
+
+
+def _write_failures(federation: Federation, round_number: int, path: Path) -> None:
+    for failure in federation.gateway.failures:
+        line = {"round": round_number} | {key: value for key, value in asdict(failure).items() if value != ""}
+        run_directory.append_line(path / "failures.jsonl", line)
+
+
+def _save(federation: Federation, config: DictConfig, path: Path) -> None:
+    """Write a checkpoint, after the lines that it presumes are on the disk."""
+    for lines in path.glob("*.jsonl"):
+        files.sync(lines)
+    save_checkpoint(federation, path / "checkpoint", config.checkpoint.keep)
+
+
+@contextmanager
+def _last_checkpoint(
+    federation: Federation, config: DictConfig, path: Path | None, metrics: list[Metrics]
+) -> Iterator[None]:
+    """A run that fails leaves a checkpoint of its last whole round, and the failures of the round that ended it.
+
+    Where it failed while a round's replies were taken in, there is no state to go on from but the checkpoint before.
+    """
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        if path is not None:
+            try:
+                if isinstance(error, TooFewClientsError | DivergedError):
+                    _write_failures(federation, federation.round + 1, path)
+                if federation.whole and len(metrics) == federation.round + 1:
+                    _save(federation, config, path)
+                    _draw_partition(federation, path)
+            except Exception as another:  # the first is what ended the run
+                if not isinstance(error, OSError):  # which has said that nothing can be written
+                    log.warning("no checkpoint of round %d: %s", federation.round, explain(another))
+        raise
+
+
+def _write_end(
+    federation: Federation, config: DictConfig, metrics: list[Metrics], summary: dict[str, Any], path: Path
+) -> None:
+    run_directory.write_weights(path / "model.safetensors", federation.model.state_dict())
+    run_directory.write_summary(path / "summary.json", summary)
+    with _dispensable("TensorBoard's file"):
+        run_directory.write_events(path, metrics)
+    with _dispensable("curves.png"):
+        draw_curves(metrics, str(config.name), path / "curves.png")

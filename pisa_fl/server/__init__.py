@@ -1,0 +1,1 @@
+"""What stands between a server half and its clients."""

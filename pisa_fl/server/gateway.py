@@ -1,0 +1,442 @@
+"""The gateway: every message between a server half and its clients passes here.
+
+Six things that every strategy needs, and that therefore none should do itself: the clients of a round are
+drawn by client number from the run's seed; replies are checked before the strategy sees them, and refused if
+they are not what was asked for, and asked for now, or if their update is out of all proportion to the others';
+replies are put in the order of the clients, so that sums do not depend on who answered first; a client that lost
+its state is supplied from the strategy's ledger, if it has one, and asked again; payload, examples and failures
+are counted; and a model's running statistics (BatchNorm), which are no optimisation variables, are sent along and
+averaged by examples, so that no server half has to know them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from torch import Tensor
+
+from pisa_fl.clients.host import CLIENT_FAILED, printable
+from pisa_fl.engines.base import ClientGrid, TurnedAway
+from pisa_fl.randomness import numpy_generator
+from strategies.base.client import ClientHalf
+from strategies.base.messages import (
+    ARRAYS,
+    BUFFERS,
+    DIFFERENTIATED,
+    EXAMPLES,
+    LARGEST,
+    LOSS,
+    MEASURE,
+    METRICS,
+    ROUND,
+    STATE,
+    STATE_LOST,
+    WEIGHTS,
+    Field,
+    TensorArray,
+    arrays_of,
+    averaged,
+    config_of,
+    fault,
+    integer,
+    metrics_of,
+    payload,
+    real,
+    record,
+    tensor,
+    vectors,
+)
+
+log = logging.getLogger(__name__)
+
+REFUSED = 1002
+"""Code of the error that takes the place of a reply that was refused."""
+
+COMPARED = 5
+"""Replies that it takes to tell what is usual."""
+
+_ANSWERS = (CLIENT_FAILED, STATE_LOST)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a reply was not accepted, or a client not admitted.
+
+    Attributes:
+        client: Client number; None for a client that was turned away before it said a number.
+        reason: One line.
+        traceback: Of the client's own code; empty if there is none, or if it was reported before.
+    """
+
+    client: int | None
+    reason: str
+    traceback: str = ""
+
+    def __str__(self) -> str:
+        return f"{'a client' if self.client is None else f'client {self.client}'}: {self.reason}"
+
+
+@dataclass
+class Traffic:
+    """What has passed so far, and what passed in the present round.
+
+    Attributes:
+        bytes_up: Array bytes that clients sent, cumulative.
+        bytes_down: Array bytes sent to clients, cumulative.
+        differentiated: Examples differentiated by accepted clients, cumulative.
+        clients_ok: Clients accepted in this round.
+        clients_failed: Clients refused, in error or silent in this round.
+        examples: Examples of the clients accepted in this round.
+        loss_sum: Sum of their training losses, each times its examples.
+        silent: Clients that did not answer; they might another time, while one that answered would do so again.
+        clients_reachable: Clients that could be reached when the round began.
+        clients_turned_away: Those that wanted to take part then and were not admitted.
+    """
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    differentiated: int = 0
+    clients_ok: int = 0
+    clients_failed: int = 0
+    examples: int = 0
+    loss_sum: float = 0.0
+    silent: int = 0
+    clients_reachable: int = 0
+    clients_turned_away: int = 0
+
+
+class Gateway(Grid):
+    """A grid around an engine's.
+
+    Args:
+        grid: The engine's grid.
+        half: The client half, which knows what a reply must hold.
+        buffers: The model's running statistics, (b,), empty for a model without.
+        seed: Seed of the run.
+        participation: Share of the clients that takes part in a round, in (0, 1].
+        supply: The state of a client that lost it, or None if the server has none; as `Pisa.supply`.
+        max_update: How many times as long as the median an update |w_i - w| may be, with `COMPARED` replies or more;
+            None: as long as it likes.
+        length: How long an update is that says no weights; as `Pisa.length`.
+        timeout: Seconds that an exchange waits for replies if it does not say; None: without end.
+
+    Attributes:
+        failures: Of the present round.
+        turned_away: All who were, so far.
+
+    Raises:
+        ValueError: max_update is impossible.
+    """
+
+    def __init__(
+        self,
+        grid: ClientGrid,
+        half: ClientHalf,
+        buffers: Tensor,
+        seed: int,
+        participation: float,
+        supply: Callable[[int], ArrayRecord | None] | None = None,
+        max_update: float | None = None,
+        length: Callable[[int, ArrayRecord], float | None] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        number = isinstance(max_update, int | float) and not isinstance(max_update, bool)
+        if max_update is not None and not (number and 1 < max_update <= LARGEST):
+            raise ValueError(f"max_update must be a number above 1, or null, got {max_update}")
+        self._max_update = max_update
+        self.traffic = Traffic()
+        self.failures: list[Failure] = []
+        self.turned_away: list[TurnedAway] = []
+        self.buffers = buffers
+        self._grid, self._half, self._supply, self._length = grid, half, supply, length
+        self._timeout = timeout
+        self._seed, self._participation = seed, participation
+        self._round = 0
+        self._before = (buffers, self.traffic)
+        self._nodes: list[int] = []
+        self._tracebacks: set[int] = set()
+        self._asked: dict[
+            int, dict[str, Field]
+        ] = {}  # what is expected in answer to a content, by its identity
+
+    def begin(self, round_number: int) -> None:
+        """Start a round: other clients are drawn, the round's counters are cleared."""
+        self._round = round_number
+        self._before = (self.buffers, replace(self.traffic))
+        self.failures = []
+        self._clear()
+
+    def begin_again(self) -> None:
+        """Start the round once more; of what it gave, only the bytes that passed and the failures are kept."""
+        self.buffers = self._before[0]
+        self.traffic.differentiated = self._before[1].differentiated
+        self._clear()
+
+    def undo(self) -> None:
+        """Go back to where the round began; its failures are kept."""
+        self.buffers, self.traffic = self._before
+
+    def _clear(self) -> None:
+        self.traffic.clients_ok = self.traffic.clients_failed = self.traffic.silent = 0
+        self.traffic.examples, self.traffic.loss_sum = 0, 0.0
+        self._nodes = self._draw()
+
+    def look(self) -> list[int]:
+        """See which clients can be reached, in order, and note who was turned away, once each."""
+        nodes = sorted(self._grid.get_node_ids())
+        away = self._grid.turned_away
+        self.traffic.clients_reachable, self.traffic.clients_turned_away = len(nodes), len(away)
+        for one in away:
+            if one not in self.turned_away:
+                self.turned_away.append(one)
+                self.failures.append(Failure(one.client, f"turned away: {one.reason}"))
+        return nodes
+
+    def _draw(self) -> list[int]:
+        nodes = self.look()
+        if self._participation >= 1 or not nodes:
+            return nodes
+        draw = numpy_generator(self._seed, "participation", self._round)
+        count = max(1, round(self._participation * len(nodes)))
+        return sorted(int(n) for n in draw.choice(nodes, count, replace=False))
+
+    def get_node_ids(self) -> list[int]:
+        """The clients drawn for this round, in order; at least one if there are any."""
+        return self._nodes
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send, receive, check, count, put in order; a client that stayed silent counts as failed."""
+        timeout = self._timeout if timeout is None else timeout
+        sent = {message.metadata.dst_node_id: message for message in messages}
+        self._add_buffers(sent.values())
+        self._asked = {}
+        answers = self._exchange(sent, timeout)
+        if again := self._with_state(sent, answers):
+            sent |= again
+            answers |= self._exchange(again, timeout)
+        accepted = []
+        reasons = {node: self._fault(node, sent[node], answers.get(node)) for node in sorted(sent)}
+        reasons |= self._too_long(sent, {node: answers[node] for node, why in reasons.items() if why is None})
+        for node, reason in reasons.items():
+            if sent[node].metadata.message_type == MessageType.TRAIN:
+                self._count(node, answers.get(node), reason, _trains(sent[node]))
+            if node in answers:
+                accepted.append(
+                    answers[node] if reason is None else _refusal(sent[node], answers[node], reason)
+                )
+        self._take_buffers(accepted, all(map(_trains, sent.values())))
+        return accepted
+
+    def _exchange(self, sent: Mapping[int, Message], timeout: float | None) -> dict[int, Message]:
+        """The first reply to each message; whatever else comes is refused."""
+        sizes: dict[int, int] = {}
+        for message in sent.values():
+            content = message.content
+            if id(content) not in sizes:
+                sizes[id(content)] = sum(map(payload, content.array_records.values()))
+            self.traffic.bytes_down += sizes[id(content)]
+        replies = self._grid.send_and_receive(sent.values(), timeout=timeout)
+        asked = {message.metadata.message_id: node for node, message in sent.items()}
+        answers: dict[int, Message] = {}
+        for reply in replies:
+            node, sender = asked.get(reply.metadata.reply_to_message_id), reply.metadata.src_node_id
+            if node is None or (node != sender and not reply.has_error()):  # a SuperLink may err in its place
+                self._refuse(sender, "a reply to something that was not asked of it now")
+            elif node in answers:
+                self._refuse(node, "a second reply to one message")
+            else:
+                answers[node] = reply
+        return answers
+
+    def _with_state(self, sent: Mapping[int, Message], answers: Mapping[int, Message]) -> dict[int, Message]:
+        """Messages for those who lost their state, with the state that the ledger has for them."""
+        again = {}
+        for node, reply in answers.items():
+            if self._supply and reply.has_error() and reply.error.code == STATE_LOST:
+                state = self._supply(node)
+                if state is not None:
+                    content = RecordDict({**sent[node].content, STATE: state})
+                    again[node] = Message(content, node, sent[node].metadata.message_type)
+        return again
+
+    def _add_buffers(self, messages: Iterable[Message]) -> None:
+        """Send the running statistics beside flat weights; arrays that messages share stay shared."""
+        if not len(self.buffers):
+            return
+        extended: dict[int, ArrayRecord] = {}
+        for message in messages:
+            arrays = message.content.array_records[ARRAYS]
+            if WEIGHTS in arrays and BUFFERS not in arrays:
+                with_buffers = ArrayRecord(dict(arrays) | dict(record({BUFFERS: self.buffers})))
+                message.content[ARRAYS] = extended.setdefault(id(arrays), with_buffers)
+
+    def _take_buffers(self, replies: Iterable[Message], trained: bool) -> None:
+        """Average the running statistics of the accepted replies to training, and take them out of all."""
+        if not len(self.buffers):
+            return
+        total, examples = torch.zeros_like(self.buffers, dtype=torch.float64), 0
+        for reply in replies:
+            if reply.has_error() or BUFFERS not in reply.content.array_records.get(ARRAYS, {}):
+                continue
+            weight = integer(reply.content.metric_records[METRICS], EXAMPLES)
+            total += weight * vectors(reply.content.array_records[ARRAYS])[BUFFERS].double()
+            examples += weight
+            del reply.content.array_records[ARRAYS][BUFFERS]
+        if examples and trained:
+            self.buffers = (total / examples).float()
+
+    def _fault(self, client: int, instruction: Message, reply: Message | None) -> str | None:
+        """Why a reply is not what was asked for, or None."""
+        if reply is None:
+            return "no reply"
+        try:
+            return self._fault_of(client, instruction, reply)
+        except Exception as error:  # whatever a stranger's message makes the checks raise
+            return f"cannot be read: {type(error).__name__}: {error}"
+
+    def _fault_of(self, client: int, instruction: Message, reply: Message) -> str | None:
+        if reply.has_error():
+            return (reply.error.reason or "").strip() or f"error {reply.error.code} without a reason"
+        content = reply.content
+        train = instruction.metadata.message_type == MessageType.TRAIN
+        for kind, records, expected in (
+            ("metric", MetricRecord, [METRICS]),
+            ("array", ArrayRecord, [ARRAYS] if train else None),
+            ("config", ConfigRecord, [] if train else None),
+        ):
+            names = sorted(name for name, one in content.items() if isinstance(one, records))
+            if expected is not None and names != expected:
+                return f"{kind} records {names}, expected {expected}"
+        if not train:
+            return None
+        metrics = metrics_of(content)
+        if set(metrics) != {ROUND, EXAMPLES, LOSS, DIFFERENTIATED}:
+            return f"metrics {sorted(metrics)} are not those of a training reply"
+        if not all(isinstance(v, int | float) and math.isfinite(v) for v in metrics.values()):
+            return f"metrics hold NaN, infinite values or lists: {dict(metrics)}"
+        if abs(real(metrics, LOSS)) > LARGEST:
+            return f"a training loss of {metrics[LOSS]}"
+        if metrics[ROUND] != self._round:
+            return f"of round {metrics[ROUND]}, expected {self._round}"
+        if metrics[EXAMPLES] != self._grid.sizes.get(client, metrics[EXAMPLES]):
+            return f"{metrics[EXAMPLES]} examples where {self._grid.sizes[client]} were expected"
+        for name, least in ((EXAMPLES, 1), (DIFFERENTIATED, 0)):
+            if not (isinstance(metrics[name], int) and least <= integer(metrics, name) < 2**40):
+                return f"impossible number of examples: {name} {metrics[name]}"
+        if id(instruction.content) not in self._asked:
+            self._asked[id(instruction.content)] = self._expected(instruction.content)
+        return fault(arrays_of(content), self._asked[id(instruction.content)])
+
+    def _too_long(self, sent: Mapping[int, Message], replies: Mapping[int, Message]) -> dict[int, str]:
+        """Those whose update is out of all proportion to the others', and why they are refused."""
+        trained = {n: r for n, r in replies.items() if _trains(sent[n])}
+        if self._max_update is None or len(trained) < COMPARED:
+            return {}
+        lengths = {
+            node: self._length_of(node, arrays_of(reply.content), arrays_of(sent[node].content))
+            for node, reply in trained.items()
+        }
+        median = statistics.median(lengths.values())
+        return {
+            node: f"its update is {length / median:.3g} times as long as the round's median,"
+            f" max_update={self._max_update:g}"
+            for node, length in lengths.items()
+            if length > self._max_update * median > 0
+        }
+
+    def _length_of(self, client: int, arrays: ArrayRecord, start: ArrayRecord) -> float:
+        """How long a client's update is."""
+        own = self._length(client, arrays) if self._length else None
+        return _distance(arrays, start) if own is None else own
+
+    def _expected(self, instruction: RecordDict) -> dict[str, Field]:
+        """What the arrays of a reply must be: flat vectors, or the tensors by name as they were sent."""
+        arrays = instruction.array_records[ARRAYS]
+        if WEIGHTS not in arrays:
+            return {name: Field(tuple(a.shape)) for name, a in arrays.items()}
+        fields = self._half.reply_fields(config_of(instruction))
+        return fields | ({BUFFERS: averaged(len(self.buffers))} if len(self.buffers) else {})
+
+    def _count(self, client: int, reply: Message | None, reason: str | None, trains: bool) -> None:
+        """Add a reply to the counters; one that only measures is no answer of the client's to the round."""
+        traffic = self.traffic
+        if reply is None or reason is not None:
+            traffic.clients_failed += 1
+            traffic.silent += reply is None or (reply.has_error() and reply.error.code not in _ANSWERS)
+            self._refuse(client, str(reason))
+            return
+        metrics = metrics_of(reply.content)
+        if trains:
+            traffic.clients_ok += 1
+            traffic.examples += integer(metrics, EXAMPLES)
+            traffic.loss_sum += real(metrics, LOSS) * integer(metrics, EXAMPLES)
+        traffic.differentiated += integer(metrics, DIFFERENTIATED)
+        traffic.bytes_up += payload(arrays_of(reply.content))
+
+    def _refuse(self, client: int, reason: str) -> None:
+        """Note a failure, with the traceback of the client's code if it is a new one."""
+        line, _, traceback = printable(reason).partition("\n")
+        if hash(traceback) in self._tracebacks:
+            traceback = ""
+        elif traceback:
+            self._tracebacks.add(hash(traceback))
+        self.failures.append(Failure(client, line, traceback))
+        log.warning(
+            "round %d: client %d failed: %s%s", self._round, client, line, traceback and f"\n{traceback}"
+        )
+
+    def set_run(self, run: Run) -> None:
+        """Hand a run's description to the engine's grid."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The run's description."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Create a message to a client."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send without waiting; such messages are neither checked nor counted."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Receive what was sent for without waiting."""
+        return self._grid.pull_messages(message_ids)
+
+
+def _trains(instruction: Message) -> bool:
+    """Whether a message asks for an update."""
+    train = instruction.metadata.message_type == MessageType.TRAIN
+    return train and not config_of(instruction.content).get(MEASURE)
+
+
+def _distance(arrays: ArrayRecord, start: ArrayRecord) -> float:
+    """|w_i - w| of flat weights, or of tensors by name."""
+    if isinstance(flat := arrays.get(WEIGHTS), TensorArray) and flat.moved is not None:
+        return flat.moved
+    names = [WEIGHTS] if WEIGHTS in arrays else list(arrays)
+    gaps = (tensor(arrays[name]).float() - tensor(start[name]).float() for name in names)
+    return math.hypot(*(float(torch.linalg.vector_norm(gap)) for gap in gaps))
+
+
+def _refusal(instruction: Message, reply: Message, reason: str) -> Message:
+    """An error in place of a reply; a client's own error stays as it is."""
+    return reply if reply.has_error() else Message(Error(REFUSED, reason), reply_to=instruction)

@@ -1,0 +1,169 @@
+"""PISA's client half: the gradient, or the local steps and the replica of the dual; equations in `strategies.pisa`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from strategies.base import checks
+from strategies.base.client import ClientHalf, Cohort, Instruction, Update
+from strategies.base.layout import Layout
+from strategies.base.messages import GRADIENT, MEASURE, ROUND, WEIGHTS, Field, integer, squared
+from strategies.base.threads import one_thread
+from strategies.pisa.penalty import Penalty
+from strategies.pisa.primal_step import PrimalStep
+from strategies.pisa.wire import DUAL, Wire, by_gradient, check_alignment, check_lag, measures
+from strategies.preconditioners import Preconditioner
+from strategies.transforms.compression import ERROR, chosen, with_feedback
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What clients have in common in a round.
+
+    Attributes:
+        instruction: What it was made of.
+        step: The step with the common Q and penalty; None without a common Q, or if nothing was observed of it yet.
+    """
+
+    instruction: Instruction
+    step: PrimalStep | None
+
+
+class PisaClient(ClientHalf):
+    """Client half: the gradient and, on the wire `primal`, the preconditioned local steps and the replica of the dual.
+
+    Args:
+        layout: Layout of the model's parameters.
+        preconditioner: Q, given its layout; the server's.
+        penalty: sigma and rho; the server's.
+        align_every: As the server's.
+        local_steps: K; the paper: 1.
+        gradient: `mean`: of the loss over all the client's examples; `sum`: the sum of its mini-batches'
+            mean gradients (the authors' federated code); `batch`: of one mini-batch a step.
+        lag: As the server's.
+        wire: As the server's.
+        compression: As the server's.
+        keep: As the server's.
+
+    Raises:
+        ValueError: A value is outside its range, the automatic penalty is asked for without alignment, or the wire
+            cannot do it.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        preconditioner: Callable[[Layout], Preconditioner],
+        penalty: Penalty,
+        align_every: int,
+        local_steps: int,
+        gradient: Literal["mean", "sum", "batch"],
+        lag: int = 1,
+        wire: Wire = "primal",
+        compression: str = "none",
+        keep: float = 0.1,
+    ) -> None:
+        checks.whole("local_steps", local_steps, 1)
+        checks.whole("align_every", align_every, 0)
+        checks.one_of("gradient", gradient, ("mean", "sum", "batch"))
+        check_lag(lag)
+        self.layout, self.preconditioner, self.penalty = layout, preconditioner(layout), penalty
+        self.align_every, self.local_steps, self.gradient, self.lag = align_every, local_steps, gradient, lag
+        self.by_gradient = by_gradient(wire, align_every, local_steps, self.preconditioner)
+        self.compression = chosen(compression, keep, layout, self.by_gradient)
+        self._common: _Common | None = None
+        check_alignment(align_every, penalty, self.preconditioner)
+
+    def state_sizes(self) -> dict[str, int]:
+        """The dual and, unaligned, the client's own Q; if it only sends gradients, what was left out of them."""
+        if self.by_gradient:
+            return {ERROR: self.layout.size} if self.compression else {}
+        own = {} if self.align_every else self.preconditioner.state_fields()
+        return {DUAL: self.layout.size} | {name: field.size for name, field in own.items()}
+
+    def instruction_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
+        """The weights and, aligned, what it takes of the common Q to solve with it."""
+        own = self.by_gradient or config.get(MEASURE) or not self.align_every
+        return super().instruction_fields(config) | ({} if own else self.preconditioner.solver_fields())
+
+    def reply_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
+        """The gradient; or the weights, of which the dual is made, and the statistic in rounds that measure."""
+        if self.by_gradient:
+            return self.compression.fields() if self.compression else {GRADIENT: squared(self.layout.size)}
+        if config.get(MEASURE):
+            return self.preconditioner.statistic_fields()
+        fields = {WEIGHTS: squared(self.layout.size)}
+        if self.lag and self._measures(config):
+            fields |= self.preconditioner.statistic_fields()
+        return fields
+
+    def solve(self, cohort: Cohort, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
+        """The gradient, or K local steps and the dual step; see the module's equations."""
+        consensus, config = instruction.arrays[WEIGHTS], instruction.config
+        gradients = self._gradients(cohort)
+        gradient, loss = gradients(consensus)
+        if self.compression:
+            sent, error = with_feedback(self.compression, gradient, state[ERROR])
+            return Update(sent, loss, {ERROR: error})
+        if self.by_gradient:
+            return Update({GRADIENT: gradient}, loss)
+        dual = state[DUAL]
+        statistic = self.preconditioner.statistic(gradient, gradient + dual)
+        if config.get(MEASURE):
+            return Update(statistic, loss, {DUAL: dual})
+        if self._common is None or self._common.instruction is not instruction:
+            self._common = self._prepare(instruction)
+        step = self._common.step
+        measured = self.lag and self._measures(config)
+        announced = statistic if measured else {}
+        if step is None and self.penalty.sigma is None:
+            weights = consensus.repeat(len(cohort.clients), 1)
+            return Update({WEIGHTS: weights} | announced, loss, {DUAL: dual})
+        if step is None:  # everyone's own Q begins with the gradient at hand, and so does a common one
+            held = self.preconditioner.nothing(consensus.device) if self.align_every else state
+            step = self._own_step(config, held, gradient, dual)
+        weights = consensus - step.solve(step.residual(gradient, dual))
+        for _ in range(1, self.local_steps):
+            gradient, _ = gradients(weights)
+            if not self.align_every:
+                step = self._own_step(config, step.held, gradient, dual)
+            residual = step.residual(gradient, dual) + step.sigma * (weights - consensus)
+            weights = weights - step.solve(residual)
+        # the ledger's own operations in their order, so that its dual has the same bits
+        dual = dual + (weights - consensus).mul_(step.sigma)
+        kept = {} if self.align_every else dict(step.held)
+        return Update({WEIGHTS: weights} | announced, loss, {DUAL: dual} | kept)
+
+    def _prepare(self, instruction: Instruction) -> _Common:
+        """What all clients compute alike from an instruction."""
+        arrays = instruction.arrays
+        if not self.align_every and self.preconditioner.state_fields():
+            return _Common(instruction, None)
+        held = {name: arrays[name][None] for name in self.preconditioner.solver_fields() if self.align_every}
+        round_number = integer(instruction.config, ROUND)
+        with one_thread():
+            step = PrimalStep.of_round(
+                *(self.preconditioner, self.penalty, held, round_number, self.lag), arrays[WEIGHTS].device
+            )
+        return _Common(instruction, step)
+
+    def _own_step(
+        self, config: Mapping[str, Any], held: Mapping[str, Tensor], gradient: Tensor, dual: Tensor
+    ) -> PrimalStep:
+        return PrimalStep.with_own(
+            *(self.preconditioner, self.penalty, held, integer(config, ROUND), gradient, dual)
+        )
+
+    def _measures(self, config: Mapping[str, Any]) -> bool:
+        return measures(self.preconditioner, integer(config, ROUND), self.align_every)
+
+    def _gradients(self, cohort: Cohort) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """The stochastic gradient: at weights (d,) or (C, d), gradients (C, d) and losses (C,)."""
+        if self.gradient != "batch":
+            return lambda weights: cohort.full_gradient(weights, self.gradient)
+        batches = cohort.batches(epochs=self.local_steps)
+        return lambda weights: cohort.gradient(weights, next(batches))

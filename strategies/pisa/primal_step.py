@@ -1,0 +1,83 @@
+"""PISA's primal step, wherever it is taken: by the clients, or by the server for them.
+
+w_i = w - (sigma I + rho Q)^-1 (P(g_i) + pi_i)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from strategies.pisa.penalty import Penalty
+from strategies.preconditioners import Preconditioner
+from strategies.preconditioners.base import State
+
+
+@dataclass(frozen=True)
+class PrimalStep:
+    """What clients have in common when they take it.
+
+    Attributes:
+        preconditioner: Q, as a function of `held`.
+        penalty: sigma and rho.
+        held: The state of the common Q, a row for all.
+        sigma: The penalty of this round, () or (d,).
+        rho: The weight of Q in this round.
+        size: Norm of each tensor if its elements are q, (T,), where an automatic penalty follows a q that knows nothing
+            of the gradients at hand; else None.
+    """
+
+    preconditioner: Preconditioner
+    penalty: Penalty
+    held: State
+    sigma: Tensor
+    rho: float
+    size: Tensor | None
+
+    @classmethod
+    def of_round(
+        cls,
+        preconditioner: Preconditioner,
+        penalty: Penalty,
+        held: State,
+        round_number: int,
+        lag: int,
+        device: torch.device | str = "cpu",
+    ) -> PrimalStep | None:
+        """The step of a round (counted from 1) with a Q that is `lag` rounds old; None if that has observed nothing."""
+        if held and not any(vector.any() for vector in held.values()):
+            return None
+        scale = preconditioner.scale(held) if penalty.sigma is None else None
+        sigma = penalty.sigma_at(round_number, scale)
+        assert sigma is not None
+        size = None if scale is None or not lag else preconditioner.layout.norms(scale.to(device))
+        return cls(preconditioner, penalty, held, sigma.to(device), penalty.rho_at(round_number), size)
+
+    @classmethod
+    def with_own(
+        cls,
+        preconditioner: Preconditioner,
+        penalty: Penalty,
+        held: State,
+        round_number: int,
+        gradient: Tensor,
+        dual: Tensor,
+    ) -> PrimalStep:
+        """The step with a Q that no others share, once it has taken the gradient in; its penalty is by hand."""
+        statistic = preconditioner.statistic(gradient, gradient + dual)
+        step = cls.of_round(
+            preconditioner, penalty, preconditioner.accumulate(held, statistic), round_number, 0
+        )
+        assert step is not None
+        return step
+
+    def residual(self, gradient: Tensor, dual: Tensor) -> Tensor:
+        """P(g_i) + pi_i, (C, d)."""
+        return self.preconditioner.direction(self.held, gradient) + dual
+
+    def solve(self, residual: Tensor) -> Tensor:
+        """(sigma I + rho Q)^-1 of a residual that is believed, (C, d)."""
+        believed = self.penalty.believed(residual, self.size, self.preconditioner.layout)
+        return self.preconditioner.solve(self.held, believed, self.sigma, self.rho)

@@ -1,0 +1,330 @@
+"""PISA's server half: the ledger's steps, the consensus, and the clients' common Q; equations in `strategies.pisa`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from strategies.base import checks
+from strategies.base.layout import Layout
+from strategies.base.messages import (
+    ACCEPTED,
+    ARRAYS,
+    CONFIG,
+    EXAMPLES,
+    GRADIENT,
+    MEASURE,
+    ROUND,
+    WEIGHTS,
+    RoundError,
+    arrays_of,
+    integer,
+    metrics_of,
+    out_of_range,
+    record,
+    squared,
+    tensor,
+    vectors,
+)
+from strategies.base.threads import in_threads, one_thread
+from strategies.pisa.bound import bounded
+from strategies.pisa.ledger import Ledger, Observed
+from strategies.pisa.penalty import Penalty
+from strategies.pisa.primal_step import PrimalStep
+from strategies.pisa.wire import DUAL, Wire, by_gradient, check_alignment, check_lag, measures
+from strategies.preconditioners import Preconditioner
+from strategies.transforms.compression import ERROR, Compression, chosen
+
+
+class Pisa(Strategy):
+    """Server half: the ledger's steps, the consensus, and the clients' common Q.
+
+    Args:
+        layout: Layout of the model's parameters.
+        preconditioner: Q, given its layout.
+        penalty: sigma and rho.
+        lambda_: Weight of (lambda/2)|w|^2; the authors' federated setting: 5e-3.
+        align_every: Rounds between exchanges of the statistic; 0 leaves every client its own.
+        alpha: `examples` (n_i/n, the paper) or `uniform` (1/N).
+        state: Where the ledger's rows are kept: in `memory`, or on `disk` (`strategies.base.rows.zeros`).
+        forget_after: Rounds without an accepted reply after which a client leaves the sums, to begin anew with its
+            next; None: never.
+        lag: Rounds by which the common Q is older than the gradients that it is applied to, 0 or 1.
+        local_steps: As the clients'.
+        wire: `primal` or `gradient`; `auto`: `gradient` where that is possible.
+        consensus: `all` (the paper) or `fresh`; see `strategies.pisa.ledger`.
+        bound: Share of its size by which a tensor may move in a round; None for no bound.
+        compression: How gradients are sent: `none`, as they are, or in fewer bytes as `bfloat16`, `int8` or `topk`.
+        keep: Share of the elements that `topk` sends.
+        device: Where Q is kept and solved with; the ledger's rows stay in the CPU's memory.
+
+    Raises:
+        ValueError: A value is outside its range, the automatic penalty is asked for without alignment, or the wire
+            cannot do it.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        preconditioner: Callable[[Layout], Preconditioner],
+        penalty: Penalty,
+        lambda_: float,
+        align_every: int,
+        alpha: Literal["examples", "uniform"],
+        state: Literal["memory", "disk"] = "memory",
+        forget_after: int | None = None,
+        lag: int = 1,
+        local_steps: int = 1,
+        wire: Wire = "primal",
+        consensus: Literal["all", "fresh"] = "all",
+        bound: float | None = None,
+        compression: str = "none",
+        keep: float = 0.1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        checks.not_negative("lambda", lambda_)
+        checks.whole("align_every", align_every, 0)
+        check_lag(lag)
+        checks.one_of("alpha", alpha, ("examples", "uniform"))
+        checks.one_of("consensus", consensus, ("all", "fresh"))
+        checks.one_of("state", state, ("memory", "disk"))
+        if bound is not None:
+            checks.positive("bound", bound)
+        if forget_after is not None:
+            checks.whole("forget_after", forget_after, 1)
+        self.layout, self.preconditioner, self.penalty = layout, preconditioner(layout), penalty
+        self.lambda_, self.align_every, self.lag, self.bound = lambda_, align_every, lag, bound
+        self.by_gradient = by_gradient(wire, align_every, local_steps, self.preconditioner)
+        self.compression = chosen(compression, keep, layout, self.by_gradient)
+        check_alignment(align_every, penalty, self.preconditioner)
+        self.forget_after = forget_after
+        statistic = sum(field.size for field in self.preconditioner.statistic_fields().values())
+        table = None if consensus == "all" else statistic if align_every else 0
+        self.ledger = Ledger(layout, alpha == "uniform", state == "disk", table)
+        self.device = device
+        self._shared = self.preconditioner.nothing(device)
+        self._consensus = torch.empty(0)
+        self._asked: tuple[dict[str, Tensor], Observed] | None = None
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send the consensus, and whatever else the wire takes, to every node of the grid."""
+        sent = vectors(arrays)
+        self._consensus, self._asked = sent[WEIGHTS], None
+        nodes, said = list(grid.get_node_ids()), dict(config) | {ROUND: server_round}
+        if self.compression:
+            return self._messages(nodes, record(sent), said)
+        if self.by_gradient:
+            content = RecordDict({ARRAYS: record(sent), CONFIG: ConfigRecord(said)})
+            return [Message(content, message_type=MessageType.TRAIN, dst_node_id=node) for node in nodes]
+        shared = self._shared
+        if self.lag == 0 and self._measures(server_round):
+            first = self._messages(nodes, record(sent), said | {MEASURE: True})
+            answers, examples = self._answers(grid.send_and_receive(first))
+            if not answers:
+                return []
+            self._asked = self._observed(server_round, answers, examples)
+            shared, nodes = self._asked[0], list(answers)
+        if self.align_every:
+            sent |= {name: shared[name][0].float() for name in self.preconditioner.solver_fields()}
+        return self._messages(nodes, record(sent), said)
+
+    def _messages(self, nodes: Iterable[int], arrays: ArrayRecord, said: Mapping[str, Any]) -> list[Message]:
+        """The same for all nodes but for the round that the ledger last accepted from each."""
+        contents: dict[int, RecordDict] = {}
+        messages = []
+        for node in nodes:
+            accepted = self.ledger.accepted_round(node)
+            if accepted not in contents:
+                config = ConfigRecord(dict(said) | {ACCEPTED: accepted})
+                contents[accepted] = RecordDict({ARRAYS: arrays, CONFIG: config})
+            messages.append(Message(contents[accepted], message_type=MessageType.TRAIN, dst_node_id=node))
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The statistic, primal and dual step of every client that answered, then the consensus."""
+        answers, examples = self._answers(replies)
+        if not answers:
+            return None, None
+        with one_thread():
+            return self._aggregate(server_round, answers, examples)
+
+    def _aggregate(
+        self, server_round: int, answers: Mapping[int, dict[str, Tensor]], examples: Mapping[int, int]
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        shared, observed = self._shared, None
+        if self._asked is not None:
+            shared, observed = self._asked
+        elif self._measures(server_round):
+            shared, observed = self._observed(server_round, answers, examples)
+        if wrong := out_of_range(shared):
+            raise RoundError(f"{wrong} of the server")
+        held = shared if self.lag == 0 else self._shared
+        step = PrimalStep.of_round(
+            self.preconditioner, self.penalty, held, server_round, self.lag, self.device
+        )
+        sigma = following = self.penalty.sigma_at(server_round, None) if step is None else step.sigma.cpu()
+        if self.lag:
+            following = self.penalty.sigma_at(server_round + 1, self.preconditioner.scale(shared))
+            following = None if following is None else following.cpu()
+        weights = self._weights(server_round, held, step, sigma, answers)
+        gone = self._gone(server_round, answers)
+        self.ledger.begin(server_round, weights, examples, self._consensus, sigma, following, gone, observed)
+        consensus = self._consensus
+        if following is not None:
+            consensus = self.ledger.consensus(following, self.lambda_)
+        if wrong := out_of_range({WEIGHTS: consensus, DUAL: self.ledger.largest_dual}):
+            self.ledger.undo()
+            raise RoundError(f"{wrong} of the server")
+        self.ledger.commit()
+        self._shared = shared
+        if self.bound is not None:
+            consensus = bounded(consensus, self._consensus, self.bound, self.layout)
+        metrics = MetricRecord(
+            {
+                "primal-residual": self.ledger.primal_residual(consensus),
+                "dual-residual": self.ledger.dual_residual(consensus, self.lambda_),
+            }
+        )
+        return record({WEIGHTS: consensus}), metrics
+
+    def _answers(self, replies: Iterable[Message]) -> tuple[dict[int, dict[str, Tensor]], dict[int, int]]:
+        """Arrays and examples of those who answered, in the order of their numbers."""
+        answers, examples = {}, {}
+        for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
+            node = reply.metadata.src_node_id
+            if not reply.has_error():
+                answers[node] = _read(arrays_of(reply.content), self.compression)
+                examples[node] = integer(metrics_of(reply.content), EXAMPLES)
+        return answers, examples
+
+    def _measures(self, server_round: int) -> bool:
+        return measures(self.preconditioner, server_round, self.align_every)
+
+    def _observed(
+        self, server_round: int, answers: Mapping[int, dict[str, Tensor]], examples: Mapping[int, int]
+    ) -> tuple[dict[str, Tensor], Observed]:
+        """The common state with the statistic of those who answered, and what the ledger is to keep of it."""
+        fields = self.preconditioner.statistic_fields()
+
+        def statistic(node: int) -> Tensor:
+            said: Mapping[str, Tensor] = answers[node]
+            if self.by_gradient:
+                gradient = said[GRADIENT]
+                made = self.preconditioner.statistic(gradient[None], (gradient + self._dual(node))[None])
+                said = {name: row[0] for name, row in made.items()}
+            return said[next(iter(fields))] if len(fields) == 1 else torch.cat([said[n] for n in fields])
+
+        rows = dict(zip(answers, in_threads(statistic, answers), strict=True))
+        observed = self.ledger.observe(rows, examples, self._gone(server_round, answers))
+        sizes = [field.size for field in fields.values()]
+        parts = [
+            part.clamp(min=field.minimum).to(self.device)  # a sum with rows taken out may be less by rounding
+            for part, field in zip(observed.average[None].split(sizes, dim=-1), fields.values(), strict=True)
+        ]
+        with one_thread():
+            return self.preconditioner.accumulate(
+                self._shared, dict(zip(fields, parts, strict=True))
+            ), observed
+
+    def _weights(
+        self,
+        server_round: int,
+        held: Mapping[str, Tensor],
+        common: PrimalStep | None,
+        sigma: Tensor | None,
+        answers: Mapping[int, Mapping[str, Tensor]],
+    ) -> dict[int, Tensor]:
+        """The primal of every client that answered: as it sent it, or as it follows from its gradient."""
+        if not self.by_gradient:
+            return {node: arrays[WEIGHTS] for node, arrays in answers.items()}
+        if sigma is None:
+            return dict.fromkeys(answers, self._consensus)
+
+        def solve(node: int) -> Tensor:
+            gradient = answers[node][GRADIENT][None].to(self.device)
+            dual = self._dual(node)[None].to(self.device)
+            step = common or PrimalStep.with_own(
+                *(self.preconditioner, self.penalty, held, server_round, gradient, dual)
+            )
+            return self._consensus - step.solve(step.residual(gradient, dual))[0].cpu()
+
+        weights = dict(zip(answers, in_threads(solve, answers), strict=True))
+        for node, row in weights.items():
+            if not float(row.abs().max()) <= squared(1).largest:
+                raise RoundError(f"{WEIGHTS} of client {node}")
+        return weights
+
+    def _dual(self, node: int) -> Tensor:
+        """A client's dual; zero before its first accepted reply."""
+        return self.ledger.dual(node) if self.ledger.accepted_round(node) else torch.zeros(self.layout.size)
+
+    def _gone(self, server_round: int, answers: Collection[int]) -> list[int]:
+        """Clients that have not answered for so long that they are forgotten."""
+        if self.forget_after is None:
+            return []
+        last = server_round - self.forget_after
+        known = self.ledger.clients
+        return [c for c in known if c not in answers and self.ledger.accepted_round(c) <= last]
+
+    def supply(self, client: int) -> ArrayRecord | None:
+        """The dual of a client that lost it, from the ledger; None for a client that has none.
+
+        What compression left out only the client knew: it goes on from zero.
+        """
+        if not self.ledger.accepted_round(client):
+            return None
+        if self.compression:
+            return record({ERROR: torch.zeros(self.layout.size)})
+        return record({DUAL: self.ledger.dual(client).clone()})
+
+    def length(self, client: int, arrays: ArrayRecord) -> float | None:
+        """Size of a client's residual g_i + pi_i, if a gradient is what it sends; None: look at its weights."""
+        if GRADIENT not in arrays:
+            return None
+        gradient = _read(arrays, self.compression)[GRADIENT]
+        return float(torch.linalg.vector_norm(gradient + self._dual(client)))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nothing of the clients: the consensus is evaluated on the server."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing was asked."""
+        return None
+
+    def summary(self) -> None:
+        """Say nothing: the run directory holds the configuration."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The ledger and the common Q, for a checkpoint."""
+        return {f"ledger.{name}": v for name, v in self.ledger.state_dict().items()} | {
+            f"shared.{name}": v.cpu() for name, v in self._shared.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        parts: dict[str, dict[str, Tensor]] = {"ledger": {}, "shared": {}}
+        for name, value in state.items():
+            part, _, key = name.partition(".")
+            parts[part][key] = value
+        self.ledger.load_state_dict(parts["ledger"])
+        self._shared = {name: v.to(self.device) for name, v in parts["shared"].items()}
+
+
+def _read(arrays: ArrayRecord, compression: Compression | None) -> dict[str, Tensor]:
+    """The vectors of a reply."""
+    if compression is None:
+        return vectors(arrays)
+    return {GRADIENT: compression.decode({name: tensor(array) for name, array in arrays.items()})}

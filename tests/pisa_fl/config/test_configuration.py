@@ -1,0 +1,219 @@
+"""Every file of conf/: it composes, it builds, its numbers are explained, the promised names are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from flwr.serverapp.strategy import Strategy
+from omegaconf import DictConfig, OmegaConf
+
+import pisa_fl
+from pisa_fl.config import CONF, ConfigurationError, build, resolve
+from strategies import ClientHalf
+
+PROMISED = {
+    "strategy": {"sisa", "pisa", "nsisa", "sisa_official", "fedavg", "fedprox"},
+    "partition": {
+        "label_skew",
+        "dirichlet",
+        "iid",
+        "shards",
+        "quantity",
+        "feature_noise",
+        "from_file",
+        "own",
+    },
+    "data": {"mnist_mini", "mnist", "fashion_mnist", "cifar10", "imagefolder"},
+    "model": {"simple_cnn", "mlp", "logistic", "vgg9", "resnet18"},
+    "engine": {"local", "ray", "flower"},
+}
+FILES = sorted(CONF.rglob("*.yaml"))
+OPTIONS = [(str(f.parent.relative_to(CONF)), f.stem) for f in FILES if f.parent != CONF]
+STRATEGIES = [name for group, name in OPTIONS if group == "strategy"]
+PRECONDITIONERS = [name for group, name in OPTIONS if group == "strategy/preconditioner"]
+EXPLAINED_BY_THEIR_NAME = {"defaults", "_target_", "_partial_", "_recursive_", "_convert_", "name"}
+
+
+def without_mandatory(group):
+    """Values for the keys of other groups that have no default."""
+    return {"data": ["data.path=somewhere"], "partition": ["partition.path=somewhere"]}.get(group, [])
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_every_option_composes(group, name):
+    mandatory = [v for v in without_mandatory(group) if name in ("imagefolder", "from_file")]
+    config = resolve(pisa_fl.compose(f"{group}={name}", *mandatory))
+    assert "${" not in OmegaConf.to_yaml(config)
+    assert not OmegaConf.missing_keys(config)
+
+
+@pytest.mark.parametrize("group", PROMISED)
+def test_the_promised_names_are_there(group):
+    assert {file.stem for file in (CONF / group).glob("*.yaml")} >= PROMISED[group]
+
+
+def test_the_promised_defaults():
+    config = pisa_fl.compose()
+    root = {key: config[key] for key in ("seed", "clients", "participation", "batch_size", "device")}
+    assert root == {"seed": 0, "clients": 10, "participation": 1.0, "batch_size": 64, "device": "auto"}
+    assert config.init is None
+    assert config.resume is None
+    assert config.rounds > 0
+    assert config.checkpoint.every > 0
+    assert config.name == "pisa"
+    assert config.partition.classes_per_client == 2
+    chosen = {"strategy": "pisa", "partition": "label_skew", "data": "mnist_mini", "model": "simple_cnn"}
+    assert config == pisa_fl.compose(*(f"{group}={name}" for group, name in chosen.items()))
+    assert config.engine._target_.endswith(".local_engine")
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_builds(name):
+    federation = pisa_fl.prepare(pisa_fl.compose(f"strategy={name}", "model=logistic"))
+    assert isinstance(federation.strategy, Strategy)
+    assert isinstance(federation.grid.host._half, ClientHalf)
+    assert federation.model.layout.size == 7850
+    assert [len(federation.partition), federation.round] == [10, 0]
+
+
+@pytest.mark.parametrize("name", PRECONDITIONERS)
+def test_every_preconditioner_builds(name):
+    by_hand = ["strategy.align_every=0", "strategy.sigma=80", "strategy.rho=100"]
+    config = pisa_fl.compose(f"strategy/preconditioner={name}", "model=logistic", *by_hand)
+    kind = type(pisa_fl.prepare(config).strategy.preconditioner).__name__
+    assert kind.lower() == name.replace("_", "")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
+def test_every_value_is_explained_on_its_line(file):
+    assert unexplained(file.read_text()) == []
+
+
+def unexplained(text):
+    """Lines `key: value` without a comment, but for those that only point elsewhere or say what is built."""
+    node, lines = yaml.compose(text), text.splitlines()
+    bare = []
+    # Hydra's own keys are explained by Hydra
+    queue = [(k, v) for k, v in node.value if k.value not in ("hydra", "defaults")]
+    for key, value in queue:
+        if isinstance(value, yaml.MappingNode):
+            queue += value.value
+            continue
+        line = lines[key.start_mark.line]
+        interpolation = isinstance(value, yaml.ScalarNode) and value.value.startswith("${..")
+        exempt = key.value in EXPLAINED_BY_THEIR_NAME or interpolation or value.value == "${participation}"
+        if not exempt and not re.search(r"\s# ?\S", line):
+            bare.append(line)
+    return bare
+
+
+def test_the_check_of_explanations_sees_a_bare_value():
+    text = "_target_: a.b\nlr: 0.1 # step\nbeta: 0.9\ninner:\n  eps: 1.0\n  lr: ${..lr}\n"
+    assert unexplained(text) == ["beta: 0.9", "  eps: 1.0"]
+
+
+def test_python_composes_what_the_command_line_prints(command):
+    overrides = ["strategy=fedprox", "strategy.mu=0.5", "partition=dirichlet", "seed=3", "targets=[0.5]"]
+    printed = command("--cfg", "job", "--resolve", *overrides)
+    assert printed.status == 0
+    assert OmegaConf.create(printed.out) == pisa_fl.compose(*overrides)
+
+
+def test_cfg_job_prints_every_root_key_and_runs_nothing(command, tmp_path):
+    printed = command("--cfg", "job", "rounds=7")
+    config = yaml.safe_load(printed.out)
+    assert config["rounds"] == 7
+    assert config.keys() >= {"seed", "clients", "init", "resume", "checkpoint", "name", *PROMISED}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_the_groups(command, tmp_path):
+    shown = command("--help")
+    assert (shown.status, shown.err) == (0, "")
+    for group, names in PROMISED.items():
+        (line,) = re.findall(rf"^{group}: (.*)$", shown.out, re.MULTILINE)
+        assert set(line.split(", ")) >= names
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compose_names_a_mandatory_value():
+    with pytest.raises(
+        ConfigurationError, match=r"^data\.path has no default: give it as data\.path=\.\.\.$"
+    ):
+        pisa_fl.compose("data=imagefolder")
+
+
+def test_compose_refuses_an_unknown_key():
+    with pytest.raises(ConfigurationError, match=r"^nonsense is no key"):
+        pisa_fl.compose("nonsense=1")
+
+
+def test_compose_refuses_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"config_dir=.*none is not a folder"):
+        pisa_fl.compose(config_dir=tmp_path / "none")
+
+
+def test_compose_leaves_no_trace_in_the_next(tmp_path):
+    pisa_fl.compose("strategy=fedavg", "seed=5")
+    assert pisa_fl.compose().seed == 0
+    assert pisa_fl.compose().name == "pisa"
+
+
+# --- build
+
+
+def whole(count: int, ratio: float | None = None) -> tuple[int, float | None]:
+    return count, ratio
+
+
+def takes_layout(layout: object, width: int) -> tuple[object, int]:
+    return layout, width
+
+
+def node(**values) -> DictConfig:
+    return OmegaConf.create({"model": {"_target_": f"{__name__}.whole", **values}}).model
+
+
+def test_build_hands_over_only_what_is_asked_for():
+    config = OmegaConf.create({"_target_": f"{__name__}.takes_layout", "width": 3})
+    assert build(config, layout="it", seed=1) == ("it", 3)
+    assert build(node(count=2), layout="it") == (2, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"count": "abc"}, "model.count must be a whole number, got abc"),
+        ({"count": 1.5}, "model.count must be a whole number, got 1.5"),
+        ({"count": None}, "model.count must be a whole number, got None"),
+        ({"count": 1, "ratio": "x"}, "model.ratio must be a number or null, got x"),
+        ({"count": 1, "ratio": [1.0]}, r"model.ratio must be a number or null, got \[1.0\]"),
+        ({}, "missing 1 required positional argument: 'count'"),
+        ({"count": 1, "other": 2}, "unexpected keyword argument 'other'"),
+    ],
+)
+def test_build_says_what_does_not_fit(values, sentence):
+    with pytest.raises(ConfigurationError, match=sentence):
+        build(node(**values))
+
+
+@pytest.mark.parametrize(("value", "ratio"), [(1, 1), (0.5, 0.5), (None, None)])
+def test_build_takes_a_whole_number_for_a_number_and_null_where_allowed(value, ratio):
+    assert build(node(count=4, ratio=value)) == (4, ratio)
+
+
+def test_build_names_a_class_that_is_not_there():
+    with pytest.raises(
+        ConfigurationError, match=r"^model\._target_=nowhere\.Net: .*No module named 'nowhere'"
+    ):
+        build(OmegaConf.create({"model": {"_target_": "nowhere.Net"}}).model)
+
+
+def test_build_needs_a_target():
+    with pytest.raises(ConfigurationError, match="names no _target_: lr: 1"):
+        build(OmegaConf.create({"lr": 1}))
+
+
+def test_conf_is_the_checkouts():
+    assert Path(__file__).parents[3] / "conf" == CONF

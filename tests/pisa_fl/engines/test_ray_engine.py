@@ -1,0 +1,492 @@
+"""The `ray` engine: the local engine's bits, whoever dies, is slow, or errs."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from uuid import uuid4
+
+import pytest
+import torch
+from flwr.app import Message
+
+import pisa_fl
+import pisa_fl.engines
+from pisa_fl import runner
+from pisa_fl.config import ConfigurationError
+from pisa_fl.engines.local import LocalGrid
+from pisa_fl.engines.ray_actors import RayGrid, room, start_ray
+from pisa_fl.results.result import Interrupted
+
+ray = pytest.importorskip("ray", reason="Ray runs the actors")
+
+COMMON = ("model=logistic", "partition=iid", "rounds=5", "engine.threads=1", "progress=false")
+RAY = ("engine=ray", "engine.actors=2")
+# Ray's own words about what happens to its processes
+RAYS_WORDS = ("raylet", "ray::", "RayTaskError", "ActorDied", "Worker ID")
+
+
+@pytest.fixture(scope="module")
+def two_processors():
+    """One Ray for the runs of this module."""
+    settings = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    ray.init(address="local", num_cpus=2, **settings)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """Writes a module of the user's into a folder that this process imports from; gives its name."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+
+    def write(source):
+        name = f"own_{uuid4().hex}"
+        (folder / f"{name}.py").write_text(source)
+        return name
+
+    return write
+
+
+def run(directory, *overrides):
+    return pisa_fl.run(pisa_fl.compose(*COMMON, *overrides), directory)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics_of(directory):
+    left_out = {"seconds", "run_id"}  # a client half that does something more makes another run
+    return [
+        {k: v for k, v in line.items() if k not in left_out} for line in lines_of(directory / "metrics.jsonl")
+    ]
+
+
+def weights_of(directory):
+    return (directory / "model.safetensors").read_bytes()
+
+
+def assert_same_run(directory, reference):
+    assert metrics_of(directory) == metrics_of(reference)
+    assert weights_of(directory) == weights_of(reference)
+
+
+def assert_not_rays_words(*texts):
+    assert not [(word, text) for word in RAYS_WORDS for text in texts if word in text]
+
+
+def after_round(monkeypatch, number, act):
+    """Do something when a round is over, before the next begins."""
+    show = runner.Display.show
+
+    def show_and_act(display, metrics):
+        show(display, metrics)
+        if metrics["round"] == number:
+            act()
+
+    monkeypatch.setattr(runner.Display, "show", show_and_act)
+
+
+# --- the same bits
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ["strategy=nsisa", "model=mlp", "rounds=3"],
+        ["strategy=fedavg", "strategy.local_epochs=1", "participation=0.5"],
+        ["strategy=fedprox", "strategy.local_epochs=1", "model=mlp", "partition=label_skew"],
+        ["strategy=sisa", "model=simple_cnn", "partition=quantity", "rounds=3"],
+    ],
+    ids=lambda chosen: " ".join(chosen),
+)
+def test_it_ends_with_the_bits_of_the_local_engine(two_processors, tmp_path, monkeypatch, chosen):
+    stored, fetched = [], []
+    put, get = ray.put, ray.get
+
+    def watched_get(refs, **options):
+        fetched.append(get(refs, **options))
+        return fetched[-1]
+
+    monkeypatch.setattr(ray, "put", lambda value: stored.append(type(value).__name__) or put(value))
+    monkeypatch.setattr(ray, "get", watched_get)
+    metrics = run(tmp_path / "ray", *RAY, *chosen).metrics
+    run(tmp_path / "local", *chosen)
+    assert_same_run(tmp_path / "ray", tmp_path / "local")
+    # whatever the number of actors, what a round sends to everyone is stored once; every client answers once
+    assert stored == ["Clients"] + ["ArrayRecord"] * (len(metrics) - 1)
+    replies = [value for value in fetched if isinstance(value, Message)]
+    assert len(replies) == sum(line["clients_ok"] for line in metrics)
+
+
+def test_stopped_and_resumed_it_ends_with_the_same_bits(two_processors, tmp_path, monkeypatch):
+    """The official form's clients keep moments that the ledger does not have."""
+    run(tmp_path / "local", "strategy=sisa_official")
+    after_round(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted):
+        run(tmp_path / "ray", *RAY, "strategy=sisa_official")
+    assert len(metrics_of(tmp_path / "ray")) == 3
+    pisa_fl.resume(tmp_path / "ray")
+    assert_same_run(tmp_path / "ray", tmp_path / "local")
+
+
+# --- actors that die
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from strategies import PisaClient
+
+HERE = Path(__file__).parent
+
+
+def first_time(name):
+    try:
+        (HERE / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+class Killed(PisaClient):
+    def solve(self, cohort, instruction, state):
+        (HERE / f"pid-{os.getpid()}").touch()
+        update = super().solve(cohort, instruction, state)
+        if cohort.clients == [4] and instruction.config["server-round"] == 4 and first_time("killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update
+
+
+class KilledTwice(PisaClient):
+    def solve(self, cohort, instruction, state):
+        if cohort.clients == [4] and instruction.config["server-round"] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().solve(cohort, instruction, state)
+"""
+
+
+def test_no_client_is_lost_when_actors_are_killed(
+    two_processors, tmp_path, monkeypatch, own_module, caplog, capfd
+):
+    """One between two rounds, one in the middle of a client's solution."""
+    run(tmp_path / "local")
+    capfd.readouterr()
+
+    def kill_one():
+        pid = min(int(path.name.removeprefix("pid-")) for path in (tmp_path / "mine").glob("pid-*"))
+        os.kill(pid, signal.SIGKILL)
+
+    after_round(monkeypatch, 2, kill_one)
+    run(tmp_path / "ray", *RAY, f"strategy.client._target_={own_module(KILLED)}.Killed")
+    assert len(list((tmp_path / "mine").glob("pid-*"))) == 4
+    assert [line["clients_failed"] for line in metrics_of(tmp_path / "ray")] == [0] * 6
+    # those who lost their state were asked twice, so more was sent
+    counted = [{k: v for k, v in m.items() if k != "bytes_down"} for m in metrics_of(tmp_path / "ray")]
+    undisturbed = [{k: v for k, v in m.items() if k != "bytes_down"} for m in metrics_of(tmp_path / "local")]
+    assert counted == undisturbed
+    assert weights_of(tmp_path / "ray") == weights_of(tmp_path / "local")
+    between, within = (record.getMessage() for record in caplog.records)
+    numbers = {
+        f"the actor of clients {', '.join(map(str, range(n, 10, 2)))} ended (its process died) and was replaced"
+        for n in (0, 1)
+    }
+    assert between in numbers
+    assert within == min(numbers)  # client 4 is an even one
+    assert_not_rays_words(caplog.text, *capfd.readouterr())
+
+
+def test_a_client_that_kills_every_actor_is_left_out_alone(
+    two_processors, tmp_path, own_module, caplog, capfd
+):
+    run(tmp_path, *RAY, "rounds=2", f"strategy.client._target_={own_module(KILLED)}.KilledTwice")
+    assert [(m["clients_ok"], m["clients_failed"]) for m in metrics_of(tmp_path)[1:]] == [(9, 1), (10, 0)]
+    reason = "its actor ended a second time: its process died"
+    assert lines_of(tmp_path / "failures.jsonl") == [{"round": 1, "client": 4, "reason": reason}]
+    assert_not_rays_words(caplog.text, *capfd.readouterr())
+
+
+MACHINES = """
+import logging, sys
+import pisa_fl, pisa_fl.runner
+import pisa_fl.engines.ray_actors  # settles what Ray prints, before it is imported
+import ray
+from ray.cluster_utils import Cluster
+
+logging.basicConfig(level=logging.WARNING, format="%(name)s %(message)s")
+quickly = {f"health_check_{key}": value for key, value in
+           {"initial_delay_ms": 0, "period_ms": 200, "timeout_ms": 2000, "failure_threshold": 5}.items()}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": quickly})
+other = cluster.add_node(num_cpus=1)
+show = pisa_fl.runner.Display.show
+
+def show_and_lose(display, metrics):
+    show(display, metrics)
+    if metrics["round"] == 2:
+        cluster.remove_node(other, allow_graceful=False)
+
+pisa_fl.runner.Display.show = show_and_lose
+config = pisa_fl.compose(*sys.argv[1:], "engine=ray", f"engine.address={cluster.address}")
+pisa_fl.run(config, "run")
+ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+print("still there", ray.get(ray.remote(lambda: 6 * 7).remote()))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_the_clients_of_a_lost_machine_move_to_the_others(tmp_path):
+    """A cluster of two machines with a processor each, that was there before and is there afterwards."""
+    line = [sys.executable, "-c", MACHINES, *COMMON, "round_timeout=60"]
+    ended = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "still there 42" in ended.stdout
+    mine = [line for line in ended.stderr.splitlines() if line.startswith("pisa_fl")]
+    assert "no machine is left for the actor of clients" in mine[-1]
+    assert [line["clients_failed"] for line in metrics_of(tmp_path / "run")] == [0] * 6
+    run(tmp_path / "local")
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "local")
+
+
+# --- clients that err, and clients that are slow
+
+FAILING = """
+from strategies import PisaClient
+
+
+class Failing(PisaClient):
+    def solve(self, cohort, instruction, state):
+        if instruction.config["server-round"] in (2, 3) and cohort.clients == [5]:
+            raise ArithmeticError("no such thing")
+        return super().solve(cohort, instruction, state)
+"""
+
+
+def test_a_clients_error_is_reported_once_with_its_own_traceback(
+    two_processors, tmp_path, own_module, caplog, capfd
+):
+    run(tmp_path, *RAY, f"strategy.client._target_={own_module(FAILING)}.Failing")
+    first, second = lines_of(tmp_path / "failures.jsonl")
+    traceback = first.pop("traceback")
+    assert first == {"round": 2, "client": 5, "reason": "ArithmeticError: no such thing"}
+    assert second == first | {"round": 3}
+    assert 'raise ArithmeticError("no such thing")' in traceback
+    assert [line["clients_failed"] for line in metrics_of(tmp_path)] == [0, 0, 1, 1, 0, 0]
+    assert len(caplog.records) == 2
+    assert_not_rays_words(traceback, caplog.text, *capfd.readouterr())
+
+
+SLOW = """
+import time
+from pathlib import Path
+from strategies import PisaClient
+
+HERE = Path(__file__).parent
+
+
+class Slow(PisaClient):
+    def solve(self, cohort, instruction, state):
+        (client,), number = cohort.clients, instruction.config["server-round"]
+        (HERE / f"solved-{number}-{client}").touch()
+        while (client, number) == (4, 2) and not (HERE / "go-on").exists():
+            time.sleep(0.01)
+        return super().solve(cohort, instruction, state)
+"""
+
+
+def test_late_replies_count_as_none(two_processors, tmp_path, monkeypatch, own_module):
+    """The actor of the even clients works on client 4 for two rounds: 0 and 2 have answered in the first of them."""
+    late = {2: (4, 6, 8), 3: (0, 2, 4, 6, 8)}
+    rounds, limits = iter(range(1, 6)), iter([None, 6, 6, None, None])
+    deliver, deliver_late = LocalGrid.deliver, RayGrid.deliver
+
+    def lose_some(grid, messages, timeout):
+        lost = late.get(next(rounds), ())
+        return [r for r in deliver(grid, messages, timeout) if r.metadata.src_node_id not in lost]
+
+    monkeypatch.setattr(LocalGrid, "deliver", lose_some)
+    run(tmp_path / "local", "strategy=sisa_official")
+
+    monkeypatch.setattr(RayGrid, "deliver", lambda grid, sent, _: deliver_late(grid, sent, next(limits)))
+    after_round(monkeypatch, 3, (tmp_path / "mine" / "go-on").touch)
+    slow = f"strategy.client._target_={own_module(SLOW)}.Slow"
+    run(tmp_path / "ray", *RAY, "strategy=sisa_official", slow)
+    assert lines_of(tmp_path / "ray" / "failures.jsonl") == [
+        {"round": number, "client": client, "reason": "no reply"}
+        for number in late
+        for client in late[number]
+    ]
+    assert_same_run(tmp_path / "ray", tmp_path / "local")
+    # the round that was over when the actor had time again was spared it
+    solved = {path.name for path in (tmp_path / "mine").glob("solved-*")}
+    even = {f"solved-3-{client}" for client in late[3]}
+    assert solved == {f"solved-{n}-{c}" for n in range(1, 6) for c in range(10)} - even
+
+
+# --- starting and ending
+
+SLOWLY = """
+import time
+from pisa_fl.cli import main
+from pisa_fl import runner
+show = runner.Display.show
+runner.Display.show = lambda display, metrics: (show(display, metrics), time.sleep(0.5))
+main.main()
+"""  # the command, with half a second a round for the signal to arrive in
+
+
+def group_members(group):
+    """Processes of a group that still run, each with its whole command line, however wide the terminal."""
+    listed = subprocess.run(
+        ["ps", "-ww", "-eo", "pgid,stat,args"], capture_output=True, text=True, check=True
+    )
+    rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()[1:]]
+    return [args for pgid, stat, args in rows if int(pgid) == group and not stat.startswith("Z")]
+
+
+def test_ctrl_c_reaches_every_process_and_leaves_a_checkpoint_and_nobody(tmp_path):
+    """A terminal sends it to the command and to the Ray that the command started."""
+    arguments = [*COMMON, "engine=ray", "rounds=60", "hydra.run.dir=run"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") > 2):
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+    members = group_members(process.pid)
+    assert any("raylet" in line for line in members), members
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    stopped = len(metrics_of(tmp_path / "run")) - 1
+    assert 2 <= stopped < 60
+    assert err == (
+        f"pisa-fl: stopped after round {stopped} of 60; go on with: pisa-fl resume={tmp_path / 'run'}\n"
+    )
+    assert process.returncode == 130
+    assert [line["clients_failed"] for line in metrics_of(tmp_path / "run")] == [0] * (stopped + 1)
+    deadline = time.monotonic() + 60
+    while (left := group_members(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("engine.actors=0", "engine.actors must be a whole number of at least 1 or auto, got 0"),
+        ("engine.actors=many", "engine.actors must be a whole number of at least 1 or auto, got many"),
+        ("engine.actors=3", "engine.actors=3: Ray has room for 2 actors"),
+        ("engine.cpus=4", "engine.actors=auto: Ray has room for 0 actors of engine.cpus=4"),
+        ("engine.gpus=1", "room for 0 actors of engine.cpus=1 and engine.gpus=1"),
+        ("engine.cpus=0", "engine.cpus must be a whole number or a share of one, got 0"),
+        ("engine.gpus=1.5", "engine.gpus must be a whole number or a share of one, got 1.5"),
+        ("engine.cpus=x", "engine.cpus must be a number, got x"),
+    ],
+)
+def test_impossible_actors(two_processors, tmp_path, override, words):
+    with pytest.raises(ConfigurationError) as refused:
+        run(tmp_path / "run", "engine=ray", override)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+    assert ray.is_initialized()
+
+
+def test_a_gpu_is_needed_for_cuda(two_processors):
+    def on_a_gpu(clients):
+        return RayGrid(replace(clients, device=torch.device("cuda")))
+
+    with pytest.raises(ConfigurationError, match=r"device=cuda needs one: set engine.gpus"):
+        pisa_fl.prepare(pisa_fl.compose(*COMMON), on_a_gpu)
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("nonsense", "engine.address must be null, auto or host:port, got nonsense"),
+        ("127.0.0.1:{port}", "engine.address=127.0.0.1:{port}: nothing answers there: start a cluster by"),
+        ("127.0.0.1:99999", "engine.address=127.0.0.1:99999: nothing answers there"),
+    ],
+)
+def test_a_cluster_that_is_not_there(address, words):
+    port = free_port()
+    with pytest.raises(ConfigurationError) as refused:
+        start_ray(address.format(port=port))
+    assert str(refused.value).startswith(words.format(port=port))
+
+
+def test_without_ray_one_sentence_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "pisa_fl.engines.ray_actors")
+    monkeypatch.delattr(pisa_fl.engines, "ray_actors")
+    with pytest.raises(ConfigurationError) as refused:
+        run(tmp_path / "run", "engine=ray")
+    assert str(refused.value) == "engine=ray needs Ray: pip install 'pisa-fl[ray]'"
+
+
+UNFIT = f"""
+import os, threading
+from strategies import PisaClient
+
+if os.getpid() != {os.getpid()}:
+    raise ImportError("only where it was written")
+
+
+class Elsewhere(PisaClient):
+    pass
+
+
+class Locked(PisaClient):
+    def __init__(self, layout, **options):
+        super().__init__(layout, **options)
+        self.lock = threading.Lock()
+"""
+
+
+@pytest.mark.parametrize(
+    ("half", "words"),
+    [
+        ("Locked", "engine=ray sends the clients to other processes: cannot pickle '_thread.lock' object"),
+        ("Elsewhere", "engine=ray: an actor cannot start: ImportError: only where it was written"),
+    ],
+)
+def test_clients_that_cannot_live_in_another_process(
+    two_processors, tmp_path, own_module, half, words, capfd
+):
+    with pytest.raises(ConfigurationError) as refused:
+        run(tmp_path / "run", *RAY, f"strategy.client._target_={own_module(UNFIT)}.{half}")
+    assert str(refused.value) == words
+    assert_not_rays_words(*capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "expected"),
+    [(1, 0, 24), (0.1, 0, 240), (3, 0, 7), (1, 1, 5), (1, 0.4, 10), (1, 0.1, 24), (1, 2, 2), (8, 0.5, 3)],
+)
+def test_the_room_that_machines_have(cpus, gpus, expected):
+    machines = [
+        {"Alive": True, "Resources": {"CPU": 16.0, "GPU": 4.0}},
+        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+        {"Alive": True, "Resources": {"memory": 1e9}},
+    ]
+    assert room(machines, cpus, gpus) == expected

@@ -1,0 +1,94 @@
+"""Two wires, one path: who takes the primal and dual step does not matter; and what the messages then hold."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from quadratics import EXAMPLES, LAYOUT, PRECONDITIONERS, Quadratics, pisa_bench, solving
+
+AUTOMATIC = {"sigma": None, "rho": None}
+VECTOR = 4 * LAYOUT.size + 128
+"""Bytes of a vector of the model's size, with NumPy's header."""
+
+
+@pytest.mark.parametrize("penalty", [AUTOMATIC, {}], ids=["automatic", "by hand"])
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("consensus", ["all", "fresh"])
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+def test_both_wires_take_the_same_path(preconditioner, consensus, lag, penalty):
+    options = {"lag": lag, "consensus": consensus, "cohort": 1, "align_every": 2, "bound": 0.5, **penalty}
+    problem = Quadratics.draw(seed=3)
+    primal, gradient = (
+        pisa_bench(preconditioner, wire=wire, lambda_=0.2, **options) for wire in ("primal", "gradient")
+    )
+    with solving(problem):
+        for number in range(9):
+            lost = {1: {1}, 4: {0, 2}, 5: {3}}.get(number, ())
+            for bench in (primal, gradient):
+                bench.round(lost=lost)
+            assert torch.equal(primal.consensus, gradient.consensus), number
+    for client in range(len(EXAMPLES)):
+        assert torch.equal(primal.strategy.ledger.dual(client), gradient.strategy.ledger.dual(client))
+    assert primal.consensus.norm() > 0.1
+
+
+@pytest.mark.parametrize("consensus", ["all", "fresh"])
+def test_one_vector_each_way_and_no_state(consensus):
+    bench = pisa_bench("kronecker", wire="gradient", lag=0, consensus=consensus, **AUTOMATIC)
+    with solving(Quadratics.draw()):
+        for _ in range(5):
+            bench.round()
+    traffic = bench.gateway.traffic
+    assert traffic.bytes_up == traffic.bytes_down == 5 * len(EXAMPLES) * VECTOR
+    assert traffic.differentiated == 5 * len(EXAMPLES)
+    assert bench.half.state_sizes() == {}
+    assert all(not state.accepted and not state.pending for state in bench.host.states.values())
+
+
+def test_the_primal_wire_asks_first_for_a_q_of_this_round():
+    bench = pisa_bench("kronecker", wire="primal", lag=0, **AUTOMATIC)
+    with solving(Quadratics.draw()):
+        for _ in range(3):
+            bench.round()
+            traffic = bench.gateway.traffic
+            assert (traffic.clients_ok, traffic.clients_failed) == (len(EXAMPLES), 0)
+            assert traffic.examples == sum(EXAMPLES)
+    # the gradient twice, of which the first is sent, and w_i
+    assert traffic.differentiated == 2 * 3 * len(EXAMPLES)
+    assert traffic.bytes_up == 2 * 3 * len(EXAMPLES) * VECTOR
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({}, "gradient"),
+        ({"local_steps": 2}, "primal"),
+        ({"align_every": 0}, "primal"),
+        ({"align_every": 3}, "gradient"),
+    ],
+)
+def test_the_gradient_is_sent_where_that_is_possible(options, chosen):
+    assert pisa_bench("second moment", wire="auto", **options).half.by_gradient == (chosen == "gradient")
+    with nullcontext() if chosen == "gradient" else pytest.raises(ValueError, match="wire=gradient needs"):
+        pisa_bench("second moment", wire="gradient", **options)
+
+
+def test_without_a_q_of_its_own_no_alignment_is_needed():
+    assert pisa_bench("identity", 0, wire="auto").half.by_gradient
+
+
+def test_a_gradient_out_of_all_proportion_is_refused():
+    bench = pisa_bench("kronecker", wire="gradient", lag=0, cohort=1, **AUTOMATIC)
+    problem = Quadratics.draw()
+    wild = Quadratics(problem.a, problem.b.clone())
+    wild.b[1] *= 1e4
+    bench.gateway._max_update = 20.0
+    with solving(problem):
+        bench.round()
+    before = bench.consensus
+    with solving(wild), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pisa_fl.server.gateway.COMPARED", 3)
+        bench.round()
+    assert bench.gateway.traffic.clients_failed == 1
+    assert "times as long as the round's median" in bench.gateway.failures[0].reason
+    assert (bench.consensus - before).norm() < 1
