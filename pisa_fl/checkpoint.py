@@ -18,9 +18,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-from flwr.serverapp.strategy import Strategy
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -134,8 +131,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def _write_all(federation: Federation, folder: Path) -> None:
     """Write a checkpoint's files."""
-    tensors, numbers = strategy_state(federation.strategy)
-    server = {f"strategy.{name}": value for name, value in tensors.items()}
+    server = {
+        f"strategy.{name}": value.contiguous() for name, value in federation.server.state_dict().items()
+    }
     server |= {f"arrays.{name}": value for name, value in vectors(federation.arrays).items()}
     server["buffers"] = federation.gateway.buffers
     clients: dict[str, Tensor] = {}
@@ -150,7 +148,7 @@ def _write_all(federation: Federation, folder: Path) -> None:
         "round": federation.round,
         "seconds": federation.seconds,
         "traffic": asdict(federation.gateway.traffic),
-        "strategy": numbers,
+        "accepted": federation.gateway.accepted,
         "clients": rounds,
     }
     _write(folder, "server", server)
@@ -192,50 +190,11 @@ def _restore(federation: Federation, folder: Path) -> None:
     weights = vectors(arrays)[WEIGHTS], vectors(federation.arrays)[WEIGHTS]
     if weights[0].shape != weights[1].shape or buffers.shape != federation.gateway.buffers.shape:
         raise ValueError("it is of another model")
-    load_strategy_state(federation.strategy, _part(server, "strategy"), state["strategy"])
+    federation.server.load_state_dict(_part(server, "strategy"))
+    federation.gateway.accepted = {int(client): last for client, last in state["accepted"].items()}
     federation.arrays, federation.gateway.buffers, federation.gateway.traffic = arrays, buffers, traffic
     federation.round, federation.seconds = round_number, seconds
     federation.grid.restore(states)
-
-
-def strategy_state(strategy: Strategy) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What a strategy remembers, as tensors and numbers.
-
-    A strategy with a `state_dict` says so itself. For the others, Flower's among them, it is those attributes
-    that are numbers, arrays, or dictionaries of arrays.
-    """
-    if hasattr(strategy, "state_dict"):
-        return {name: value.contiguous() for name, value in strategy.state_dict().items()}, {}
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, float] = {}
-    for name, value in vars(strategy).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            numbers[name] = value
-        elif isinstance(value, np.ndarray):
-            tensors[name] = torch.tensor(value)
-        elif isinstance(value, dict) and value and all(isinstance(v, np.ndarray) for v in value.values()):
-            tensors |= {f"{name}/{key}": torch.tensor(v) for key, v in value.items()}
-    return tensors, numbers
-
-
-def load_strategy_state(
-    strategy: Strategy, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]
-) -> None:
-    """Give a strategy back what `strategy_state` took."""
-    if hasattr(strategy, "load_state_dict"):
-        strategy.load_state_dict(tensors)
-        return
-    for name, number in numbers.items():
-        setattr(strategy, name, number)
-    tables: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in tensors.items():
-        attribute, slash, key = name.partition("/")
-        if slash:
-            tables.setdefault(attribute, {})[key] = tensor.numpy()
-        else:
-            setattr(strategy, attribute, tensor.numpy())
-    for attribute, table in tables.items():
-        setattr(strategy, attribute, table)
 
 
 def _write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ from pisa_fl.engines.base import ClientGrid
 from pisa_fl.engines.local import local_engine
 from pisa_fl.randomness import global_generators, numpy_generator
 from pisa_fl.results.run_directory import Metrics
+from pisa_fl.server.flowers_own import server_half
 from pisa_fl.server.gateway import Gateway
 from pisa_fl.system.surroundings import own_surroundings
 from strategies import ClientHalf
@@ -103,6 +104,7 @@ class Federation:
         max_update: How many times as long as the round's median a client's update may be; None: as long as it likes.
 
     Attributes:
+        server: The server half, in the form in which it says what it keeps.
         identity: What the run's bits follow from (`pisa_fl.identity`); empty for a federation from objects.
     """
 
@@ -139,10 +141,10 @@ class Federation:
         findings = parts.findings
         self.grid = engine(parts)
         self.model = FlatModel(model, device, findings=findings)
-        supply, length = getattr(strategy, "supply", None), getattr(strategy, "length", None)
+        self.server = server_half(strategy)
         buffers = self.model.buffers.cpu()
         self.gateway = Gateway(
-            *(self.grid, half, buffers, seed, participation, supply, max_update, length, round_timeout)
+            *(self.grid, half, buffers, seed, participation, self.server, max_update, round_timeout)
         )
         if not self.grid.elsewhere:  # else they are looked for
             self.gateway.traffic.clients_reachable = self.clients
@@ -220,7 +222,7 @@ class Federation:
             raise
         before = _attributes(self.strategy)
         try:
-            arrays, metrics = self.strategy.aggregate_train(number, replies)
+            arrays, metrics = self.server.aggregate_train(number, replies)
             # Flower's adaptive servers answer in float64
             kept = self.arrays if arrays is None else record(vectors(arrays))
             if wrong := out_of_range(vectors(kept) | {BUFFERS: self.gateway.buffers}):
@@ -233,6 +235,7 @@ class Federation:
                 f"round {number} gave values that are not finite or beyond {LARGEST:g} ({error}) and was undone:"
                 " lower strategy.lr, or raise sigma and rho where they are set by hand"
             ) from error
+        self.gateway.commit()
         self.arrays = kept
         self._evaluate_on_clients(number)
         self.round, self.whole = number, True
@@ -247,7 +250,7 @@ class Federation:
             replies: list[Message] = []
             reachable = len(gateway.get_node_ids())
             if reachable >= self._min_clients:
-                messages = self.strategy.configure_train(number, self.arrays, ConfigRecord(), gateway)
+                messages = self.server.configure_train(number, self.arrays, ConfigRecord(), gateway)
                 replies = gateway.send_and_receive(messages, timeout=self._round_timeout)
             reason = self._shortage(reachable, number)
             if reason is None:
@@ -276,9 +279,9 @@ class Federation:
 
     def _evaluate_on_clients(self, number: int) -> None:
         """Flower's own evaluation, for a strategy that asks for it."""
-        messages = list(self.strategy.configure_evaluate(number, self.arrays, ConfigRecord(), self.gateway))
+        messages = list(self.server.configure_evaluate(number, self.arrays, ConfigRecord(), self.gateway))
         if messages:
-            self.strategy.aggregate_evaluate(number, self.gateway.send_and_receive(messages))
+            self.server.aggregate_evaluate(number, self.gateway.send_and_receive(messages))
 
     @own_surroundings()
     def _metrics(self, reported: Mapping[str, Any]) -> Metrics:

@@ -141,13 +141,13 @@ class Solver:
         )
         state = {
             name: torch.stack([self._vector(held, name, size) for held in job.state])
-            for name, size in self.half.state_sizes().items()
+            for name, size in self.half.kept_sizes().items()
         }
         # dropout and its like draw from PyTorch's global generators: give them an address of their own
         seed = torch_seed(self._seed, "model", round_number, job.clients[0])
         with global_generators(seed, self.model.device):
             update = self.half.solve(cohort, self._instruction_of(job), state)
-        answered = dict(update.arrays)
+        answered, kept = self.half.sending(update, state)
         if self.model.buffer_layout.size:
             answered[BUFFERS] = cohort.buffers
         losses = update.loss.tolist()
@@ -157,18 +157,19 @@ class Solver:
                 EXAMPLES: len(self.clients[client]),
                 LOSS: losses[row],
                 DIFFERENTIATED: cohort.differentiated[row],
+                **{name: float(own[row]) for name, own in update.numbers.items()},
             }
             for row, client in enumerate(job.clients)
         ]
         arrays = {name: sendable(stack) for name, stack in answered.items()}
-        rows = [{name: stack[row] for name, stack in update.state.items()} for row in range(len(job.clients))]
+        rows = [{name: stack[row] for name, stack in kept.items()} for row in range(len(job.clients))]
         if len(rows) > 1:  # a row of many would keep them all in memory
             rows = [{name: vector.clone() for name, vector in row.items()} for row in rows]
         norms = {name: [_norm(row) for row in stack] for name, stack in arrays.items()}
         if WEIGHTS in arrays:
             start = job.arrays[WEIGHTS].cpu()
             norms[MOVED] = [math.sqrt(gap @ gap) for gap in (row - start for row in arrays[WEIGHTS])]
-        return Outcome(metrics, arrays, rows if update.state else (), norms)
+        return Outcome(metrics, arrays, rows if kept else (), norms)
 
     def _evaluate(self, job: Job) -> Outcome:
         """Loss and accuracy of the sent weights; of the test set, parts to be put together."""
@@ -200,13 +201,13 @@ class Solver:
         return sum(len(self.clients[client]) for client in job.clients)
 
     def _instruction_of(self, job: Job) -> Instruction:
-        """The very same object for the jobs of one instruction: client halves may compute something from it once."""
+        """What the client half prepared is made once for the jobs of one instruction."""
         if self._last is not None:
             arrays, instruction = self._last
             if arrays is job.arrays and instruction.config == job.config:
                 return instruction
         own = {name: array for name, array in job.arrays.items() if name != BUFFERS}
-        self._last = job.arrays, Instruction(own, job.config)
+        self._last = job.arrays, Instruction(own, job.config, self.half.prepare(own, job.config))
         return self._last[1]
 
     def _vector(self, held: Mapping[str, Tensor], name: str, size: int) -> Tensor:

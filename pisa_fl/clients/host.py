@@ -372,7 +372,7 @@ class ClientHost:
         if type(accepted) is not int or not 0 <= accepted < round_number:
             raise InstructionError(f"{ACCEPTED} is {accepted!r} in round {round_number}")
         if STATE in content.array_records:
-            supplied, sizes = content.array_records[STATE], self._half.state_sizes()
+            supplied, sizes = content.array_records[STATE], self._half.kept_sizes()
             expected = {name: Field(sizes[name]) for name in supplied if name in sizes}
             if reason := fault(supplied, expected) if expected else "a state without vectors":
                 raise InstructionError(reason)

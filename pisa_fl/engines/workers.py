@@ -170,7 +170,7 @@ class Workers:
 
     def __init__(self, solver: Solver, count: int, on_disk: bool = False) -> None:
         self._solver, self._count, self._on_disk = solver, count, on_disk
-        self._slots = Slots(solver.clients, solver.half.state_sizes(), on_disk)
+        self._slots = Slots(solver.clients, solver.half.kept_sizes(), on_disk)
         self._exchange = torch.empty(0)
         self._workers: list[_Worker] = []
         self._serial = 0
@@ -271,7 +271,7 @@ class Workers:
         return light
 
     def _width(self, job: Job) -> int:
-        fields = self._solver.half.reply_fields(job.config)
+        fields = self._solver.half.sent_fields(job.config)
         return sum(field.size for field in fields.values()) + self._solver.model.buffer_layout.size
 
     def _cut(self, waiting: list[int], examples: Sequence[int], alone: bool) -> list[int]:

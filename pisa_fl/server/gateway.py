@@ -1,12 +1,12 @@
 """The gateway: every message between a server half and its clients passes here.
 
-Six things that every strategy needs, and that therefore none should do itself: the clients of a round are
-drawn by client number from the run's seed; replies are checked before the strategy sees them, and refused if
-they are not what was asked for, and asked for now, or if their update is out of all proportion to the others';
-replies are put in the order of the clients, so that sums do not depend on who answered first; a client that lost
-its state is supplied from the strategy's ledger, if it has one, and asked again; payload, examples and failures
-are counted; and a model's running statistics (BatchNorm), which are no optimisation variables, are sent along and
-averaged by examples, so that no server half has to know them.
+What every strategy needs, and therefore none should do itself: the clients of a round are drawn by client number
+from the run's seed; replies are checked before the strategy sees them, and refused if they are not what was asked for,
+and asked for now, or if their update is out of all proportion to the others'; what was done to an update on its way is
+undone; replies are put in the order of the clients, so that sums do not depend on who answered first; every client that
+remembers something is told which of its replies was accepted last, one that lost it is supplied by the strategy, or
+begins anew, and is asked again; payload, examples and failures are counted; and a model's running statistics
+(BatchNorm), which are no optimisation variables, are sent along and averaged by examples.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,8 +28,10 @@ from pisa_fl.engines.base import ClientGrid, TurnedAway
 from pisa_fl.randomness import numpy_generator
 from strategies.base.client import ClientHalf
 from strategies.base.messages import (
+    ACCEPTED,
     ARRAYS,
     BUFFERS,
+    CONFIG,
     DIFFERENTIATED,
     EXAMPLES,
     LARGEST,
@@ -54,6 +56,7 @@ from strategies.base.messages import (
     tensor,
     vectors,
 )
+from strategies.base.server import ServerHalf
 
 log = logging.getLogger(__name__)
 
@@ -122,15 +125,15 @@ class Gateway(Grid):
         buffers: The model's running statistics, (b,), empty for a model without.
         seed: Seed of the run.
         participation: Share of the clients that takes part in a round, in (0, 1].
-        supply: The state of a client that lost it, or None if the server has none; as `Pisa.supply`.
+        server: The server half, which knows what clients that lost their state are to go on from.
         max_update: How many times as long as the median an update |w_i - w| may be, with `COMPARED` replies or more;
             None: as long as it likes.
-        length: How long an update is that says no weights; as `Pisa.length`.
         timeout: Seconds that an exchange waits for replies if it does not say; None: without end.
 
     Attributes:
         failures: Of the present round.
         turned_away: All who were, so far.
+        accepted: Client number -> round of its last reply that was accepted, for clients that remember something.
 
     Raises:
         ValueError: max_update is impossible.
@@ -143,9 +146,8 @@ class Gateway(Grid):
         buffers: Tensor,
         seed: int,
         participation: float,
-        supply: Callable[[int], ArrayRecord | None] | None = None,
+        server: ServerHalf | None = None,
         max_update: float | None = None,
-        length: Callable[[int, ArrayRecord], float | None] | None = None,
         timeout: float | None = None,
     ) -> None:
         number = isinstance(max_update, int | float) and not isinstance(max_update, bool)
@@ -156,8 +158,10 @@ class Gateway(Grid):
         self.failures: list[Failure] = []
         self.turned_away: list[TurnedAway] = []
         self.buffers = buffers
-        self._grid, self._half, self._supply, self._length = grid, half, supply, length
-        self._timeout = timeout
+        self._grid, self._half, self._server, self._timeout = grid, half, server, timeout
+        self.accepted: dict[int, int] = {}
+        self._remembers = bool(half.kept_sizes())
+        self._answered: list[int] = []
         self._seed, self._participation = seed, participation
         self._round = 0
         self._before = (buffers, self.traffic)
@@ -180,13 +184,21 @@ class Gateway(Grid):
         self.traffic.differentiated = self._before[1].differentiated
         self._clear()
 
+    def commit(self) -> None:
+        """The round's replies have been taken in: what those clients remember of it counts from now on."""
+        if self._remembers:
+            self.accepted |= dict.fromkeys(self._answered, self._round)
+        self._answered = []
+
     def undo(self) -> None:
         """Go back to where the round began; its failures are kept."""
+        self._answered = []
         self.buffers, self.traffic = self._before
 
     def _clear(self) -> None:
         self.traffic.clients_ok = self.traffic.clients_failed = self.traffic.silent = 0
         self.traffic.examples, self.traffic.loss_sum = 0, 0.0
+        self._answered = []
         self._nodes = self._draw()
 
     def look(self) -> list[int]:
@@ -217,6 +229,7 @@ class Gateway(Grid):
         timeout = self._timeout if timeout is None else timeout
         sent = {message.metadata.dst_node_id: message for message in messages}
         self._add_buffers(sent.values())
+        self._acknowledge(sent)
         self._asked = {}
         answers = self._exchange(sent, timeout)
         if again := self._with_state(sent, answers):
@@ -224,16 +237,48 @@ class Gateway(Grid):
             answers |= self._exchange(again, timeout)
         accepted = []
         reasons = {node: self._fault(node, sent[node], answers.get(node)) for node in sorted(sent)}
+        sizes = {
+            node: self._receive(sent[node], answers[node]) for node, why in reasons.items() if why is None
+        }
         reasons |= self._too_long(sent, {node: answers[node] for node, why in reasons.items() if why is None})
         for node, reason in reasons.items():
             if sent[node].metadata.message_type == MessageType.TRAIN:
-                self._count(node, answers.get(node), reason, _trains(sent[node]))
+                self._count(node, answers.get(node), reason, _trains(sent[node]), sizes.get(node, 0))
             if node in answers:
                 accepted.append(
                     answers[node] if reason is None else _refusal(sent[node], answers[node], reason)
                 )
         self._take_buffers(accepted, all(map(_trains, sent.values())))
         return accepted
+
+    def _acknowledge(self, sent: Mapping[int, Message]) -> None:
+        """Tell every client that remembers something which of its replies was accepted last; 0: none, begin anew.
+
+        Messages that shared their content and say the same still share it.
+        """
+        if not self._remembers:
+            return
+        contents: dict[tuple[int, int], RecordDict] = {}
+        before = [message.content for message in sent.values()]  # whose identities are in use meanwhile
+        for (node, message), content in zip(sent.items(), before, strict=True):
+            if message.metadata.message_type != MessageType.TRAIN:
+                continue
+            void = self._server is not None and self._server.begins_anew(node)
+            key = id(content), 0 if void else self.accepted.get(node, 0)
+            if key not in contents:
+                said = ConfigRecord({**content.config_records.get(CONFIG, {}), ACCEPTED: key[1]})
+                contents[key] = RecordDict({**content, CONFIG: said})
+            message.content = contents[key]
+
+    def _receive(self, instruction: Message, reply: Message) -> int:
+        """Undo what was done to an update on its way; the bytes that it took."""
+        if instruction.metadata.message_type != MessageType.TRAIN:
+            return 0
+        arrays = arrays_of(reply.content)
+        if self._half.transforms and WEIGHTS in instruction.content.array_records[ARRAYS]:
+            read = {name: tensor(array) for name, array in arrays.items()}
+            reply.content[ARRAYS] = record(self._half.received(read))
+        return payload(arrays)
 
     def _exchange(self, sent: Mapping[int, Message], timeout: float | None) -> dict[int, Message]:
         """The first reply to each message; whatever else comes is refused."""
@@ -257,14 +302,20 @@ class Gateway(Grid):
         return answers
 
     def _with_state(self, sent: Mapping[int, Message], answers: Mapping[int, Message]) -> dict[int, Message]:
-        """Messages for those who lost their state, with the state that the ledger has for them."""
+        """Messages for those who lost their state: with what the server half has for them, or to begin anew."""
         again = {}
         for node, reply in answers.items():
-            if self._supply and reply.has_error() and reply.error.code == STATE_LOST:
-                state = self._supply(node)
+            if self._remembers and reply.has_error() and reply.error.code == STATE_LOST:
+                content = RecordDict({**sent[node].content})
+                state = self._server.supply(node) if self._server else None
                 if state is not None:
-                    content = RecordDict({**sent[node].content, STATE: state})
-                    again[node] = Message(content, node, sent[node].metadata.message_type)
+                    content[STATE] = state
+                else:
+                    content[CONFIG] = ConfigRecord({**config_of(content), ACCEPTED: 0})
+                    log.warning(
+                        "round %d: client %d has lost what it remembered, and begins anew", self._round, node
+                    )
+                again[node] = Message(content, node, sent[node].metadata.message_type)
         return again
 
     def _add_buffers(self, messages: Iterable[Message]) -> None:
@@ -318,7 +369,8 @@ class Gateway(Grid):
         if not train:
             return None
         metrics = metrics_of(content)
-        if set(metrics) != {ROUND, EXAMPLES, LOSS, DIFFERENTIATED}:
+        numbers = self._half.reply_numbers(config_of(instruction.content))
+        if set(metrics) != {ROUND, EXAMPLES, LOSS, DIFFERENTIATED, *numbers}:
             return f"metrics {sorted(metrics)} are not those of a training reply"
         if not all(isinstance(v, int | float) and math.isfinite(v) for v in metrics.values()):
             return f"metrics hold NaN, infinite values or lists: {dict(metrics)}"
@@ -354,7 +406,7 @@ class Gateway(Grid):
 
     def _length_of(self, client: int, arrays: ArrayRecord, start: ArrayRecord) -> float:
         """How long a client's update is."""
-        own = self._length(client, arrays) if self._length else None
+        own = self._server.length(client, arrays) if self._server else None
         return _distance(arrays, start) if own is None else own
 
     def _expected(self, instruction: RecordDict) -> dict[str, Field]:
@@ -362,10 +414,10 @@ class Gateway(Grid):
         arrays = instruction.array_records[ARRAYS]
         if WEIGHTS not in arrays:
             return {name: Field(tuple(a.shape)) for name, a in arrays.items()}
-        fields = self._half.reply_fields(config_of(instruction))
+        fields = self._half.sent_fields(config_of(instruction))
         return fields | ({BUFFERS: averaged(len(self.buffers))} if len(self.buffers) else {})
 
-    def _count(self, client: int, reply: Message | None, reason: str | None, trains: bool) -> None:
+    def _count(self, client: int, reply: Message | None, reason: str | None, trains: bool, size: int) -> None:
         """Add a reply to the counters; one that only measures is no answer of the client's to the round."""
         traffic = self.traffic
         if reply is None or reason is not None:
@@ -375,11 +427,12 @@ class Gateway(Grid):
             return
         metrics = metrics_of(reply.content)
         if trains:
+            self._answered.append(client)
             traffic.clients_ok += 1
             traffic.examples += integer(metrics, EXAMPLES)
             traffic.loss_sum += real(metrics, LOSS) * integer(metrics, EXAMPLES)
         traffic.differentiated += integer(metrics, DIFFERENTIATED)
-        traffic.bytes_up += payload(arrays_of(reply.content))
+        traffic.bytes_up += size
 
     def _refuse(self, client: int, reason: str) -> None:
         """Note a failure, with the traceback of the client's code if it is a new one."""

@@ -9,7 +9,7 @@ messages.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from strategies.base.layout import Layout
 from strategies.base.messages import WEIGHTS, Field
+from strategies.base.transform import Transform
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,12 @@ class Instruction:
     Attributes:
         arrays: Named vectors, the same for every client: `weights` (d,) and what the algorithm adds.
         config: Numbers and texts, the same for every client.
+        common: What the client half made of these two once, for all its clients; see `ClientHalf.prepare`.
     """
 
     arrays: Mapping[str, Tensor]
     config: Mapping[str, Any]
+    common: Any = None
 
 
 @dataclass(frozen=True)
@@ -93,18 +96,22 @@ class Update:
     Attributes:
         arrays: Named vectors with a leading client axis: `weights` (C, d) and what the algorithm adds.
         loss: Training loss of each client, (C,).
-        state: The clients' next state, as `state_sizes` names it, {name: (C, size)}.
+        state: The clients' next state, as `state_sizes` names it, {name: (C, size)}, as a function of the arrays as
+            the server will read them, after whatever is done to them on the way; None for halves without state.
+        numbers: Numbers of the algorithm's own, as `reply_numbers` names them, {name: (C,)}.
     """
 
     arrays: Mapping[str, Tensor]
     loss: Tensor
-    state: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ClientHalf(ABC):
     """The client half of an algorithm: a local solver for a cohort."""
 
     layout: Layout
+    transforms: Sequence[Transform] = ()
 
     def state_sizes(self) -> dict[str, int]:
         """Vectors that a client keeps between rounds -> their lengths. They start as zeros."""
@@ -115,8 +122,55 @@ class ClientHalf(ABC):
         return {WEIGHTS: Field(self.layout.size)}
 
     def reply_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
-        """Arrays that a reply to an instruction must hold; anything else is refused by the server."""
+        """Arrays of an update, as the server half reads them."""
         return {WEIGHTS: Field(self.layout.size)}
+
+    def reply_numbers(self, config: Mapping[str, Any]) -> Collection[str]:
+        """Numbers of the algorithm's own in an update."""
+        return ()
+
+    def kept_sizes(self) -> dict[str, int]:
+        """All that a client keeps between rounds: the algorithm's state, and that of the transforms."""
+        sizes = self.state_sizes()
+        for transform in self.transforms:
+            sizes |= transform.state_sizes()
+        return sizes
+
+    def sent_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
+        """Arrays that a reply to an instruction must hold; anything else is refused by the server."""
+        fields = self.reply_fields(config)
+        for transform in self.transforms:
+            fields = transform.fields(fields)
+        return fields
+
+    def received(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The arrays of an update that was sent, (..., size)."""
+        read = dict(arrays)
+        for transform in reversed(self.transforms):
+            read = transform.receive(read)
+        return read
+
+    def sending(
+        self, update: Update, state: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The arrays of an update as they are sent, and what the clients remember if the server accepts them.
+
+        Args:
+            update: What `solve` gave.
+            state: What the clients remember now, {name: (C, size)}.
+        """
+        sent = dict(update.arrays)
+        kept: dict[str, Tensor] = {}
+        for transform in self.transforms:
+            sent, own = transform.send(sent, state)
+            kept |= own
+        if update.state is not None:
+            kept |= update.state(self.received(sent))
+        return sent, kept
+
+    def prepare(self, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Any:
+        """What all clients would compute alike from an instruction: done once, kept for as long as it is in hand."""
+        return None
 
     @abstractmethod
     def solve(self, cohort: Cohort, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
@@ -17,20 +16,7 @@ from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
 from strategies.pisa.wire import DUAL, Wire, by_gradient, check_alignment, check_lag, measures
 from strategies.preconditioners import Preconditioner
-from strategies.transforms.compression import ERROR, chosen, with_feedback
-
-
-@dataclass(frozen=True)
-class _Common:
-    """What clients have in common in a round.
-
-    Attributes:
-        instruction: What it was made of.
-        step: The step with the common Q and penalty; None without a common Q, or if nothing was observed of it yet.
-    """
-
-    instruction: Instruction
-    step: PrimalStep | None
+from strategies.transforms.compression import compression as compression_of
 
 
 class PisaClient(ClientHalf):
@@ -46,8 +32,8 @@ class PisaClient(ClientHalf):
             mean gradients (the authors' federated code); `batch`: of one mini-batch a step.
         lag: As the server's.
         wire: As the server's.
-        compression: As the server's.
-        keep: As the server's.
+        compression: How gradients are sent: `none`, as they are, or in fewer bytes as `bfloat16`, `int8` or `topk`.
+        keep: Share of the elements that `topk` sends.
 
     Raises:
         ValueError: A value is outside its range, the automatic penalty is asked for without alignment, or the wire
@@ -74,14 +60,13 @@ class PisaClient(ClientHalf):
         self.layout, self.preconditioner, self.penalty = layout, preconditioner(layout), penalty
         self.align_every, self.local_steps, self.gradient, self.lag = align_every, local_steps, gradient, lag
         self.by_gradient = by_gradient(wire, align_every, local_steps, self.preconditioner)
-        self.compression = chosen(compression, keep, layout, self.by_gradient)
-        self._common: _Common | None = None
+        self.transforms = compression_of(compression, keep, layout, self.by_gradient)
         check_alignment(align_every, penalty, self.preconditioner)
 
     def state_sizes(self) -> dict[str, int]:
-        """The dual and, unaligned, the client's own Q; if it only sends gradients, what was left out of them."""
+        """The dual and, unaligned, the client's own Q; nothing if it only sends gradients."""
         if self.by_gradient:
-            return {ERROR: self.layout.size} if self.compression else {}
+            return {}
         own = {} if self.align_every else self.preconditioner.state_fields()
         return {DUAL: self.layout.size} | {name: field.size for name, field in own.items()}
 
@@ -93,7 +78,7 @@ class PisaClient(ClientHalf):
     def reply_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
         """The gradient; or the weights, of which the dual is made, and the statistic in rounds that measure."""
         if self.by_gradient:
-            return self.compression.fields() if self.compression else {GRADIENT: squared(self.layout.size)}
+            return {GRADIENT: squared(self.layout.size)}
         if config.get(MEASURE):
             return self.preconditioner.statistic_fields()
         fields = {WEIGHTS: squared(self.layout.size)}
@@ -101,28 +86,35 @@ class PisaClient(ClientHalf):
             fields |= self.preconditioner.statistic_fields()
         return fields
 
+    def prepare(self, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> PrimalStep | None:
+        """The step with the common Q and penalty; None without a common Q, or if nothing was observed of it yet."""
+        own = not self.align_every and self.preconditioner.state_fields()
+        if self.by_gradient or own or config.get(MEASURE):
+            return None
+        held = {name: arrays[name][None] for name in self.preconditioner.solver_fields() if self.align_every}
+        with one_thread():
+            return PrimalStep.of_round(
+                *(self.preconditioner, self.penalty, held, integer(config, ROUND), self.lag),
+                arrays[WEIGHTS].device,
+            )
+
     def solve(self, cohort: Cohort, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """The gradient, or K local steps and the dual step; see the module's equations."""
         consensus, config = instruction.arrays[WEIGHTS], instruction.config
         gradients = self._gradients(cohort)
         gradient, loss = gradients(consensus)
-        if self.compression:
-            sent, error = with_feedback(self.compression, gradient, state[ERROR])
-            return Update(sent, loss, {ERROR: error})
         if self.by_gradient:
             return Update({GRADIENT: gradient}, loss)
         dual = state[DUAL]
         statistic = self.preconditioner.statistic(gradient, gradient + dual)
         if config.get(MEASURE):
-            return Update(statistic, loss, {DUAL: dual})
-        if self._common is None or self._common.instruction is not instruction:
-            self._common = self._prepare(instruction)
-        step = self._common.step
+            return Update(statistic, loss, lambda _: state)
+        step: PrimalStep | None = instruction.common
         measured = self.lag and self._measures(config)
         announced = statistic if measured else {}
         if step is None and self.penalty.sigma is None:
             weights = consensus.repeat(len(cohort.clients), 1)
-            return Update({WEIGHTS: weights} | announced, loss, {DUAL: dual})
+            return Update({WEIGHTS: weights} | announced, loss, lambda _: state)
         if step is None:  # everyone's own Q begins with the gradient at hand, and so does a common one
             held = self.preconditioner.nothing(consensus.device) if self.align_every else state
             step = self._own_step(config, held, gradient, dual)
@@ -133,23 +125,14 @@ class PisaClient(ClientHalf):
                 step = self._own_step(config, step.held, gradient, dual)
             residual = step.residual(gradient, dual) + step.sigma * (weights - consensus)
             weights = weights - step.solve(residual)
-        # the ledger's own operations in their order, so that its dual has the same bits
-        dual = dual + (weights - consensus).mul_(step.sigma)
         kept = {} if self.align_every else dict(step.held)
-        return Update({WEIGHTS: weights} | announced, loss, {DUAL: dual} | kept)
+        sigma = step.sigma
 
-    def _prepare(self, instruction: Instruction) -> _Common:
-        """What all clients compute alike from an instruction."""
-        arrays = instruction.arrays
-        if not self.align_every and self.preconditioner.state_fields():
-            return _Common(instruction, None)
-        held = {name: arrays[name][None] for name in self.preconditioner.solver_fields() if self.align_every}
-        round_number = integer(instruction.config, ROUND)
-        with one_thread():
-            step = PrimalStep.of_round(
-                *(self.preconditioner, self.penalty, held, round_number, self.lag), arrays[WEIGHTS].device
-            )
-        return _Common(instruction, step)
+        def following(sent: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            # the ledger's own operations in their order, so that its dual has the same bits
+            return {DUAL: dual + (sent[WEIGHTS] - consensus).mul_(sigma)} | kept
+
+        return Update({WEIGHTS: weights} | announced, loss, following)
 
     def _own_step(
         self, config: Mapping[str, Any], held: Mapping[str, Tensor], gradient: Tensor, dual: Tensor

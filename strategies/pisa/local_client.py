@@ -79,6 +79,9 @@ class PisaLocalClient(LocalSgd):
         sigma, lr = self.penalty.sigma_at(round_number, None), self.penalty.lr_at(round_number)
         assert sigma is not None
         weights, loss = self.descend(cohort, consensus, lr, float(sigma), state[DUAL])
-        # the ledger's own operations in their order, so that its dual has the same bits
-        dual = state[DUAL] + (weights - consensus).mul_(sigma)
-        return Update({WEIGHTS: weights}, loss, {DUAL: dual})
+
+        def following(sent: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            # the ledger's own operations in their order, so that its dual has the same bits
+            return {DUAL: state[DUAL] + (sent[WEIGHTS] - consensus).mul_(sigma)}
+
+        return Update({WEIGHTS: weights}, loss, following)

@@ -8,13 +8,11 @@ from typing import Any, Literal
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from strategies.base import checks
 from strategies.base.layout import Layout
 from strategies.base.messages import (
-    ACCEPTED,
     ARRAYS,
     CONFIG,
     EXAMPLES,
@@ -32,6 +30,7 @@ from strategies.base.messages import (
     tensor,
     vectors,
 )
+from strategies.base.server import ServerHalf
 from strategies.base.threads import in_threads, one_thread
 from strategies.pisa.bound import bounded
 from strategies.pisa.ledger import Ledger, Observed
@@ -39,10 +38,9 @@ from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
 from strategies.pisa.wire import DUAL, Wire, by_gradient, check_alignment, check_lag, measures
 from strategies.preconditioners import Preconditioner
-from strategies.transforms.compression import ERROR, Compression, chosen
 
 
-class Pisa(Strategy):
+class Pisa(ServerHalf):
     """Server half: the ledger's steps, the consensus, and the clients' common Q.
 
     Args:
@@ -60,8 +58,6 @@ class Pisa(Strategy):
         wire: `primal` or `gradient`; `auto`: `gradient` where that is possible.
         consensus: `all` (the paper) or `fresh`; see `strategies.pisa.ledger`.
         bound: Share of its size by which a tensor may move in a round; None for no bound.
-        compression: How gradients are sent: `none`, as they are, or in fewer bytes as `bfloat16`, `int8` or `topk`.
-        keep: Share of the elements that `topk` sends.
         device: Where Q is kept and solved with; the ledger's rows stay in the CPU's memory.
 
     Raises:
@@ -84,8 +80,6 @@ class Pisa(Strategy):
         wire: Wire = "primal",
         consensus: Literal["all", "fresh"] = "all",
         bound: float | None = None,
-        compression: str = "none",
-        keep: float = 0.1,
         device: torch.device | str = "cpu",
     ) -> None:
         checks.not_negative("lambda", lambda_)
@@ -101,7 +95,6 @@ class Pisa(Strategy):
         self.layout, self.preconditioner, self.penalty = layout, preconditioner(layout), penalty
         self.lambda_, self.align_every, self.lag, self.bound = lambda_, align_every, lag, bound
         self.by_gradient = by_gradient(wire, align_every, local_steps, self.preconditioner)
-        self.compression = chosen(compression, keep, layout, self.by_gradient)
         check_alignment(align_every, penalty, self.preconditioner)
         self.forget_after = forget_after
         statistic = sum(field.size for field in self.preconditioner.statistic_fields().values())
@@ -119,14 +112,11 @@ class Pisa(Strategy):
         sent = vectors(arrays)
         self._consensus, self._asked = sent[WEIGHTS], None
         nodes, said = list(grid.get_node_ids()), dict(config) | {ROUND: server_round}
-        if self.compression:
-            return self._messages(nodes, record(sent), said)
         if self.by_gradient:
-            content = RecordDict({ARRAYS: record(sent), CONFIG: ConfigRecord(said)})
-            return [Message(content, message_type=MessageType.TRAIN, dst_node_id=node) for node in nodes]
+            return _messages(nodes, sent, said)
         shared = self._shared
         if self.lag == 0 and self._measures(server_round):
-            first = self._messages(nodes, record(sent), said | {MEASURE: True})
+            first = _messages(nodes, sent, said | {MEASURE: True})
             answers, examples = self._answers(grid.send_and_receive(first))
             if not answers:
                 return []
@@ -134,19 +124,7 @@ class Pisa(Strategy):
             shared, nodes = self._asked[0], list(answers)
         if self.align_every:
             sent |= {name: shared[name][0].float() for name in self.preconditioner.solver_fields()}
-        return self._messages(nodes, record(sent), said)
-
-    def _messages(self, nodes: Iterable[int], arrays: ArrayRecord, said: Mapping[str, Any]) -> list[Message]:
-        """The same for all nodes but for the round that the ledger last accepted from each."""
-        contents: dict[int, RecordDict] = {}
-        messages = []
-        for node in nodes:
-            accepted = self.ledger.accepted_round(node)
-            if accepted not in contents:
-                config = ConfigRecord(dict(said) | {ACCEPTED: accepted})
-                contents[accepted] = RecordDict({ARRAYS: arrays, CONFIG: config})
-            messages.append(Message(contents[accepted], message_type=MessageType.TRAIN, dst_node_id=node))
-        return messages
+        return _messages(nodes, sent, said)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -203,7 +181,7 @@ class Pisa(Strategy):
         for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
             node = reply.metadata.src_node_id
             if not reply.has_error():
-                answers[node] = _read(arrays_of(reply.content), self.compression)
+                answers[node] = vectors(arrays_of(reply.content))
                 examples[node] = integer(metrics_of(reply.content), EXAMPLES)
         return answers, examples
 
@@ -277,35 +255,20 @@ class Pisa(Strategy):
         return [c for c in known if c not in answers and self.ledger.accepted_round(c) <= last]
 
     def supply(self, client: int) -> ArrayRecord | None:
-        """The dual of a client that lost it, from the ledger; None for a client that has none.
-
-        What compression left out only the client knew: it goes on from zero.
-        """
-        if not self.ledger.accepted_round(client):
+        """The dual of a client that lost it, from the ledger; None for a client that has none."""
+        if self.by_gradient or not self.ledger.accepted_round(client):
             return None
-        if self.compression:
-            return record({ERROR: torch.zeros(self.layout.size)})
         return record({DUAL: self.ledger.dual(client).clone()})
+
+    def begins_anew(self, client: int) -> bool:
+        """Whether the ledger does not know the client, or has forgotten it."""
+        return not self.ledger.accepted_round(client)
 
     def length(self, client: int, arrays: ArrayRecord) -> float | None:
         """Size of a client's residual g_i + pi_i, if a gradient is what it sends; None: look at its weights."""
         if GRADIENT not in arrays:
             return None
-        gradient = _read(arrays, self.compression)[GRADIENT]
-        return float(torch.linalg.vector_norm(gradient + self._dual(client)))
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Ask nothing of the clients: the consensus is evaluated on the server."""
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing was asked."""
-        return None
-
-    def summary(self) -> None:
-        """Say nothing: the run directory holds the configuration."""
+        return float(torch.linalg.vector_norm(tensor(arrays[GRADIENT]) + self._dual(client)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The ledger and the common Q, for a checkpoint."""
@@ -323,8 +286,7 @@ class Pisa(Strategy):
         self._shared = {name: v.to(self.device) for name, v in parts["shared"].items()}
 
 
-def _read(arrays: ArrayRecord, compression: Compression | None) -> dict[str, Tensor]:
-    """The vectors of a reply."""
-    if compression is None:
-        return vectors(arrays)
-    return {GRADIENT: compression.decode({name: tensor(array) for name, array in arrays.items()})}
+def _messages(nodes: Iterable[int], sent: Mapping[str, Tensor], said: Mapping[str, Any]) -> list[Message]:
+    """The same for all nodes."""
+    content = RecordDict({ARRAYS: record(dict(sent)), CONFIG: ConfigRecord(dict(said))})
+    return [Message(content, message_type=MessageType.TRAIN, dst_node_id=node) for node in nodes]

@@ -30,6 +30,7 @@ from torch import Tensor
 from strategies.base import checks
 from strategies.base.layout import Layout
 from strategies.base.messages import GRADIENT, Field, squared
+from strategies.base.transform import Transform
 
 ERROR, SCALE, INDEX = "error", "scale", "index"
 
@@ -149,8 +150,43 @@ def _not_ascending(values: NDArray[Any]) -> str | None:
     return None if (np.diff(values) > 0).all() else "does not ascend, or holds a value twice"
 
 
-def chosen(name: str, keep: float, layout: Layout, by_gradient: bool) -> Compression | None:
-    """The scheme of that name; None: gradients are sent as they are.
+class ErrorFeedback(Transform):
+    """A scheme for the gradient, and the memory of what it leaves out.
+
+    Args:
+        scheme: The scheme C.
+        layout: Of the gradients.
+    """
+
+    def __init__(self, scheme: Compression, layout: Layout) -> None:
+        self.scheme, self.layout = scheme, layout
+
+    def state_sizes(self) -> dict[str, int]:
+        """The error e_i."""
+        return {ERROR: self.layout.size}
+
+    def fields(self, fields: Mapping[str, Field]) -> dict[str, Field]:
+        """The scheme's, in place of the gradient."""
+        return {name: field for name, field in fields.items() if name != GRADIENT} | self.scheme.fields()
+
+    def send(
+        self, arrays: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """C(g_i + e_i), and what it leaves out."""
+        whole = arrays[GRADIENT] + state[ERROR]
+        sent = self.scheme.encode(whole)
+        others = {name: array for name, array in arrays.items() if name != GRADIENT}
+        return others | sent, {ERROR: whole - self.scheme.decode(sent)}
+
+    def receive(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The gradient that is sent."""
+        names = self.scheme.fields()
+        others = {name: array for name, array in arrays.items() if name not in names}
+        return others | {GRADIENT: self.scheme.decode(arrays)}
+
+
+def compression(name: str, keep: float, layout: Layout, by_gradient: bool) -> list[Transform]:
+    """Error feedback with the scheme of that name; nothing if gradients are sent as they are.
 
     Args:
         name: `none`, `bfloat16`, `int8` or `topk`.
@@ -164,28 +200,12 @@ def chosen(name: str, keep: float, layout: Layout, by_gradient: bool) -> Compres
     checks.one_of("compression", name, ("none", "bfloat16", "int8", "topk"))
     checks.share("keep", keep)
     if name == "none":
-        return None
+        return []
     if not by_gradient:
         raise ValueError(
             f"strategy.compression={name} needs clients that send gradients: set strategy.wire=gradient, or"
             " strategy.compression=none"
         )
     if name == "topk":
-        return TopK(layout, keep)
-    return Bfloat16(layout) if name == "bfloat16" else Int8(layout)
-
-
-def with_feedback(scheme: Compression, gradient: Tensor, error: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Error feedback.
-
-    Args:
-        scheme: The scheme.
-        gradient: Gradients of a cohort, (C, d).
-        error: What earlier messages left out, (C, d).
-
-    Returns:
-        What is sent, {name: (C, length)}, and what is left out now, (C, d).
-    """
-    whole = gradient + error
-    arrays = scheme.encode(whole)
-    return arrays, whole - scheme.decode(arrays)
+        return [ErrorFeedback(TopK(layout, keep), layout)]
+    return [ErrorFeedback(Bfloat16(layout) if name == "bfloat16" else Int8(layout), layout)]

@@ -202,7 +202,9 @@ def test_the_profile_is_of_the_whole_round():
     assert sum(parts.values()) == pytest.approx(1)
     assert 0 < parts["gradients"] < 1
     assert all(share >= 0 for share in parts.values())
-    assert profile.place(str(profile.ROOT / "strategies" / "pisa" / "ledger.py")) == "strategies/pisa/ledger.py"
+    assert (
+        profile.place(str(profile.ROOT / "strategies" / "pisa" / "ledger.py")) == "strategies/pisa/ledger.py"
+    )
     assert profile.place(torch.nn.functional.__file__) == "gradients"
     assert profile.place(torch.__file__) == "torch"
     assert profile.place(json.__file__) == "Python"

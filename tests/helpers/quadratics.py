@@ -15,6 +15,7 @@ from pisa_fl.clients.executor import Solver
 from pisa_fl.clients.host import ClientHost, ClientState
 from pisa_fl.data import ImageData
 from pisa_fl.engines.local import LocalGrid
+from pisa_fl.server.flowers_own import server_half
 from pisa_fl.server.gateway import Gateway
 from strategies import Batch, Layout, Penalty, Pisa, PisaClient
 from strategies.base.messages import WEIGHTS, record, vectors
@@ -117,8 +118,8 @@ class Bench:
                 replies = super().send_and_receive(messages, timeout=timeout)
                 return [r for r in replies if r.metadata.src_node_id not in bench.losing]
 
-        hooks = {name: getattr(self.strategy, name, None) for name in ("supply", "length")}
-        self.gateway = Gateway(Line(self.host), self.half, torch.empty(0), 0, self.participation, **hooks)
+        server = server_half(self.strategy)
+        self.gateway = Gateway(Line(self.host), self.half, torch.empty(0), 0, self.participation, server)
         self.arrays = record({WEIGHTS: torch.zeros(LAYOUT.size)})
 
     @property
@@ -136,6 +137,7 @@ class Bench:
         asked: list[Message] = [m for m in messages if drawn is None or m.metadata.dst_node_id in drawn]
         replies = self.gateway.send_and_receive(asked)
         arrays, _ = self.strategy.aggregate_train(self.number, replies)
+        self.gateway.commit()
         self.arrays = self.arrays if arrays is None else arrays
         return replies
 
@@ -187,7 +189,7 @@ def pisa_bench(
     """A bench of PISA; what is neither of Pisa nor of Bench is of its penalty."""
     consensus = options.get("consensus", "all")
     both = {"wire": wire, "lag": lag}
-    both |= {key: options.pop(key) for key in ("compression", "keep") if key in options}
+    sending = {key: options.pop(key) for key in ("compression", "keep") if key in options}
     bench = {key: options.pop(key) for key in ("participation", "cohort") if key in options}
     settings = {"lr": 0.1, "momentum": 0.9, "sigma": 6.0, "rho": 1.0, "gamma": 1.0, "grow_every": 10}
     penalty = Penalty(**settings | options)
@@ -201,7 +203,7 @@ def pisa_bench(
             bound=bound,
             forget_after=forget_after,
         ),
-        PisaClient(LAYOUT, make, penalty, align_every, local_steps, "mean", **both),
+        PisaClient(LAYOUT, make, penalty, align_every, local_steps, "mean", **both, **sending),
         **bench,
     )
 

@@ -25,10 +25,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pisa_fl.checkpoint import load_strategy_state, strategy_state
 from pisa_fl.clients.host import Clients, ClientState
 from pisa_fl.data import ImageData
 from pisa_fl.engines.local import LocalGrid
+from pisa_fl.server.flowers_own import server_half
 from pisa_fl.server.gateway import Gateway
 from strategies import Layout, LocalSgd, Penalty, Pisa, PisaClient
 from strategies.base.messages import STATE_LOST, Field, fault, record, vectors
@@ -93,8 +93,8 @@ class Server:
         self.twin, _ = halves(method, layout)
         buffers = torch.cat([torch.empty(0), *(b for b in model.buffers() if b.is_floating_point())])
         self.grid = Grid(host_of(half, model))
-        supply = getattr(self.strategy, "supply", None)
-        self.gateway = Gateway(self.grid, half, torch.empty(0) if by_name else buffers, 0, 1.0, supply)
+        server = server_half(self.strategy)
+        self.gateway = Gateway(self.grid, half, torch.empty(0) if by_name else buffers, 0, 1.0, server)
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
         self.arrays = ArrayRecord(model.state_dict()) if by_name else record({"weights": weights})
 
@@ -103,13 +103,14 @@ class Server:
         messages = self.strategy.configure_train(number, self.arrays, ConfigRecord(), self.gateway)
         replies = self.gateway.send_and_receive(messages)
         arrays, _ = self.strategy.aggregate_train(number, replies)
+        self.gateway.commit()
         self.arrays = self.arrays if arrays is None else arrays
         return replies
 
     def twin_round(self, number, before, meanings):
         """What the server must hold after a round in which it accepted these replies."""
-        tensors, numbers, arrays, buffers = before
-        load_strategy_state(self.twin, copy.deepcopy(tensors), numbers)
+        tensors, arrays, buffers, accepted = before
+        server_half(self.twin).load_state_dict(copy.deepcopy(tensors))
         sent = list(self.twin.configure_train(number, arrays, ConfigRecord(), self.gateway))
         replies = []
         for message in sorted(sent, key=lambda m: m.metadata.dst_node_id):
@@ -125,14 +126,24 @@ class Server:
             replied = [meanings[node] for node in sorted(meanings)]
             terms = (m["num-examples"] * v["buffers"].astype(np.float64) for v, m in replied)
             buffers = torch.from_numpy((sum(terms) / examples).astype(np.float32))
-        return (*strategy_state(self.twin), arrays if result is None else result, buffers)
+        if self.half.state_sizes():
+            accepted = accepted | dict.fromkeys(meanings, number)
+        return (server_half(self.twin).state_dict(), arrays if result is None else result, buffers, accepted)
 
     def holds(self):
-        return copy.deepcopy((*strategy_state(self.strategy), self.arrays, self.gateway.buffers))
+        return copy.deepcopy(
+            (
+                server_half(self.strategy).state_dict(),
+                self.arrays,
+                self.gateway.buffers,
+                self.gateway.accepted,
+            )
+        )
 
     def restore(self, before):
-        tensors, numbers, self.arrays, self.gateway.buffers = before
-        load_strategy_state(self.strategy, copy.deepcopy(tensors), numbers)
+        tensors, self.arrays, self.gateway.buffers, accepted = before
+        self.gateway.accepted = dict(accepted)
+        server_half(self.strategy).load_state_dict(copy.deepcopy(tensors))
 
 
 def bits(held):
@@ -151,7 +162,7 @@ def bits(held):
 
 
 def finite(held):
-    tensors, _, arrays, buffers = held
+    tensors, arrays, buffers, _ = held
     found = [*tensors.values(), buffers, *(torch.from_numpy(a.numpy()) for a in arrays.values())]
     return all(t.isfinite().all() for t in found)
 
@@ -547,8 +558,9 @@ def honest_round(server, number):
 
 
 @pytest.fixture(autouse=True)
-def quiet():
+def quiet(monkeypatch):
     """Every refusal is logged; numpy warns of headers that Python 2 wrote."""
+    monkeypatch.setattr(logging.getLogger("flwr"), "disabled", True)
     logging.getLogger("pisa_fl.server.gateway").setLevel(logging.CRITICAL)
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         yield
@@ -641,7 +653,7 @@ class Told:
 
     def __init__(self, rng, server):
         self.rng, self.grid, self.half = rng, server.grid, server.half
-        self.supply = getattr(server.strategy, "supply", lambda node: None)
+        self.supply = server_half(server.strategy).supply
         types = ("float32", "float64", "int64")
         self.named = {name: (tuple(t.shape), types) for name, t in network(True).state_dict().items()}
         self.refused = self.lost = self.followed = 0

@@ -108,10 +108,10 @@ def test_any_number_of_workers_gives_the_same_bits(method, options):
 def test_smaller_messages_come_from_workers_as_they_are(name, cohort):
     def compressed(layout, **_):
         q = partial(Kronecker, beta=0.9, eps=1e-8, max_side=8, refresh=1, factored=0.5)
-        penalty, options = Penalty(0.01, 0.9, None, None, 1.0, 10), {"wire": "gradient", "compression": name}
+        penalty, options = Penalty(0.01, 0.9, None, None, 1.0, 10), {"wire": "gradient", "lag": 0}
         return (
-            Pisa(layout, q, penalty, 0.0, 1, "examples", lag=0, **options),
-            PisaClient(layout, q, penalty, 1, 1, "mean", lag=0, **options),
+            Pisa(layout, q, penalty, 0.0, 1, "examples", **options),
+            PisaClient(layout, q, penalty, 1, 1, "mean", **options, compression=name),
         )
 
     alone = outcome(federate(compressed, 0, cohort=cohort))

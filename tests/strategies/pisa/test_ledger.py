@@ -143,10 +143,11 @@ def test_clients_follow_a_server_that_was_set_back(known):
     with solving(PROBLEM):
         bench.round(drawn=CLIENTS if known else {0, 1, 2})
         saved, arrays = {k: v.clone() for k, v in bench.strategy.state_dict().items()}, bench.arrays
+        accepted = dict(bench.gateway.accepted)
         for _ in range(3):
             bench.round()
         bench.strategy.load_state_dict(saved)
-        bench.arrays = arrays
+        bench.arrays, bench.gateway.accepted = arrays, accepted
         replies = bench.round()
         assert not any(r.has_error() for r in replies)
         for i in CLIENTS:
@@ -164,6 +165,7 @@ def test_state_dict_goes_on_with_the_same_bits(preconditioner):
             first.round({0, 1, 2, 3})
         second.strategy.load_state_dict(first.strategy.state_dict())
         second.arrays, second.number, second.host.states = first.arrays, first.number, first.host.states
+        second.gateway.accepted = first.gateway.accepted
         for _ in range(3):
             second.round()
     assert torch.equal(straight.consensus, second.consensus)

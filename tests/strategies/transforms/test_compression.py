@@ -11,8 +11,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from quadratics import EXAMPLES, LAYOUT, Quadratics, pisa_bench, solving
 
 from strategies.base.messages import ARRAYS, TensorArray, arrays_of, fault, payload, sendable, tensor
-from strategies.transforms import compression
-from strategies.transforms.compression import chosen
+from strategies.transforms.compression import ErrorFeedback, compression
 
 D, T = LAYOUT.size, len(LAYOUT.shapes)
 KEEP = 0.3
@@ -24,7 +23,7 @@ BYTES = {"bfloat16": 128 + 2 * D, "int8": 128 + D + 128 + 4 * T, "topk": 2 * (12
 
 
 def scheme(name):
-    return chosen(name, KEEP, LAYOUT, by_gradient=True)
+    return compression(name, KEEP, LAYOUT, by_gradient=True)[0].scheme
 
 
 def samples():
@@ -114,7 +113,7 @@ def test_what_was_sent_and_what_is_kept_are_all_the_gradients(name, cohort):
         for _ in range(30):
             gradients += problem.gradients(bench.consensus.double())
             for client, reply in enumerate(bench.round()):
-                sent[client] += scheme(name).decode(arrays_in(reply))
+                sent[client] += arrays_in(reply)["gradient"]
     kept = torch.stack([bench.host.states[client].pending["error"] for client in CLIENTS])
     assert kept.abs().max() > 1e-3
     torch.testing.assert_close(sent + kept, gradients, rtol=0, atol=1e-5 * gradients.abs().max().item())
@@ -146,8 +145,8 @@ def test_what_is_kept_follows_what_the_server_accepted(name):
             for reply in replies:
                 client = reply.metadata.src_node_id
                 whole = gradients[client] + errors[client]
-                torch.testing.assert_close(made.decode(arrays_in(reply)), made.decode(made.encode(whole)))
-                errors[client] = whole - made.decode(arrays_in(reply))
+                torch.testing.assert_close(arrays_in(reply)["gradient"], made.decode(made.encode(whole)))
+                errors[client] = whole - arrays_in(reply)["gradient"]
                 kept = bench.host.states[client].pending["error"]
                 torch.testing.assert_close(kept, errors[client], rtol=0, atol=1e-5)
 
@@ -161,8 +160,9 @@ def test_the_optimum_is_reached_as_steps_shrink_and_only_with_feedback(
 ):
     """Clients' own gradients do not vanish there: without feedback, what is left out of them never comes."""
     if not feedback:
+        send = ErrorFeedback.send
         monkeypatch.setattr(
-            "strategies.pisa.client.with_feedback", lambda made, g, e: (made.encode(g), torch.zeros_like(e))
+            *(ErrorFeedback, "send"), lambda own, arrays, state: (send(own, arrays, state)[0], dict(state))
         )
     problem, bench = Quadratics.draw(), bench_of(name, gamma=0.9)
     with solving(problem):
@@ -209,7 +209,7 @@ def test_an_update_is_as_long_as_what_it_stands_for(name):
         bench.round()
         bench.round()
         for client, reply in enumerate(bench.round()):
-            residual = scheme(name).decode(arrays_in(reply)) + bench.strategy.ledger.dual(client)
+            residual = arrays_in(reply)["gradient"] + bench.strategy.ledger.dual(client)
             assert bench.strategy.length(client, arrays_of(reply.content)) == pytest.approx(
                 float(residual.norm())
             )
@@ -220,7 +220,7 @@ def test_an_update_is_as_long_as_what_it_stands_for(name):
 def test_only_gradients_are_compressed(name, options):
     with pytest.raises(ValueError, match=rf"strategy.compression={name} needs .* strategy.wire=gradient"):
         pisa_bench("kronecker", compression=name, **options)
-    assert not pisa_bench("kronecker", compression="none", **options).half.compression
+    assert not pisa_bench("kronecker", compression="none", **options).half.transforms
 
 
 @pytest.mark.parametrize(
@@ -233,4 +233,4 @@ def test_only_gradients_are_compressed(name, options):
 )
 def test_impossible_values_are_named(name, keep, sentence):
     with pytest.raises(ValueError, match=sentence):
-        compression.chosen(name, keep, LAYOUT, by_gradient=True)
+        compression(name, keep, LAYOUT, by_gradient=True)
