@@ -17,8 +17,8 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from partitioners import Partition
-from pisa_fl.clients.cohort import FlatModel
 from pisa_fl.clients.executor import TEST_PART, tensor
+from pisa_fl.clients.flat_model import FlatModel
 from pisa_fl.clients.host import Clients
 from pisa_fl.data import ImageData
 from pisa_fl.engines.base import ClientGrid

@@ -1,6 +1,6 @@
-"""Federated algorithms: server halves are Flower strategies, client halves solve a cohort's local problems."""
+"""Federated algorithms: server halves are Flower strategies, client halves solve a stack's local problems."""
 
-from strategies.base.client import Batch, ClientHalf, Cohort, Instruction, Update
+from strategies.base.client import Batch, ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.local_sgd import LocalSgd
 from strategies.pisa import Ledger, Penalty, Pisa, PisaClient, PisaLocalClient
@@ -8,7 +8,6 @@ from strategies.pisa import Ledger, Penalty, Pisa, PisaClient, PisaLocalClient
 __all__ = [
     "Batch",
     "ClientHalf",
-    "Cohort",
     "Instruction",
     "Layout",
     "Ledger",
@@ -17,5 +16,6 @@ __all__ = [
     "Pisa",
     "PisaClient",
     "PisaLocalClient",
+    "Stack",
     "Update",
 ]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from strategies.base import checks
-from strategies.base.client import ClientHalf, Cohort, Instruction, Update
+from strategies.base.client import ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.messages import WEIGHTS, real
 
@@ -52,20 +52,20 @@ class LocalSgd(ClientHalf):
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.local_epochs = local_epochs
 
-    def solve(self, cohort: Cohort, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
+    def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """Run the local epochs; see the module's equations."""
         weights, loss = self.descend(
-            cohort, instruction.arrays[WEIGHTS], self.lr, real(instruction.config, "proximal-mu", 0.0)
+            stack, instruction.arrays[WEIGHTS], self.lr, real(instruction.config, "proximal-mu", 0.0)
         )
         return Update({WEIGHTS: weights}, loss)
 
     def descend(
-        self, cohort: Cohort, start: Tensor, lr: float, mu: float, slope: Tensor | None = None
+        self, stack: Stack, start: Tensor, lr: float, mu: float, slope: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The local epochs, on F_i(w_i) + (weight_decay/2)|w_i|^2 + <slope_i, w_i> + (mu/2)|w_i - start|^2.
 
         Args:
-            cohort: The clients.
+            stack: The clients.
             start: Where all of them begin, (d,).
             lr: Learning rate.
             mu: Weight of the proximal term.
@@ -74,12 +74,12 @@ class LocalSgd(ClientHalf):
         Returns:
             Weights (C, d) and mean losses (C,) over the epochs.
         """
-        weights = start.repeat(len(cohort.clients), 1)
+        weights = start.repeat(len(stack.clients), 1)
         buffer = torch.zeros_like(weights) if self.momentum else None
-        loss = weights.new_zeros(len(cohort.clients))
+        loss = weights.new_zeros(len(stack.clients))
         examples = torch.zeros_like(loss)
-        for batch in cohort.batches(self.local_epochs):
-            gradient, batch_loss = cohort.gradient(weights, batch)
+        for batch in stack.batches(self.local_epochs):
+            gradient, batch_loss = stack.gradient(weights, batch)
             if self.weight_decay:
                 gradient.add_(weights, alpha=self.weight_decay)
             if slope is not None:
@@ -87,7 +87,7 @@ class LocalSgd(ClientHalf):
             if mu:
                 gradient.add_(weights - start, alpha=mu)
             step = gradient if buffer is None else buffer.mul_(self.momentum).add_(gradient)
-            if len(cohort.clients) > 1:  # some may have no batch any more
+            if len(stack.clients) > 1:  # some may have no batch any more
                 step = step * batch.active[:, None]
             weights.sub_(step, alpha=lr)
             seen = torch.tensor(batch.examples, dtype=loss.dtype, device=loss.device)

@@ -62,7 +62,7 @@ class Task:
     drawn: int | None = None
 
     @property
-    def cohort(self) -> int:
+    def stack(self) -> int:
         """Clients of a round."""
         return self.drawn or self.clients
 

@@ -30,7 +30,7 @@ DEVICE = Task(200, 50, 10, drawn=50)
 SILO = Task(10, 1_000, 64)
 MANY = Task(1_000, 10, 10)
 SMALL = Task(200, 10, 10)
-COHORT = Task(100, 50, 10)
+STACK = Task(100, 50, 10)
 
 OURS = "pisa-fl"
 FLOWER = "Flower on Ray"
@@ -153,24 +153,24 @@ def together(bench: Bench, task: Task = SMALL) -> Iterator[Outcome]:
     for name, strategy in (("SISA", SISA), ("FedAvg", FEDAVG)):
         one, chunk = "one by one", "25 together"
         sides = [
-            ours(task, *strategy, f"engine.cohort={cohort}", name=side)
-            for side, cohort in ((one, 1), (chunk, 25))
+            ours(task, *strategy, f"engine.stack={stack}", name=side)
+            for side, stack in ((one, 1), (chunk, 25))
         ]
         rounds = take_turns(sides, bench.repeats)
         figure = Figure(f"{chunk} / {one}", ratio(rounds, chunk, one))
         yield Outcome("together", f"{name}, {sizes(task)}, batch {task.batch}", [figure], rounds)
 
 
-def gpu(bench: Bench, task: Task = COHORT) -> Iterator[Outcome]:
+def gpu(bench: Bench, task: Task = STACK) -> Iterator[Outcome]:
     """What it is worth on a GPU that clients advance together."""
     title = f"FedAvg, {sizes(task)}, batch {task.batch}"
     if not torch.cuda.is_available():
         yield Outcome("gpu", title, notes=["no GPU: not run"])
         return
-    one, all_ = "cohorts of 1", f"cohorts of {task.clients}"
+    one, all_ = "stacks of 1", f"stacks of {task.clients}"
     sides = [
-        Side(name, "pisa", task, (*FEDAVG, "device=cuda", f"engine.cohort={cohort}"), gpu=True)
-        for name, cohort in ((one, 1), (all_, task.clients))
+        Side(name, "pisa", task, (*FEDAVG, "device=cuda", f"engine.stack={stack}"), gpu=True)
+        for name, stack in ((one, 1), (all_, task.clients))
     ]
     rounds = take_turns(sides, bench.repeats)
     yield Outcome("gpu", title, [Figure(f"{one} / {all_}", ratio(rounds, one, all_))], rounds)

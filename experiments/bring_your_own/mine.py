@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from pisa_fl import ImageData
-from strategies import ClientHalf, Cohort, Instruction, Layout, Update
+from strategies import ClientHalf, Instruction, Layout, Stack, Update
 from strategies.base.messages import WEIGHTS
 
 
@@ -41,9 +41,9 @@ class ClippedStep(ClientHalf):
     def __init__(self, layout: Layout, lr: float, bound: float) -> None:
         self.layout, self.lr, self.bound = layout, lr, bound
 
-    def solve(self, cohort: Cohort, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
+    def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """w_i = w - lr g_i min(1, bound/|g_i|)."""
         weights = instruction.arrays[WEIGHTS]
-        gradient, loss = cohort.full_gradient(weights, "mean")
+        gradient, loss = stack.full_gradient(weights, "mean")
         norm = gradient.norm(dim=1, keepdim=True).clamp(min=1e-12)
         return Update({WEIGHTS: weights - self.lr * gradient * (self.bound / norm).clamp(max=1.0)}, loss)

@@ -1,7 +1,7 @@
-"""The solver: what clients compute, apart from who they are to the server and what they remember.
+"""The executor: what clients compute, apart from who they are to the server and what they remember.
 
-A job is the work of one cohort on one instruction. Its outcome follows from the job and from what the solver was made
-of, and from nothing else, so that any process that has a solver can take any job.
+A job is the work of one stack on one instruction. Its outcome follows from the job and from what the executor was made
+of, and from nothing else, so that any process that has an executor can take any job.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pisa_fl.clients.cohort import ClientData, FlatModel, LocalCohort
+from pisa_fl.clients.flat_model import FlatModel
+from pisa_fl.clients.stack import ClientData, LocalStack
 from pisa_fl.config import ConfigurationError
 from pisa_fl.data import ImageData
 from pisa_fl.randomness import global_generators, torch_seed
@@ -46,7 +47,7 @@ class InstructionError(ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """The work of one cohort.
+    """The work of one stack.
 
     Attributes:
         kind: `train`: to solve the local problem; `evaluate`: to evaluate the weights on the clients' own examples;
@@ -82,7 +83,7 @@ class Outcome:
     norms: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
-class Solver:
+class Executor:
     """Runs the client half.
 
     Args:
@@ -129,7 +130,7 @@ class Solver:
 
     def _train(self, job: Job) -> Outcome:
         round_number = integer(job.config, ROUND)
-        cohort = LocalCohort(
+        stack = LocalStack(
             self.model,
             self.data,
             {client: self.clients[client] for client in job.clients},
@@ -146,26 +147,26 @@ class Solver:
         # dropout and its like draw from PyTorch's global generators: give them an address of their own
         seed = torch_seed(self._seed, "model", round_number, job.clients[0])
         with global_generators(seed, self.model.device):
-            update = self.half.solve(cohort, self._instruction_of(job), state)
+            update = self.half.solve(stack, self._instruction_of(job), state)
         answered, kept = self.half.sending(update, state)
         if self.model.buffer_layout.size:
-            answered[BUFFERS] = cohort.buffers
+            answered[BUFFERS] = stack.buffers
         losses = update.loss.tolist()
         metrics = [
             {
                 ROUND: round_number,
                 EXAMPLES: len(self.clients[client]),
                 LOSS: losses[row],
-                DIFFERENTIATED: cohort.differentiated[row],
+                DIFFERENTIATED: stack.differentiated[row],
                 **{name: float(own[row]) for name, own in update.numbers.items()},
             }
             for row, client in enumerate(job.clients)
         ]
-        arrays = {name: sendable(stack) for name, stack in answered.items()}
-        rows = [{name: stack[row] for name, stack in kept.items()} for row in range(len(job.clients))]
+        arrays = {name: sendable(rows) for name, rows in answered.items()}
+        rows = [{name: vectors[row] for name, vectors in kept.items()} for row in range(len(job.clients))]
         if len(rows) > 1:  # a row of many would keep them all in memory
             rows = [{name: vector.clone() for name, vector in row.items()} for row in rows]
-        norms = {name: [_norm(row) for row in stack] for name, stack in arrays.items()}
+        norms = {name: [_norm(row) for row in sent] for name, sent in arrays.items()}
         if WEIGHTS in arrays:
             start = job.arrays[WEIGHTS].cpu()
             norms[MOVED] = [math.sqrt(gap @ gap) for gap in (row - start for row in arrays[WEIGHTS])]

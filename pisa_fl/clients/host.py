@@ -20,8 +20,9 @@ from flwr.app import ArrayRecord, Error, Message, MessageType, MetricRecord, Rec
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pisa_fl.clients.cohort import ClientData, FlatModel, fitting_cohort
-from pisa_fl.clients.executor import MOVED, InstructionError, Job, Outcome, Solver, failure_reason, tensor
+from pisa_fl.clients.executor import MOVED, Executor, InstructionError, Job, Outcome, failure_reason, tensor
+from pisa_fl.clients.flat_model import FlatModel
+from pisa_fl.clients.stack import ClientData, fitting_stack
 from pisa_fl.config import ConfigurationError
 from pisa_fl.data import ImageData
 from pisa_fl.models.examination import Findings, examine
@@ -111,7 +112,7 @@ class Clients:
     def host(
         self,
         numbers: Iterable[int],
-        cohort: int | Literal["auto"] = "auto",
+        stack: int | Literal["auto"] = "auto",
         chunk: int | Literal["auto"] = "auto",
         precision: Literal["float32", "bfloat16"] = "float32",
         compiled: bool = False,
@@ -121,12 +122,12 @@ class Clients:
 
         Args:
             numbers: Client numbers.
-            cohort: Clients that advance together; `auto`: 1 on a CPU or for a model with running statistics, else as
+            stack: Clients that advance together; `auto`: 1 on a CPU or for a model with running statistics, else as
                 many as half of the GPU's free memory holds.
             chunk: Examples differentiated at once where the number does not matter to the result; `auto`: 250 on a
                 CPU, about what its cache holds, else 8192.
             precision: `float32`, or `bfloat16`: mixed, by PyTorch's autocast.
-            compiled: Have PyTorch compile the gradients of cohorts.
+            compiled: Have PyTorch compile the gradients of stacks.
             normalised: Normalise the whole set of images now, instead of every image each time it is read.
 
         Raises:
@@ -140,11 +141,11 @@ class Clients:
         on_cpu = self.device.type == "cpu"
         if chunk == "auto":
             chunk = 250 if on_cpu else 8192
-        if cohort == "auto" and (on_cpu or model.buffer_layout.size):
-            cohort = 1
-        elif cohort == "auto":
+        if stack == "auto" and (on_cpu or model.buffer_layout.size):
+            stack = 1
+        elif stack == "auto":
             free, _ = torch.cuda.mem_get_info(self.device)
-            cohort = fitting_cohort(model, self.data.normalise(images[:1]), self.batch_size, chunk, free)
+            stack = fitting_stack(model, self.data.normalise(images[:1]), self.batch_size, chunk, free)
         if normalised:
             images = model.normalised(images, self.data)
         clients = {
@@ -157,8 +158,8 @@ class Clients:
             )
             for number in numbers
         }
-        solver = Solver(model, self.half, self.data, clients, self.seed, self.batch_size, chunk)
-        return ClientHost(solver, cohort)
+        executor = Executor(model, self.half, self.data, clients, self.seed, self.batch_size, chunk)
+        return ClientHost(executor, stack)
 
 
 @dataclass
@@ -196,7 +197,7 @@ class ClientState:
 
 
 @dataclass(frozen=True)
-class _Instruction:
+class _Received:
     """A message's content, read.
 
     Attributes:
@@ -221,10 +222,10 @@ class _Group:
     """Messages that say the same to every client, with the clients' numbers."""
 
     train: bool
-    instruction: _Instruction
+    instruction: _Received
     messages: list[tuple[int, Message]] = field(default_factory=list)
 
-    def takes(self, train: bool, other: _Instruction) -> bool:
+    def takes(self, train: bool, other: _Received) -> bool:
         same = self.instruction
         return self.train == train and same.arrays is other.arrays and same.config == other.config
 
@@ -233,24 +234,24 @@ class ClientHost:
     """Answers for the clients it hosts, and remembers what they remember.
 
     Args:
-        solver: What computes for them.
-        cohort: Clients that advance together.
+        executor: What computes for them.
+        stack: Clients that advance together.
     """
 
-    def __init__(self, solver: Solver, cohort: int) -> None:
-        self.solver, self.clients = solver, solver.clients
-        self.data, self.device = solver.data, solver.model.device
-        self.states = {client: ClientState() for client in solver.clients}
-        self._model, self._half, self._cohort = solver.model, solver.half, cohort
+    def __init__(self, executor: Executor, stack: int) -> None:
+        self.executor, self.clients = executor, executor.clients
+        self.data, self.device = executor.data, executor.model.device
+        self.states = {client: ClientState() for client in executor.clients}
+        self._model, self._half, self._stack = executor.model, executor.half, stack
 
     def handle(self, messages: Sequence[tuple[int, Message]], run: Run | None = None) -> Iterator[Message]:
         """Answer messages, given with the number of the client each is for; errors are answers too.
 
         Args:
             messages: The messages.
-            run: Runs the jobs in place of this host's own solver.
+            run: Runs the jobs in place of this host's own executor.
         """
-        contents: dict[tuple[int, bool], _Instruction] = {}
+        contents: dict[tuple[int, bool], _Received] = {}
         arrays: _Arrays = {}
         groups: list[_Group] = []
         for client, message in messages:
@@ -269,19 +270,19 @@ class ClientHost:
                 if group is None:
                     groups.append(group := _Group(train, instruction))
                 group.messages.append((client, message))
-        if self._cohort > 1:
+        if self._stack > 1:
             for group in groups:
-                # clients of like size advance together, whoever was asked first: less of a cohort is padding
+                # clients of like size advance together, whoever was asked first: less of a stack is padding
                 group.messages.sort(key=lambda one: (-len(self.clients[one[0]]), one[0]))
         parts = [
-            _Group(group.train, group.instruction, group.messages[start : start + self._cohort])
+            _Group(group.train, group.instruction, group.messages[start : start + self._stack])
             for group in groups
-            for start in range(0, len(group.messages), self._cohort)
+            for start in range(0, len(group.messages), self._stack)
         ]
         yield from self._answer(parts, run or self._run)
 
     def _answer(self, groups: Sequence[_Group], run: Run) -> Iterator[Message]:
-        """Answer groups, each a cohort; if one of them fails, each of its clients alone."""
+        """Answer groups, each a stack; if one of them fails, each of its clients alone."""
         alone: list[_Group] = []
         for position, outcome in run([self._job(group) for group in groups]):
             group = groups[position]
@@ -295,7 +296,7 @@ class ClientHost:
             yield from self._answer(alone, run)
 
     def _run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome | str]]:
-        yield from ((position, self.solver.answer(job)) for position, job in enumerate(jobs))
+        yield from ((position, self.executor.answer(job)) for position, job in enumerate(jobs))
 
     def _job(self, group: _Group) -> Job:
         clients = [client for client, _ in group.messages]
@@ -321,7 +322,7 @@ class ClientHost:
             content[METRICS] = MetricRecord(dict(outcome.metrics[row]))
             yield Message(content, reply_to=message)
 
-    def _read(self, content: RecordDict, train: bool, arrays: _Arrays) -> _Instruction:
+    def _read(self, content: RecordDict, train: bool, arrays: _Arrays) -> _Received:
         """Read and check what a message says; arrays that another one has too are read once."""
         try:
             self._check_arrays(content)
@@ -335,9 +336,9 @@ class ClientHost:
             accepted = config.pop(ACCEPTED, None)
             supplied = content.array_records.get(STATE) if train else None
             state = None if supplied is None else vectors(supplied, self._model.device)
-            return _Instruction(flat, names, config, accepted, state)
+            return _Received(flat, names, config, accepted, state)
         except Exception as error:  # whatever a stranger's message makes the checks raise
-            return _Instruction(refused=failure_reason(error))
+            return _Received(refused=failure_reason(error))
 
     def _check_arrays(self, content: RecordDict) -> None:
         """Refuse arrays that are not what the client half expects.
@@ -377,7 +378,7 @@ class ClientHost:
             if reason := fault(supplied, expected) if expected else "a state without vectors":
                 raise InstructionError(reason)
 
-    def _settle(self, client: int, instruction: _Instruction) -> bool:
+    def _settle(self, client: int, instruction: _Received) -> bool:
         """Bring the client to the state that the server accepted; False if it does not hold it."""
         state, accepted = self.states[client], instruction.accepted
         if accepted is None:  # a server half that acknowledges nothing takes every reply for accepted

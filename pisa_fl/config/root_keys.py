@@ -113,7 +113,7 @@ ROOT: Mapping[str, Check] = {
 ENGINE: Mapping[str, Check] = {
     "engine.workers": whole(0, 1024, auto=True),
     "engine.actors": whole(1, 100_000, auto=True),
-    "engine.cohort": whole(1, auto=True),
+    "engine.stack": whole(1, auto=True),
     "engine.chunk": whole(1, auto=True),
     "engine.threads": whole(1, 1024, auto=True),
     "engine.compiled": one_of(True, False),

@@ -1,7 +1,7 @@
 """The `local` engine: all clients on this machine, without a server, that starts at once.
 
 On CPU cores the clients' work is done by resident worker processes of one thread each; on a GPU, or where processes
-cannot be forked, by this process, a cohort at a time.
+cannot be forked, by this process, a stack at a time.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Literal
 from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
-from pisa_fl.clients.cohort import mean_score
 from pisa_fl.clients.executor import TEST_PART, Job
+from pisa_fl.clients.flat_model import mean_score
 from pisa_fl.clients.host import ClientHost, Clients, ClientState
 from pisa_fl.config import ConfigurationError
 from pisa_fl.engines.base import ClientGrid, cores
@@ -29,7 +29,7 @@ NORMALISED = 2**30
 def local_engine(
     clients: Clients,
     workers: int | Literal["auto"] = "auto",
-    cohort: int | Literal["auto"] = "auto",
+    stack: int | Literal["auto"] = "auto",
     chunk: int | Literal["auto"] = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
     compiled: bool = False,
@@ -42,7 +42,7 @@ def local_engine(
         clients: What the clients are made of.
         workers: Processes that compute, 0 for this one; `auto`: one per core, but 0 with a GPU and where processes
             cannot be forked, as in one of `multiprocessing.Pool`. The result does not depend on their number.
-        cohort: As for `Clients.host`, and so are `chunk`, `precision` and `compiled`.
+        stack: As for `Clients.host`, and so are `chunk`, `precision` and `compiled`.
         chunk: See there.
         precision: See there.
         compiled: See there.
@@ -74,7 +74,7 @@ def local_engine(
     if threads == "auto" and workers:
         threads = 1
     normalised = on_cpu and clients.data.train_images.size * 4 <= NORMALISED
-    host = clients.host(clients.rows, cohort, chunk, precision, compiled, normalised)
+    host = clients.host(clients.rows, stack, chunk, precision, compiled, normalised)
     grid = LocalGrid(host, workers, state == "disk")
     grid.use_threads(threads)
     return grid
@@ -92,7 +92,7 @@ class LocalGrid(ClientGrid):
     def __init__(self, host: ClientHost, workers: int = 0, on_disk: bool = False) -> None:
         super().__init__()
         self.host = host
-        self._workers = Workers(host.solver, workers, on_disk) if workers else None
+        self._workers = Workers(host.executor, workers, on_disk) if workers else None
         self._lent: list[weakref.ref[TensorArray]] = []
 
     @cached_property

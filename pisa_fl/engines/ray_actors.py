@@ -183,7 +183,7 @@ class RayGrid(ClientGrid):
         actors: Processes that host the clients; `auto`: as many as there is room for, never more than clients.
         cpus: Cores of an actor, by Ray's accounts.
         gpus: GPUs of an actor; below 1, a share of one.
-        cohort: Clients of an actor that advance together, as for `Clients.host`, and so are the three others.
+        stack: Clients of an actor that advance together, as for `Clients.host`, and so are the three others.
         chunk: See there.
         precision: See there.
         compiled: See there.
@@ -200,7 +200,7 @@ class RayGrid(ClientGrid):
         actors: int | Literal["auto"] = "auto",
         cpus: float = 1.0,
         gpus: float = 0.0,
-        cohort: int | Literal["auto"] = "auto",
+        stack: int | Literal["auto"] = "auto",
         chunk: int | Literal["auto"] = "auto",
         precision: Literal["float32", "bfloat16"] = "float32",
         compiled: bool = False,
@@ -221,7 +221,7 @@ class RayGrid(ClientGrid):
                 start_ray(address)
             count = self._count(actors)
             # in a list, or Ray would read it before the actor has set its path
-            options = {"cohort": cohort, "chunk": chunk, "precision": precision, "compiled": compiled}
+            options = {"stack": stack, "chunk": chunk, "precision": precision, "compiled": compiled}
             parts = ([_put(clients)], options, torch.get_num_threads(), sys.path)
             host: Any = ray.remote(Host)
             actor = host.options(num_cpus=cpus, num_gpus=gpus)

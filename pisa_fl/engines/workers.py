@@ -1,4 +1,4 @@
-"""Resident worker processes: forked copies of a solver that take jobs, on one core each.
+"""Resident worker processes: forked copies of an executor that take jobs, on one core each.
 
 Workers share memory with this process, so that neither data, nor models, nor arrays are ever pickled: they read what
 the server sent and what clients remember from it, and write there what clients answer and are to remember next. A
@@ -17,17 +17,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pisa_fl.clients.executor import Job, Outcome, Solver
+from pisa_fl.clients.executor import Executor, Job, Outcome
 from strategies.base.rows import zeros
 
 log = logging.getLogger(__name__)
@@ -62,14 +62,12 @@ Spans = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class _Light:
-    """A job as it is sent to a worker: without arrays.
+class _Lent:
+    """A job as it is sent to a worker, and where its arrays lie in the exchanged memory.
 
     Attributes:
         position: Its position among the jobs.
-        kind: As of the job.
-        clients: As of the job.
-        config: As of the job.
+        job: The job, without arrays and states.
         spans: The instruction's arrays.
         slots: Which of each client's two slots holds its state, -1 for none.
         start: Where the answer is to be written.
@@ -77,9 +75,7 @@ class _Light:
     """
 
     position: int
-    kind: Literal["train", "evaluate", "test"]
-    clients: Sequence[int]
-    config: Mapping[str, Any]
+    job: Job
     spans: Spans
     slots: Sequence[int]
     start: int
@@ -87,21 +83,19 @@ class _Light:
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """An outcome as a worker sends it: without arrays.
+class _Written:
+    """An outcome as a worker sends it, and where its arrays lie in the exchanged memory.
 
     Attributes:
-        metrics: As of the outcome.
+        outcome: The outcome, without arrays and states.
         spans: The answer's arrays, within each client's part; whole numbers that take less room lie at its beginning.
         types: Their types.
-        norms: As of the outcome.
         state: Whether there is a new state, in the other slot of each client.
     """
 
-    metrics: Sequence[Mapping[str, int | float]]
+    outcome: Outcome
     spans: Spans
     types: Mapping[str, torch.dtype]
-    norms: Mapping[str, Sequence[float]]
     state: bool
 
 
@@ -163,14 +157,14 @@ class Workers:
     """Runs jobs on worker processes, which start with the first job.
 
     Args:
-        solver: What every worker is a copy of; on the CPU.
+        executor: What every worker is a copy of; on the CPU.
         count: Number of workers.
         on_disk: Keep clients' states in a file for which memory is only a cache (`strategies.base.rows.zeros`).
     """
 
-    def __init__(self, solver: Solver, count: int, on_disk: bool = False) -> None:
-        self._solver, self._count, self._on_disk = solver, count, on_disk
-        self._slots = Slots(solver.clients, solver.half.kept_sizes(), on_disk)
+    def __init__(self, executor: Executor, count: int, on_disk: bool = False) -> None:
+        self._executor, self._count, self._on_disk = executor, count, on_disk
+        self._slots = Slots(executor.clients, executor.half.kept_sizes(), on_disk)
         self._exchange = torch.empty(0)
         self._workers: list[_Worker] = []
         self._serial = 0
@@ -189,8 +183,8 @@ class Workers:
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         self._serial += 1
-        light = self._share(jobs)
-        examples = [self._solver.examples(job) for job in jobs]
+        lent = self._share(jobs)
+        examples = [self._executor.examples(job) for job in jobs]
         # the largest first, so that no worker is left with a large one in the end
         waiting = sorted(range(len(jobs)), key=lambda position: examples[position])
         strikes = _Strikes()
@@ -199,10 +193,10 @@ class Workers:
             while waiting or any(worker.tasks for worker in self._workers):
                 for worker in self._workers:
                     while waiting and len(worker.tasks) < QUEUED:
-                        self._send(worker, self._cut(waiting, examples, alone=bool(strikes.count)), light)
+                        self._send(worker, self._cut(waiting, examples, alone=bool(strikes.count)), lent)
                 if not self._workers:
                     position = waiting.pop()
-                    yield position, self._here(light[position])
+                    yield position, self._here(lent[position])
                     continue
                 busy = {w.connection: w for w in self._workers if w.tasks}
                 ready = wait(list(busy), max(0.0, min(LOOK, deadline - time.monotonic())))
@@ -213,20 +207,20 @@ class Workers:
                     try:
                         results = worker.connection.recv()
                     except (EOFError, OSError):
-                        yield from self._replace(worker, waiting, strikes, light)
+                        yield from self._replace(worker, waiting, strikes, lent)
                         continue
                     worker.tasks.pop(0)
                     for position, result in results:
                         failed = isinstance(result, str)
-                        yield position, result if failed else self._outcome(light[position], result)
+                        yield position, result if failed else self._outcome(lent[position], result)
                 if time.monotonic() - looked >= LOOK:
                     looked = time.monotonic()
                     for worker in self._stopped():
                         worker.process.kill()
-                        yield from self._replace(worker, waiting, strikes, light)
+                        yield from self._replace(worker, waiting, strikes, lent)
             if finish:
                 for position in waiting + self._end_busy():
-                    yield position, self._here(light[position])
+                    yield position, self._here(lent[position])
         finally:
             self._end_busy()
             self._fill()
@@ -239,7 +233,7 @@ class Workers:
             worker.process.join(1.0)
             self._end(worker)
 
-    def _share(self, jobs: Sequence[Job]) -> list[_Light]:
+    def _share(self, jobs: Sequence[Job]) -> list[_Lent]:
         """Put what the jobs hold into shared memory; start the workers if they do not have enough of it."""
         end = 0
         sent: dict[int, tuple[Mapping[str, Tensor], dict[str, tuple[int, int]]]] = {}
@@ -251,14 +245,14 @@ class Workers:
                     end += len(array)
                 sent[id(job.arrays)] = job.arrays, spans
         widths: dict[int, int] = {}
-        light = []
+        lent = []
         for position, job in enumerate(jobs):
             if id(job.config) not in widths:
                 widths[id(job.config)] = self._width(job) if job.kind == "train" else 0
             slots = [self._slots.place(c, state) for c, state in zip(job.clients, job.state, strict=False)]
             spans = sent[id(job.arrays)][1]
-            light.append(
-                _Light(position, job.kind, job.clients, job.config, spans, slots, end, widths[id(job.config)])
+            lent.append(
+                _Lent(position, replace(job, arrays={}, state=()), spans, slots, end, widths[id(job.config)])
             )
             end += len(job.clients) * widths[id(job.config)]
         if end > len(self._exchange):
@@ -268,11 +262,11 @@ class Workers:
         for arrays, spans in sent.values():
             for name, (start, stop) in spans.items():
                 self._exchange[start:stop] = arrays[name]
-        return light
+        return lent
 
     def _width(self, job: Job) -> int:
-        fields = self._solver.half.sent_fields(job.config)
-        return sum(field.size for field in fields.values()) + self._solver.model.buffer_layout.size
+        fields = self._executor.half.sent_fields(job.config)
+        return sum(field.size for field in fields.values()) + self._executor.model.buffer_layout.size
 
     def _cut(self, waiting: list[int], examples: Sequence[int], alone: bool) -> list[int]:
         """Take the next task from the jobs: a share of what is left, so that tasks become shorter to the end."""
@@ -284,35 +278,36 @@ class Workers:
             total += examples[task[-1]]
         return task
 
-    def _send(self, worker: _Worker, task: list[int], light: Sequence[_Light]) -> None:
+    def _send(self, worker: _Worker, task: list[int], lent: Sequence[_Lent]) -> None:
         worker.tasks.append(task)
         try:
-            worker.connection.send((self._serial, [light[position] for position in task]))
+            worker.connection.send((self._serial, [lent[position] for position in task]))
         except OSError:  # it has died: that is noticed where its answer is waited for
             log.debug("a worker takes no tasks any more")
 
-    def _outcome(self, job: _Light, answer: _Answer) -> Outcome:
+    def _outcome(self, lent: _Lent, written: _Written) -> Outcome:
+        clients = lent.job.clients
         arrays = {
             name: self._exchange.as_strided(
-                (len(job.clients), stop - start), (job.width, 1), job.start + start
-            ).view(answer.types[name])[:, : stop - start]
-            for name, (start, stop) in answer.spans.items()
+                (len(clients), stop - start), (lent.width, 1), lent.start + start
+            ).view(written.types[name])[:, : stop - start]
+            for name, (start, stop) in written.spans.items()
         }
         state: list[Mapping[str, Tensor]] = []
-        if answer.state:
-            state = [self._slots(c, other(slot)) for c, slot in zip(job.clients, job.slots, strict=True)]
-        return Outcome(answer.metrics, arrays, state, answer.norms)
+        if written.state:
+            state = [self._slots(c, other(slot)) for c, slot in zip(clients, lent.slots, strict=True)]
+        return replace(written.outcome, arrays=arrays, state=state)
 
-    def _here(self, job: _Light) -> Outcome | str:
+    def _here(self, lent: _Lent) -> Outcome | str:
         """The outcome of a job that this process does, as a worker would; PyTorch is left as it was."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             with torch.random.fork_rng(devices=[]):
-                answer = self._solve(job, self._read(job))
+                written = self._solve(lent, self._read(lent))
         finally:
             torch.set_num_threads(threads)
-        return answer if isinstance(answer, str) else self._outcome(job, answer)
+        return written if isinstance(written, str) else self._outcome(lent, written)
 
     def _stopped(self) -> list[_Worker]:
         """Look which workers have been stopped for a while."""
@@ -359,7 +354,7 @@ class Workers:
         self._workers.remove(worker)
 
     def _replace(
-        self, worker: _Worker, waiting: list[int], strikes: _Strikes, light: Sequence[_Light]
+        self, worker: _Worker, waiting: list[int], strikes: _Strikes, lent: Sequence[_Lent]
     ) -> Iterator[tuple[int, Outcome | str]]:
         """Replace a worker that died; its jobs are done again, each alone.
 
@@ -382,7 +377,7 @@ class Workers:
             elif position in strikes.own:
                 yield position, f"the worker process that computed it ended {why}, twice"
             else:
-                yield position, self._here(light[position])
+                yield position, self._here(lent[position])
 
     def _serve(self, connection: Connection, parents: Connection) -> None:
         """What a worker does: answer tasks until nobody is there to send any."""
@@ -399,39 +394,39 @@ class Workers:
                     serial = run
                     read.clear()
                 answers = []
-                for job in task:
-                    where = tuple(job.spans.values())
+                for lent in task:
+                    where = tuple(lent.spans.values())
                     if where not in read:
-                        read[where] = self._read(job)
-                    answers.append((job.position, self._solve(job, read[where])))
+                        read[where] = self._read(lent)
+                    answers.append((lent.position, self._solve(lent, read[where])))
                 connection.send(answers)
         except (EOFError, OSError):
             return
 
-    def _read(self, job: _Light) -> dict[str, Tensor]:
+    def _read(self, lent: _Lent) -> dict[str, Tensor]:
         """The instruction's arrays, in memory of this process."""
-        return {name: self._exchange[start:stop].clone() for name, (start, stop) in job.spans.items()}
+        return {name: self._exchange[start:stop].clone() for name, (start, stop) in lent.spans.items()}
 
-    def _solve(self, job: _Light, arrays: Mapping[str, Tensor]) -> _Answer | str:
+    def _solve(self, lent: _Lent, arrays: Mapping[str, Tensor]) -> _Written | str:
         """Run a job, and write what it gives into the shared memory."""
-        state = [self._slots(c, slot) for c, slot in zip(job.clients, job.slots, strict=False)]
-        outcome = self._solver.answer(Job(job.kind, job.clients, arrays, job.config, state))
+        clients = lent.job.clients
+        state = [self._slots(c, slot) for c, slot in zip(clients, lent.slots, strict=False)]
+        outcome = self._executor.answer(replace(lent.job, arrays=arrays, state=state))
         if isinstance(outcome, str):
             return outcome
-        ends = list(accumulate((stack.shape[1] for stack in outcome.arrays.values()), initial=0))
-        if ends[-1] > job.width:
-            return f"the client half answers {ends[-1]} numbers where its reply_fields say {job.width}"
+        ends = list(accumulate((array.shape[1] for array in outcome.arrays.values()), initial=0))
+        if ends[-1] > lent.width:
+            return f"the client half answers {ends[-1]} numbers where its reply_fields say {lent.width}"
         spans = dict(zip(outcome.arrays, pairwise(ends), strict=True))
-        end = job.start + len(job.clients) * job.width
-        rows = self._exchange[job.start : end].view(len(job.clients), -1)
+        rows = self._exchange[lent.start : lent.start + len(clients) * lent.width].view(len(clients), -1)
         for name, (start, stop) in spans.items():
-            stack = outcome.arrays[name]
-            rows[:, start:stop].view(stack.dtype)[:, : stop - start] = stack
-        for client, slot, vectors in zip(job.clients, job.slots, outcome.state, strict=False):
+            array = outcome.arrays[name]
+            rows[:, start:stop].view(array.dtype)[:, : stop - start] = array
+        for client, slot, vectors in zip(clients, lent.slots, outcome.state, strict=False):
             for name, held in self._slots(client, other(slot)).items():
                 held.copy_(vectors[name])
-        types = {name: stack.dtype for name, stack in outcome.arrays.items()}
-        return _Answer(outcome.metrics, spans, types, outcome.norms, bool(outcome.state))
+        types = {name: array.dtype for name, array in outcome.arrays.items()}
+        return _Written(replace(outcome, arrays={}, state=()), spans, types, bool(outcome.state))
 
 
 def _is_stopped(process: BaseProcess) -> bool:

@@ -96,7 +96,7 @@ def answer(message: Message, context: Context) -> Message:
         host = hosted(OmegaConf.to_yaml(config), number, own_data(context), name)
         file = StateFile(config.engine.state, name, number)
         with file.locked():
-            host.states[number] = file.load(host.solver.half.kept_sizes()).to(host.device)
+            host.states[number] = file.load(host.executor.half.kept_sizes()).to(host.device)
             (reply,) = host.handle([(number, message)])
             file.save(host.states[number])
         return reply

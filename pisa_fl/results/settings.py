@@ -23,7 +23,7 @@ IGNORED = {
         "engine._target_",
         "engine.workers",
         "engine.actors",
-        "engine.cohort",
+        "engine.stack",
         "engine.chunk",
         "engine.threads",
     ),

@@ -1,7 +1,7 @@
 """What a client half is, and what it is given to work with.
 
-A client half solves the local problem of a *cohort*: C clients at once, every per-client tensor with a
-leading client axis. A real client is a cohort of one. It is a pure function of its arguments: whoever
+A client half solves the local problem of a *stack*: C clients at once, every per-client tensor with a
+leading client axis. A real client is a stack of one. It is a pure function of its arguments: whoever
 hosts the clients keeps their state, moves it forward when the server acknowledges it, and carries the
 messages.
 """
@@ -22,7 +22,7 @@ from strategies.base.transform import Transform
 
 @dataclass(frozen=True)
 class Batch:
-    """One mini-batch of each client of a cohort.
+    """One mini-batch of each client of a stack.
 
     Attributes:
         images: Normalised images, (C, B, channels, height, width), rows beyond a client's own padded.
@@ -39,7 +39,7 @@ class Batch:
     examples: Sequence[int]
 
 
-class Cohort(Protocol):
+class Stack(Protocol):
     """C clients, their data and the gradients of their losses F_i."""
 
     @property
@@ -76,7 +76,7 @@ class Cohort(Protocol):
 
 @dataclass(frozen=True)
 class Instruction:
-    """What the server sent to a cohort.
+    """What the server sent to a stack.
 
     Attributes:
         arrays: Named vectors, the same for every client: `weights` (d,) and what the algorithm adds.
@@ -91,7 +91,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Update:
-    """What a cohort answers.
+    """What a stack answers.
 
     Attributes:
         arrays: Named vectors with a leading client axis: `weights` (C, d) and what the algorithm adds.
@@ -108,7 +108,7 @@ class Update:
 
 
 class ClientHalf(ABC):
-    """The client half of an algorithm: a local solver for a cohort."""
+    """The client half of an algorithm: a local solver for a stack."""
 
     layout: Layout
     transforms: Sequence[Transform] = ()
@@ -173,5 +173,5 @@ class ClientHalf(ABC):
         return None
 
     @abstractmethod
-    def solve(self, cohort: Cohort, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
-        """Solve the local problem of every client of the cohort."""
+    def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
+        """Solve the local problem of every client of the stack."""

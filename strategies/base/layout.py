@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class Layout:
     """The order, names and shapes of the tensors that make up a flat vector.
 
-    Weights, duals, gradients and moments of a cohort of C clients are all tensors of shape (C, d), so
+    Weights, duals, gradients and moments of a stack of C clients are all tensors of shape (C, d), so
     that an ADMM step is a few element-wise operations whatever the model.
 
     Attributes:

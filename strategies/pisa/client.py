@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from strategies.base import checks
-from strategies.base.client import ClientHalf, Cohort, Instruction, Update
+from strategies.base.client import ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.messages import GRADIENT, MEASURE, ROUND, WEIGHTS, Field, integer, squared
 from strategies.base.threads import one_thread
@@ -98,10 +98,10 @@ class PisaClient(ClientHalf):
                 arrays[WEIGHTS].device,
             )
 
-    def solve(self, cohort: Cohort, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
+    def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """The gradient, or K local steps and the dual step; see the module's equations."""
         consensus, config = instruction.arrays[WEIGHTS], instruction.config
-        gradients = self._gradients(cohort)
+        gradients = self._gradients(stack)
         gradient, loss = gradients(consensus)
         if self.by_gradient:
             return Update({GRADIENT: gradient}, loss)
@@ -113,7 +113,7 @@ class PisaClient(ClientHalf):
         measured = self.lag and self._measures(config)
         announced = statistic if measured else {}
         if step is None and self.penalty.sigma is None:
-            weights = consensus.repeat(len(cohort.clients), 1)
+            weights = consensus.repeat(len(stack.clients), 1)
             return Update({WEIGHTS: weights} | announced, loss, lambda _: state)
         if step is None:  # everyone's own Q begins with the gradient at hand, and so does a common one
             held = self.preconditioner.nothing(consensus.device) if self.align_every else state
@@ -144,9 +144,9 @@ class PisaClient(ClientHalf):
     def _measures(self, config: Mapping[str, Any]) -> bool:
         return measures(self.preconditioner, integer(config, ROUND), self.align_every)
 
-    def _gradients(self, cohort: Cohort) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def _gradients(self, stack: Stack) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """The stochastic gradient: at weights (d,) or (C, d), gradients (C, d) and losses (C,)."""
         if self.gradient != "batch":
-            return lambda weights: cohort.full_gradient(weights, self.gradient)
-        batches = cohort.batches(epochs=self.local_steps)
-        return lambda weights: cohort.gradient(weights, next(batches))
+            return lambda weights: stack.full_gradient(weights, self.gradient)
+        batches = stack.batches(epochs=self.local_steps)
+        return lambda weights: stack.gradient(weights, next(batches))

@@ -36,7 +36,7 @@ from typing import Any
 from torch import Tensor
 
 from strategies.base import checks
-from strategies.base.client import Cohort, Instruction, Update
+from strategies.base.client import Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.messages import ROUND, WEIGHTS, Field, integer, squared
 from strategies.local_sgd import LocalSgd
@@ -73,12 +73,12 @@ class PisaLocalClient(LocalSgd):
         """The weights, of which the dual is made."""
         return {WEIGHTS: squared(self.layout.size)}
 
-    def solve(self, cohort: Cohort, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
+    def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """The local epochs and the dual step; see the module's equations."""
         consensus, round_number = instruction.arrays[WEIGHTS], integer(instruction.config, ROUND)
         sigma, lr = self.penalty.sigma_at(round_number, None), self.penalty.lr_at(round_number)
         assert sigma is not None
-        weights, loss = self.descend(cohort, consensus, lr, float(sigma), state[DUAL])
+        weights, loss = self.descend(stack, consensus, lr, float(sigma), state[DUAL])
 
         def following(sent: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             # the ledger's own operations in their order, so that its dual has the same bits

@@ -39,7 +39,7 @@ LARGEST = squared(1).largest
 
 
 class Compression(Protocol):
-    """A scheme C. Its arrays may have leading axes, those of a cohort: (..., length)."""
+    """A scheme C. Its arrays may have leading axes, those of a stack: (..., length)."""
 
     def fields(self) -> dict[str, Field]:
         """What it sends of a gradient; whatever passes their checks can be decoded, and is finite."""

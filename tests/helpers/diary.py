@@ -54,8 +54,8 @@ class Diary(ClientHalf):
     def prepare(self, arrays, config):
         return arrays[WEIGHTS] + config[ROUND] / 7
 
-    def solve(self, cohort, instruction, state):
-        own = torch.tensor(cohort.clients, dtype=torch.float32)[:, None] / 3
+    def solve(self, stack, instruction, state):
+        own = torch.tensor(stack.clients, dtype=torch.float32)[:, None] / 3
         weights, count = instruction.common + own, state["count"] + 1
 
         def following(sent):
@@ -109,8 +109,8 @@ class TroubledGrid(Trouble, LocalGrid):
     """The local engine in trouble, without or with workers."""
 
 
-def troubled(clients, workers, cohort=1):
-    return TroubledGrid(clients.host(clients.rows, cohort), workers)
+def troubled(clients, workers, stack=1):
+    return TroubledGrid(clients.host(clients.rows, stack), workers)
 
 
 IN_PROCESS = partial(local_engine, workers=0)

@@ -10,9 +10,10 @@ import torch
 from flwr.app import ConfigRecord, Message
 from torch import nn
 
-from pisa_fl.clients.cohort import ClientData, FlatModel
-from pisa_fl.clients.executor import Solver
+from pisa_fl.clients.executor import Executor
+from pisa_fl.clients.flat_model import FlatModel
 from pisa_fl.clients.host import ClientHost, ClientState
+from pisa_fl.clients.stack import ClientData
 from pisa_fl.data import ImageData
 from pisa_fl.engines.local import LocalGrid
 from pisa_fl.server.flowers_own import server_half
@@ -62,8 +63,8 @@ class Quadratics:
         return self.a @ w - self.b
 
 
-class QuadraticCohort:
-    """Clients of a cohort; a batch tells nothing, for the gradient is exact."""
+class QuadraticStack:
+    """Clients of a stack; a batch tells nothing, for the gradient is exact."""
 
     layout = LAYOUT
     buffers = torch.empty(0)
@@ -95,7 +96,7 @@ class Bench:
     strategy: object
     half: object
     participation: float = 1.0
-    cohort: int = len(EXAMPLES)
+    stack: int = len(EXAMPLES)
     number: int = 0
     losing: set = field(default_factory=set)
 
@@ -108,7 +109,7 @@ class Bench:
             i: ClientData(torch.zeros(1), torch.zeros(1), torch.zeros(n, dtype=torch.int64))
             for i, n in enumerate(EXAMPLES)
         }
-        self.host = ClientHost(Solver(model, self.half, data, rows, 0, 1, 1), self.cohort)
+        self.host = ClientHost(Executor(model, self.half, data, rows, 0, 1, 1), self.stack)
         bench = self
 
         class Line(LocalGrid):
@@ -146,12 +147,12 @@ class Bench:
 def solving(problem, failing=frozenset(), steps_per_epoch=1):
     """While it lasts, hosted clients solve a quadratic problem, and some of them raise."""
 
-    def cohort(model, data, examples, *_):
+    def stack(model, data, examples, *_):
         if broken := sorted(failing & set(examples)):
             raise RuntimeError(f"client {broken[0]} is broken")
-        return QuadraticCohort(problem, examples, steps_per_epoch)
+        return QuadraticStack(problem, examples, steps_per_epoch)
 
-    with patch("pisa_fl.clients.executor.LocalCohort", cohort):
+    with patch("pisa_fl.clients.executor.LocalStack", stack):
         yield
 
 
@@ -190,7 +191,7 @@ def pisa_bench(
     consensus = options.get("consensus", "all")
     both = {"wire": wire, "lag": lag}
     sending = {key: options.pop(key) for key in ("compression", "keep") if key in options}
-    bench = {key: options.pop(key) for key in ("participation", "cohort") if key in options}
+    bench = {key: options.pop(key) for key in ("participation", "stack") if key in options}
     settings = {"lr": 0.1, "momentum": 0.9, "sigma": 6.0, "rho": 1.0, "gamma": 1.0, "grow_every": 10}
     penalty = Penalty(**settings | options)
     make = PRECONDITIONERS[preconditioner]

@@ -80,9 +80,9 @@ class SignStep(ClientHalf):
     def __init__(self, layout, step):
         self.layout, self.step = layout, step
 
-    def solve(self, cohort, instruction, state):
+    def solve(self, stack, instruction, state):
         weights = instruction.arrays[WEIGHTS]
-        gradient, loss = cohort.full_gradient(weights, "mean")
+        gradient, loss = stack.full_gradient(weights, "mean")
         return Update({WEIGHTS: weights - self.step * gradient.sign()}, loss)
 
 

@@ -62,14 +62,14 @@ def halves(method, layout):
     return Pisa(layout, q, penalty, 0.1, 1, "examples"), PisaClient(layout, q, penalty, 1, 1, "mean")
 
 
-def host_of(half, model, cohort=1):
+def host_of(half, model, stack=1):
     draw = np.random.default_rng(0)
     images = draw.integers(0, 256, (sum(SIZES), 1, 2, 2), dtype=np.uint8)
     labels = draw.integers(0, 3, sum(SIZES))
     data = ImageData(images, labels, images, labels, ("a", "b", "c"), (0.5,), (0.5,))
     partition = np.split(np.arange(sum(SIZES)), np.cumsum(SIZES)[:-1])
     rows = dict(enumerate(partition))
-    return Clients(data, rows, model, half, 0, 8, torch.device("cpu")).host(NODES, cohort, 100)
+    return Clients(data, rows, model, half, 0, 8, torch.device("cpu")).host(NODES, stack, 100)
 
 
 class Grid(LocalGrid):
@@ -744,7 +744,7 @@ def test_a_mutated_instruction_changes_nothing_or_counts_as_the_instruction_that
 
 def test_clients_that_advance_together_follow_each_its_own_words():
     server = Server("pisa")
-    host = server.grid.host = host_of(server.half, network(False), cohort=3)
+    host = server.grid.host = host_of(server.half, network(False), stack=3)
     said, _ = honest_round(server, 1)
     words = {0: {"server-round": 1}, 1: {"server-round": 6}, 2: {"server-round": 6}, 3: {"server-round": -1}}
     sent = {n: RecordDict({**said[n], "config": ConfigRecord(w)}) for n, w in words.items()}

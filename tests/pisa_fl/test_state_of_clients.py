@@ -52,12 +52,12 @@ def quiet():
     logger.setLevel(logging.NOTSET)
 
 
-@pytest.mark.parametrize(("workers", "cohort"), [(0, 1), (0, 3), (2, 1)])
+@pytest.mark.parametrize(("workers", "stack"), [(0, 1), (0, 3), (2, 1)])
 @pytest.mark.parametrize("participation", [1.0, 0.5])
-def test_clients_remember_what_was_accepted_and_nothing_else(workers, cohort, participation, quiet):
+def test_clients_remember_what_was_accepted_and_nothing_else(workers, stack, participation, quiet):
     if workers and not can_fork():
         pytest.skip("processes cannot be forked here")
-    federation = federate(partial(troubled, workers=workers, cohort=cohort), participation)
+    federation = federate(partial(troubled, workers=workers, stack=stack), participation)
     grid, expected, troubles = federation.grid, Expected(federation.model.layout.size), [0, 0]
 
     def check(number, line):

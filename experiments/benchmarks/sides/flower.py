@@ -66,9 +66,9 @@ def main(task: Task, report: TextIO) -> None:
     @server.main()
     def rounds(grid: Grid, context: Context) -> None:
         strategy = FedAvg(
-            fraction_train=task.cohort / task.clients,
+            fraction_train=task.stack / task.clients,
             fraction_evaluate=0.0,
-            min_train_nodes=task.cohort,
+            min_train_nodes=task.stack,
             min_available_nodes=task.clients,
             train_metrics_aggr_fn=count,
         )

@@ -60,4 +60,4 @@ def main(task: Task, report: TextIO) -> None:
     }
     federation = FedAVG(task.clients, data, DDict(settings))
     federation.set_callbacks(Turns(task, report))
-    federation.run(sys.maxsize, task.cohort / task.clients, finalize=False)
+    federation.run(sys.maxsize, task.stack / task.clients, finalize=False)

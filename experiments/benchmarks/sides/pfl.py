@@ -1,7 +1,7 @@
 """pfl-research: FederatedAveraging on its SimulatedBackend, users' data as tensors, no evaluation.
 
 It chooses among one thread and one per core. Under torchrun it is pfl's distributed simulation: a process on every
-core, each with its part of the cohort.
+core, each with its part of the stack.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def main(task: Task, report: TextIO) -> None:
     data = FederatedDataset(users.__getitem__, MinimizeReuseUserSampler(range(task.clients)))
     net = Net(task)
     FederatedAveraging().run(
-        NNAlgorithmParams(sys.maxsize, sys.maxsize, task.cohort, None),
+        NNAlgorithmParams(sys.maxsize, sys.maxsize, task.stack, None),
         SimulatedBackend(data, data, [WeightByDatapoints()]),
         PyTorchModel(net, torch.optim.SGD, torch.optim.SGD(net.parameters(), 1.0)),
         NNTrainHyperParams(local_batch_size=task.batch, local_num_epochs=1, local_learning_rate=LR),

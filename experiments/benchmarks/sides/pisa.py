@@ -25,7 +25,7 @@ def federation(task: Task, *overrides: str) -> Federation:
             f"data.examples={task.examples}",
             f"clients={task.clients}",
             f"batch_size={task.batch}",
-            f"participation={task.cohort / task.clients}",
+            f"participation={task.stack / task.clients}",
         ]
         groups = ["data=noise", "partition=iid", "device=cpu"]
         return prepare(compose(*groups, *sizes, f"init={initial}", *overrides, config_dir=CONF))

@@ -15,7 +15,7 @@ def main(task: Task, report: TextIO) -> None:
     """Rounds of one epoch with the first clients."""
     torch.set_num_threads(1)
     pace, model = Pace(task, report), task.model()
-    shares = task.shares()[: task.cohort]
+    shares = task.shares()[: task.stack]
     optimizer = torch.optim.SGD(model.parameters(), LR)
     server = [p.detach().clone() for p in model.parameters()]
     while True:
@@ -33,4 +33,4 @@ def main(task: Task, report: TextIO) -> None:
             for p, sum_ in zip(model.parameters(), total, strict=True):
                 sum_ += p.detach()
         server = [sum_ / len(shares) for sum_ in total]
-        pace.done(task.cohort * task.images, server)
+        pace.done(task.stack * task.images, server)

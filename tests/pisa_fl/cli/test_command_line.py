@@ -103,7 +103,7 @@ def refused(command, tmp_path, *arguments):
         ("seed=${seed}", ["Recursive interpolation"]),
         ("partition.num_partitions=7", ["partition.num_partitions=7 and clients=10 disagree"]),
         ("progress=perhaps", ["progress must be true or false", "got perhaps"]),
-        ("engine.cohort=0", ["engine.cohort must be a whole number"]),
+        ("engine.stack=0", ["engine.stack must be a whole number"]),
         ("device=nonsense", ["device=nonsense is no device", "device", "cpu"]),
         ("device=meta", ["device=meta is no device that PyTorch can use here"]),
         # values of the groups, by the key that the user set
@@ -357,7 +357,7 @@ class Raising(ClientHalf):
     def __init__(self, layout):
         self.layout = layout
 
-    def solve(self, cohort, instruction, state):
+    def solve(self, stack, instruction, state):
         raise ZeroDivisionError("my own mistake")
 """
 

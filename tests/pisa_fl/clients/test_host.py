@@ -7,9 +7,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pisa_fl.clients.cohort import ClientData, FlatModel
-from pisa_fl.clients.executor import Solver
+from pisa_fl.clients.executor import Executor
+from pisa_fl.clients.flat_model import FlatModel
 from pisa_fl.clients.host import CLIENT_FAILED, ClientHost, ClientState
+from pisa_fl.clients.stack import ClientData
 from pisa_fl.data import ImageData
 from pisa_fl.engines.local import LocalGrid
 from strategies import ClientHalf, LocalSgd, Update
@@ -24,15 +25,15 @@ class Tally(ClientHalf):
 
     def __init__(self, layout, broken=()):
         self.layout, self.broken = layout, set(broken)
-        self.cohorts, self.draws = [], []
+        self.stacks, self.draws = [], []
 
     def state_sizes(self):
         return {"tally": 1}
 
-    def solve(self, cohort, instruction, state):
-        self.cohorts.append(list(cohort.clients))
+    def solve(self, stack, instruction, state):
+        self.stacks.append(list(stack.clients))
         self.draws.append(float(torch.rand(())))
-        if self.broken & set(cohort.clients):
+        if self.broken & set(stack.clients):
             raise ZeroDivisionError("broken")
         tally = state["tally"] + 1
         weights = instruction.arrays["weights"] + tally
@@ -45,7 +46,7 @@ def network(normed=False):
     return nn.Sequential(nn.Flatten(), nn.Linear(4, 3), norm)
 
 
-def make_host(half=Tally, cohort=1, normed=False, batch=2, **options):
+def make_host(half=Tally, stack=1, normed=False, batch=2, **options):
     draw = np.random.default_rng(0)
     images = draw.integers(0, 256, (sum(SIZES), 1, 2, 2), dtype=np.uint8)
     labels = draw.integers(0, 3, sum(SIZES))
@@ -54,7 +55,7 @@ def make_host(half=Tally, cohort=1, normed=False, batch=2, **options):
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
     clients = {i: ClientData(x, y, rows) for i, rows in enumerate(parts)}
     model = FlatModel(network(normed), CPU)
-    return ClientHost(Solver(model, half(model.layout, **options), data, clients, 3, batch, 100), cohort)
+    return ClientHost(Executor(model, half(model.layout, **options), data, clients, 3, batch, 100), stack)
 
 
 def ask(host, number=1, accepted=None, state=None, kind="train", clients=(0, 1, 2), arrays=None):
@@ -90,7 +91,7 @@ def test_state_moves_forward_only_when_the_server_acknowledges_it():
 
 
 def test_a_client_without_the_accepted_state_asks_for_it():
-    host = make_host(cohort=3)
+    host = make_host(stack=3)
     replies = ask(host, 7, {0: 5})
     assert replies[0].error.code == STATE_LOST
     assert "client 0 does not hold the state" in replies[0].error.reason
@@ -114,9 +115,9 @@ def test_settling():
     assert not state.settle(5)
 
 
-@pytest.mark.parametrize("cohort", [1, 3])
-def test_a_client_that_raises_does_not_stop_the_others(cohort):
-    host = make_host(cohort=cohort, broken=[1])
+@pytest.mark.parametrize("stack", [1, 3])
+def test_a_client_that_raises_does_not_stop_the_others(stack):
+    host = make_host(stack=stack, broken=[1])
     replies = ask(host)
     failed = [i for i, reply in replies.items() if reply.has_error()]
     assert failed == [1]
@@ -129,11 +130,11 @@ def test_a_client_that_raises_does_not_stop_the_others(cohort):
     assert not any(reply.has_error() for reply in ask(host, 2, {}).values())
 
 
-@pytest.mark.parametrize(("cohort", "groups"), [(1, [[0], [1], [2]]), (2, [[0, 2], [1]]), (9, [[0, 2, 1]])])
-def test_clients_advance_in_cohorts_of_the_given_size_the_largest_first(cohort, groups):
-    host = make_host(cohort=cohort)
+@pytest.mark.parametrize(("stack", "groups"), [(1, [[0], [1], [2]]), (2, [[0, 2], [1]]), (9, [[0, 2, 1]])])
+def test_clients_advance_in_stacks_of_the_given_size_the_largest_first(stack, groups):
+    host = make_host(stack=stack)
     ask(host)
-    assert host._half.cohorts == groups
+    assert host._half.stacks == groups
 
 
 def test_global_random_state_is_untouched_and_draws_have_addresses():

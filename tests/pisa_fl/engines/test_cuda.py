@@ -9,7 +9,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 
 @pytest.mark.parametrize("strategy", ["pisa", "sisa", "nsisa", "sisa_official", "fedavg"])
-def test_a_gpus_cohorts_follow_the_cpus_clients(strategy):
+def test_a_gpus_stacks_follow_the_cpus_clients(strategy):
     def weights(device):
         own = ["strategy.local_epochs=1"] if strategy == "fedavg" else []
         federation = prepare(compose(f"strategy={strategy}", "model=mlp", f"device={device}", *own))

@@ -36,7 +36,7 @@ def federate(strategy, seed=0, normed=False, half=None, **options):
     model = network(normed)
     half = half or LocalSgd(Layout.of_parameters(model), **LOCAL)
     partition = np.split(np.arange(sum(SIZES)), np.cumsum(SIZES)[:-1])
-    engine = partial(local_engine, cohort=options.pop("cohort", "auto"))
+    engine = partial(local_engine, stack=options.pop("stack", "auto"))
     return Federation(
         image_data(), partition, model, strategy, half, engine, seed=seed, batch_size=4, **options
     )
@@ -166,10 +166,10 @@ def test_same_seed_same_bits():
     assert lines[-1]["clients_ok"] == 3
 
 
-def test_cohorts_change_nothing_but_rounding():
-    alone, _ = final(federate(fedavg(), cohort=1), 2)
-    for cohort in (2, 5):
-        together, _ = final(federate(fedavg(), cohort=cohort), 2)
+def test_stacks_change_nothing_but_rounding():
+    alone, _ = final(federate(fedavg(), stack=1), 2)
+    for stack in (2, 5):
+        together, _ = final(federate(fedavg(), stack=stack), 2)
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -197,7 +197,7 @@ def test_running_statistics_are_averaged_by_examples():
 
 def test_a_round_without_any_reply_says_why():
     class Broken(ClientHalf):
-        def solve(self, cohort, instruction, state):
+        def solve(self, stack, instruction, state):
             raise ArithmeticError("no such thing")
 
     broken = Broken()

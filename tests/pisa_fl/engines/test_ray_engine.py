@@ -157,19 +157,19 @@ def first_time(name):
 
 
 class Killed(PisaClient):
-    def solve(self, cohort, instruction, state):
+    def solve(self, stack, instruction, state):
         (HERE / f"pid-{os.getpid()}").touch()
-        update = super().solve(cohort, instruction, state)
-        if cohort.clients == [4] and instruction.config["server-round"] == 4 and first_time("killed"):
+        update = super().solve(stack, instruction, state)
+        if stack.clients == [4] and instruction.config["server-round"] == 4 and first_time("killed"):
             os.kill(os.getpid(), signal.SIGKILL)
         return update
 
 
 class KilledTwice(PisaClient):
-    def solve(self, cohort, instruction, state):
-        if cohort.clients == [4] and instruction.config["server-round"] == 1:
+    def solve(self, stack, instruction, state):
+        if stack.clients == [4] and instruction.config["server-round"] == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().solve(cohort, instruction, state)
+        return super().solve(stack, instruction, state)
 """
 
 
@@ -262,10 +262,10 @@ from strategies import PisaClient
 
 
 class Failing(PisaClient):
-    def solve(self, cohort, instruction, state):
-        if instruction.config["server-round"] in (2, 3) and cohort.clients == [5]:
+    def solve(self, stack, instruction, state):
+        if instruction.config["server-round"] in (2, 3) and stack.clients == [5]:
             raise ArithmeticError("no such thing")
-        return super().solve(cohort, instruction, state)
+        return super().solve(stack, instruction, state)
 """
 
 
@@ -292,12 +292,12 @@ HERE = Path(__file__).parent
 
 
 class Slow(PisaClient):
-    def solve(self, cohort, instruction, state):
-        (client,), number = cohort.clients, instruction.config["server-round"]
+    def solve(self, stack, instruction, state):
+        (client,), number = stack.clients, instruction.config["server-round"]
         (HERE / f"solved-{number}-{client}").touch()
         while (client, number) == (4, 2) and not (HERE / "go-on").exists():
             time.sleep(0.01)
-        return super().solve(cohort, instruction, state)
+        return super().solve(stack, instruction, state)
 """
 
 

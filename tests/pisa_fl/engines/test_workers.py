@@ -94,7 +94,7 @@ def assert_same(one, other):
     assert torch.equal(one[1], other[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"participation": 0.5}, {"cohort": 3}, {"state": "disk"}])
+@pytest.mark.parametrize("options", [{}, {"participation": 0.5}, {"stack": 3}, {"state": "disk"}])
 @pytest.mark.parametrize("method", [sisa, fedavg])
 def test_any_number_of_workers_gives_the_same_bits(method, options):
     alone = outcome(federate(method, 0, **{k: v for k, v in options.items() if k != "state"}))
@@ -103,9 +103,9 @@ def test_any_number_of_workers_gives_the_same_bits(method, options):
         assert_same(outcome(federate(method, workers, **options)), alone)
 
 
-@pytest.mark.parametrize("cohort", [1, 3])
+@pytest.mark.parametrize("stack", [1, 3])
 @pytest.mark.parametrize("name", ["bfloat16", "int8", "topk"])
-def test_smaller_messages_come_from_workers_as_they_are(name, cohort):
+def test_smaller_messages_come_from_workers_as_they_are(name, stack):
     def compressed(layout, **_):
         q = partial(Kronecker, beta=0.9, eps=1e-8, max_side=8, refresh=1, factored=0.5)
         penalty, options = Penalty(0.01, 0.9, None, None, 1.0, 10), {"wire": "gradient", "lag": 0}
@@ -114,10 +114,10 @@ def test_smaller_messages_come_from_workers_as_they_are(name, cohort):
             PisaClient(layout, q, penalty, 1, 1, "mean", **options, compression=name),
         )
 
-    alone = outcome(federate(compressed, 0, cohort=cohort))
+    alone = outcome(federate(compressed, 0, stack=stack))
     assert alone[0][-1]["test_loss"] < alone[0][0]["test_loss"]
     assert [line["clients_failed"] for line in alone[0]] == [0] * 5
-    assert_same(outcome(federate(compressed, 2, cohort=cohort)), alone)
+    assert_same(outcome(federate(compressed, 2, stack=stack)), alone)
 
 
 class Deadly(PisaClient):
@@ -125,12 +125,12 @@ class Deadly(PisaClient):
 
     by, server = signal.SIGKILL, os.getpid()
 
-    def solve(self, cohort, instruction, state):
-        if 2 in cohort.clients and os.getpid() != self.server and not Path(self.mark).exists():
+    def solve(self, stack, instruction, state):
+        if 2 in stack.clients and os.getpid() != self.server and not Path(self.mark).exists():
             if self.once:
                 Path(self.mark).touch()
             os.kill(os.getpid(), self.by)
-        return super().solve(cohort, instruction, state)
+        return super().solve(stack, instruction, state)
 
 
 def deadly(mark, once, by=signal.SIGKILL):
@@ -241,18 +241,18 @@ def test_replies_that_are_kept_keep_their_values():
 class Wordy(LocalSgd):
     """Answers more than it says it would."""
 
-    def solve(self, cohort, instruction, state):
-        update = super().solve(cohort, instruction, state)
-        update.arrays["more"] = torch.ones(len(cohort.clients), 5)
+    def solve(self, stack, instruction, state):
+        update = super().solve(stack, instruction, state)
+        update.arrays["more"] = torch.ones(len(stack.clients), 5)
         return update
 
 
 class Careless(LocalSgd):
     """Writes to what it was sent."""
 
-    def solve(self, cohort, instruction, state):
+    def solve(self, stack, instruction, state):
         instruction.arrays["weights"].mul_(0.5)
-        return super().solve(cohort, instruction, state)
+        return super().solve(stack, instruction, state)
 
 
 @pytest.mark.parametrize(
@@ -272,10 +272,10 @@ def test_what_a_client_half_must_not_do(half, reason):
 class Slow(LocalSgd):
     """Takes for ever at one client's turn, in the first round."""
 
-    def solve(self, cohort, instruction, state):
-        if 2 in cohort.clients and instruction.config["server-round"] == 1:
+    def solve(self, stack, instruction, state):
+        if 2 in stack.clients and instruction.config["server-round"] == 1:
             time.sleep(600)
-        return super().solve(cohort, instruction, state)
+        return super().solve(stack, instruction, state)
 
 
 def test_the_rounds_timeout_ends_a_worker_that_takes_too_long():

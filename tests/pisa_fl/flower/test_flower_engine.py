@@ -180,10 +180,10 @@ from strategies import LocalSgd
 
 
 class Moody(LocalSgd):
-    def solve(self, cohort, instruction, state):
-        if 3 in cohort.clients and instruction.config["server-round"] < 3:
+    def solve(self, stack, instruction, state):
+        if 3 in stack.clients and instruction.config["server-round"] < 3:
             raise ArithmeticError("number three is unwell")
-        return super().solve(cohort, instruction, state)
+        return super().solve(stack, instruction, state)
 """
 
 

@@ -10,7 +10,7 @@ import torch
 from flwr.serverapp.strategy import FedAvg, FedAvgM
 from torch import nn
 
-from pisa_fl.clients.cohort import LocalCohort
+from pisa_fl.clients.stack import LocalStack
 from pisa_fl.config import ConfigurationError, build, compose
 from pisa_fl.data import ImageData
 from pisa_fl.engines.local import local_engine
@@ -194,10 +194,10 @@ def test_full_gradients_take_the_same_batches(how):
     model = normed(nn.BatchNorm1d(5))
     plain = copy.deepcopy(model)
     run = federation(model)
-    solver = run.grid.host.solver
-    cohort = LocalCohort(solver.model, run.data, {1: solver.clients[1]}, None, 1, 0, 8, 1000)
+    executor = run.grid.host.executor
+    stack = LocalStack(executor.model, run.data, {1: executor.clients[1]}, None, 1, 0, 8, 1000)
     weights = run.model.weights.clone()
-    gradient, loss = cohort.full_gradient(weights, how)
+    gradient, loss = stack.full_gradient(weights, how)
     x = (torch.tensor(run.data.train_images[9:]) / 255 - 0.5) / 0.5
     y = torch.tensor(run.data.train_labels[9:])
     losses = []

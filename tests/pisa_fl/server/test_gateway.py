@@ -27,7 +27,7 @@ class Half(ClientHalf):
     def reply_fields(self, config):
         return {"weights": Field(D), "moment": Field(2, minimum=0.0)}
 
-    def solve(self, cohort, instruction, state):
+    def solve(self, stack, instruction, state):
         return Update({}, torch.empty(0))
 
 

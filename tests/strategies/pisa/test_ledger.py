@@ -66,7 +66,7 @@ class Book:
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(history=st.lists(events, min_size=3, max_size=8))
 def test_nothing_is_lost(preconditioner, align_every, penalty, history):
-    options = {"lambda_": LAMBDA, "gamma": GAMMA, "grow_every": EVERY, "cohort": 1}
+    options = {"lambda_": LAMBDA, "gamma": GAMMA, "grow_every": EVERY, "stack": 1}
     bench = pisa_bench(preconditioner, align_every, **options, **PENALTIES[penalty])
     ledger, states, book = bench.strategy.ledger, bench.host.states, Book()
     broken: set[int] = set()
@@ -112,7 +112,7 @@ def test_nothing_is_lost(preconditioner, align_every, penalty, history):
 
 
 def test_a_client_that_lost_its_state_is_supplied_within_the_round():
-    whole, bench = pisa_bench("identity", cohort=1), pisa_bench("identity", cohort=1)
+    whole, bench = pisa_bench("identity", stack=1), pisa_bench("identity", stack=1)
     down = [0]
     with solving(PROBLEM):
         for number in range(1, 6):
@@ -130,7 +130,7 @@ def test_a_client_that_lost_its_state_is_supplied_within_the_round():
 
 
 def test_a_client_that_claims_to_have_lost_what_it_never_had_is_refused():
-    bench = pisa_bench("identity", cohort=1)
+    bench = pisa_bench("identity", stack=1)
     with solving(PROBLEM), patch.object(ClientState, "settle", lambda state, accepted: False):
         assert all(reply.error.code == STATE_LOST for reply in bench.round())
     assert bench.strategy.ledger.clients == []
@@ -139,7 +139,7 @@ def test_a_client_that_claims_to_have_lost_what_it_never_had_is_refused():
 @pytest.mark.parametrize("known", [True, False])
 def test_clients_follow_a_server_that_was_set_back(known):
     """A server restored to an earlier round, in which it knew a client or had never heard of it."""
-    bench = pisa_bench("identity", cohort=1)
+    bench = pisa_bench("identity", stack=1)
     with solving(PROBLEM):
         bench.round(drawn=CLIENTS if known else {0, 1, 2})
         saved, arrays = {k: v.clone() for k, v in bench.strategy.state_dict().items()}, bench.arrays
@@ -156,7 +156,7 @@ def test_clients_follow_a_server_that_was_set_back(known):
 
 @pytest.mark.parametrize("preconditioner", ["identity", "second moment", "spectral"])
 def test_state_dict_goes_on_with_the_same_bits(preconditioner):
-    options = {"sigma": None, "rho": None, "cohort": 1}
+    options = {"sigma": None, "rho": None, "stack": 1}
     straight, first, second = (pisa_bench(preconditioner, **options) for _ in range(3))
     with solving(PROBLEM):
         for _ in range(6):
@@ -226,7 +226,7 @@ def test_forgotten_clients_leave_the_sums_and_come_back_as_new_ones():
 
 @pytest.mark.parametrize(("align_every", "penalty"), [(0, "by hand"), (1, "automatic")])
 def test_a_client_that_stays_away_is_forgotten_and_begins_anew(align_every, penalty):
-    options = {"lambda_": LAMBDA, "cohort": 1, **PENALTIES[penalty]}
+    options = {"lambda_": LAMBDA, "stack": 1, **PENALTIES[penalty]}
     bench = pisa_bench("second moment", align_every, forget_after=2, **options)
     others, gone = set(CLIENTS) - {1}, 1
     ledger = bench.strategy.ledger
@@ -250,7 +250,7 @@ def test_a_client_that_stays_away_is_forgotten_and_begins_anew(align_every, pena
 def test_without_a_number_nobody_is_forgotten():
     with pytest.raises(ValueError, match=r"strategy.forget_after must be a whole number of 1 or more, got 0"):
         pisa_bench("identity", forget_after=0)
-    never, late = pisa_bench("identity", cohort=1), pisa_bench("identity", cohort=1, forget_after=9)
+    never, late = pisa_bench("identity", stack=1), pisa_bench("identity", stack=1, forget_after=9)
     with solving(PROBLEM):
         for bench in (never, late):
             for drawn in (None, {0}, {0}, {0}, None):

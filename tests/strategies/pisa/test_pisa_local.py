@@ -9,8 +9,8 @@ from quadratics import (
     LAYOUT,
     PRECONDITIONERS,
     Bench,
-    QuadraticCohort,
     Quadratics,
+    QuadraticStack,
     duals_of,
     solving,
 )
@@ -86,7 +86,7 @@ def test_it_finds_the_optimum_that_fedavg_misses(participation):
 
 
 def test_the_replica_of_the_dual_is_the_ledgers_whatever_is_lost():
-    bench = Bench(*halves(sigma=0.3), cohort=1)
+    bench = Bench(*halves(sigma=0.3), stack=1)
     with solving(Quadratics.draw()):
         for number, (lost, forgetful) in enumerate([((), ()), ({1}, ()), ({0, 2}, {1}), ((), {3}), ((), ())]):
             bench.round(lost=lost, forgetful=forgetful)
@@ -103,7 +103,7 @@ def test_without_penalty_and_duals_it_is_local_sgd(schedule):
     for number, lr in ((1, 0.05), (2, 0.005 if schedule else 0.05)):
         said = Instruction({WEIGHTS: w}, {"server-round": number})
         answers = [
-            solver.solve(QuadraticCohort(problem, clients), said, state).arrays[WEIGHTS]
+            solver.solve(QuadraticStack(problem, clients), said, state).arrays[WEIGHTS]
             for solver, state in (
                 (half, {"dual": torch.zeros(len(clients), LAYOUT.size)}),
                 (LocalSgd(LAYOUT, lr, 0.5, 0.0, 5), {}),

@@ -122,7 +122,7 @@ def test_fedavg_with_local_steps_stops_elsewhere():
 
 def test_clients_may_advance_together_or_one_by_one():
     problem = Quadratics.draw()
-    together, alone = (run(pisa_bench("spectral", cohort=n), problem, 10) for n in (len(EXAMPLES), 1))
+    together, alone = (run(pisa_bench("spectral", stack=n), problem, 10) for n in (len(EXAMPLES), 1))
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 

@@ -16,7 +16,7 @@ VECTOR = 4 * LAYOUT.size + 128
 @pytest.mark.parametrize("consensus", ["all", "fresh"])
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_both_wires_take_the_same_path(preconditioner, consensus, lag, penalty):
-    options = {"lag": lag, "consensus": consensus, "cohort": 1, "align_every": 2, "bound": 0.5, **penalty}
+    options = {"lag": lag, "consensus": consensus, "stack": 1, "align_every": 2, "bound": 0.5, **penalty}
     problem = Quadratics.draw(seed=3)
     primal, gradient = (
         pisa_bench(preconditioner, wire=wire, lambda_=0.2, **options) for wire in ("primal", "gradient")
@@ -78,7 +78,7 @@ def test_without_a_q_of_its_own_no_alignment_is_needed():
 
 
 def test_a_gradient_out_of_all_proportion_is_refused():
-    bench = pisa_bench("kronecker", wire="gradient", lag=0, cohort=1, **AUTOMATIC)
+    bench = pisa_bench("kronecker", wire="gradient", lag=0, stack=1, **AUTOMATIC)
     problem = Quadratics.draw()
     wild = Quadratics(problem.a, problem.b.clone())
     wild.b[1] *= 1e4

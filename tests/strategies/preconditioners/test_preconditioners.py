@@ -213,7 +213,7 @@ def test_spectral_alignment_averages_residuals():
 
 
 @pytest.mark.parametrize("name", PRECONDITIONERS)
-def test_clients_of_a_cohort_do_not_mix(name):
+def test_clients_of_a_stack_do_not_mix(name):
     preconditioner = PRECONDITIONERS[name](SMALL)
     first, second, right = draws(3)
     sigma = torch.tensor(0.4, dtype=torch.float64)

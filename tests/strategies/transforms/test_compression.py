@@ -105,9 +105,9 @@ def test_what_is_sent_is_what_was_agreed_however_it_travels(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("cohort", [1, 4])
-def test_what_was_sent_and_what_is_kept_are_all_the_gradients(name, cohort):
-    problem, bench = Quadratics.draw(), bench_of(name, cohort=cohort)
+@pytest.mark.parametrize("stack", [1, 4])
+def test_what_was_sent_and_what_is_kept_are_all_the_gradients(name, stack):
+    problem, bench = Quadratics.draw(), bench_of(name, stack=stack)
     gradients, sent = torch.zeros(2, len(EXAMPLES), D, dtype=torch.float64)
     with solving(problem):
         for _ in range(30):
@@ -125,7 +125,7 @@ def test_what_was_sent_and_what_is_kept_are_all_the_gradients(name, cohort):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_kept_follows_what_the_server_accepted(name):
     """A reply that is lost was never sent, and a client that forgets goes on from zero."""
-    problem, bench = Quadratics.draw(), bench_of(name, cohort=1)
+    problem, bench = Quadratics.draw(), bench_of(name, stack=1)
     made, errors = scheme(name), torch.zeros(len(EXAMPLES), D)
     events = {
         2: {"lost": {0, 3}},

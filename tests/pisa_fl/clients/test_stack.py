@@ -1,4 +1,4 @@
-"""Cohorts against plain autograd: one client or many, in chunks or at once, with running statistics and noise."""
+"""Stacks against plain autograd: one client or many, in chunks or at once, with running statistics and noise."""
 
 import copy
 import shutil
@@ -13,14 +13,15 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pisa_fl.clients.cohort import ClientData, FlatModel, LocalCohort, fitting_cohort
+from pisa_fl.clients.flat_model import FlatModel
+from pisa_fl.clients.stack import ClientData, LocalStack, fitting_stack
 from pisa_fl.data import ImageData
 from pisa_fl.data.augment import CropFlip
 from strategies import Instruction, LocalSgd
 from strategies.base.messages import WEIGHTS
 
 SIZES = {4: 11, 0: 3, 7: 8}
-"""Examples by client number, in the order of the cohort."""
+"""Examples by client number, in the order of the stack."""
 SEED, ROUND, BATCH = 9, 6, 4
 CPU = torch.device("cpu")
 STD = (0.5, 0.25)
@@ -54,9 +55,9 @@ def clients(data, noise=0.0):
     return {client: ClientData(images, labels, part, noise) for client, part in parts}
 
 
-def cohort(examples, data, model=None, buffers=None, chunk=1000, number=ROUND):
+def stack(examples, data, model=None, buffers=None, chunk=1000, number=ROUND):
     flat = FlatModel(network() if model is None else model, CPU)
-    return LocalCohort(flat, data, examples, buffers, number, SEED, BATCH, chunk)
+    return LocalStack(flat, data, examples, buffers, number, SEED, BATCH, chunk)
 
 
 def plain_images(data, own, rows):
@@ -99,14 +100,14 @@ def test_full_gradient_is_autograds(gradient, own_point, chunk):
         ]
         expected.append(whole if gradient == "mean" else sum(parts))
         losses.append(loss)
-    together = cohort(everyone, data, chunk=chunk)
+    together = stack(everyone, data, chunk=chunk)
     gradients, loss = together.full_gradient(weights, gradient)
     torch.testing.assert_close(gradients, torch.stack(expected), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(loss, torch.stack(losses))
     assert together.differentiated == list(SIZES.values())
     for row, (client, own) in enumerate(everyone.items()):
         w = weights[row : row + 1] if own_point else weights
-        alone, loss = cohort({client: own}, data, chunk=chunk).full_gradient(w, gradient)
+        alone, loss = stack({client: own}, data, chunk=chunk).full_gradient(w, gradient)
         torch.testing.assert_close(alone[0], expected[row], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(loss[0], losses[row])
 
@@ -114,7 +115,7 @@ def test_full_gradient_is_autograds(gradient, own_point, chunk):
 def test_batches_follow_the_documented_rule():
     data = image_data()
     everyone = clients(data)
-    batches = list(cohort(everyone, data).batches(epochs=2))
+    batches = list(stack(everyone, data).batches(epochs=2))
     assert len(batches) == 2 * 3  # of the client with most examples
     for row, (client, own) in enumerate(everyone.items()):
         draw = np.random.default_rng([SEED, crc32(b"batches"), ROUND, client])
@@ -156,13 +157,13 @@ def test_local_sgd_is_pytorchs_for_clients_with_different_numbers_of_batches(pro
     layout = FlatModel(network(), CPU).layout
     half = LocalSgd(layout, lr=0.1, momentum=0.8, weight_decay=0.02, local_epochs=2)
     instruction = Instruction({WEIGHTS: start}, {"proximal-mu": proximal} if proximal else {})
-    together = cohort(everyone, data)
+    together = stack(everyone, data)
     update = half.solve(together, instruction, {})
     torch.testing.assert_close(update.arrays[WEIGHTS], torch.stack(expected), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(update.loss, torch.tensor(losses), rtol=1e-5, atol=0)
     assert together.differentiated == [2 * n for n in SIZES.values()]
     for row, (client, own) in enumerate(everyone.items()):
-        alone = half.solve(cohort({client: own}, data), instruction, {})
+        alone = half.solve(stack({client: own}, data), instruction, {})
         torch.testing.assert_close(alone.arrays[WEIGHTS][0], expected[row], rtol=1e-4, atol=1e-6)
 
 
@@ -174,7 +175,7 @@ def test_running_statistics_are_those_of_a_plain_module(how):
     plain[1].running_mean += 0.7  # the server's statistics are not the fresh ones
     buffers = FlatModel(copy.deepcopy(plain), CPU).buffers
     assert len(buffers) == 2 * (3 + 4)
-    one = cohort({client: own}, data, model=normed(), buffers=buffers)
+    one = stack({client: own}, data, model=normed(), buffers=buffers)
     flat = FlatModel(normed(), CPU)
     weights = flat.weights.clone()
     draw = np.random.default_rng([SEED, crc32(b"batches"), ROUND, client])
@@ -196,12 +197,12 @@ def test_running_statistics_are_those_of_a_plain_module(how):
     assert not torch.allclose(one.buffers[0], buffers, atol=1e-2)
 
 
-def test_running_statistics_need_cohorts_of_one():
+def test_running_statistics_need_stacks_of_one():
     data = image_data()
     with pytest.raises(
-        ValueError, match=r"running statistics needs cohorts of one client: set engine.cohort=1"
+        ValueError, match=r"running statistics needs stacks of one client: set engine.stack=1"
     ):
-        cohort(clients(data), data, model=normed())
+        stack(clients(data), data, model=normed())
 
 
 DISTURBED = {"noise": (None, 0.4), "augmentation": (CropFlip(2, True), 0.0)}
@@ -214,17 +215,17 @@ def test_draws_repeat_and_depend_on_the_round(kind):
     everyone, weights = clients(data, noise), points(1)[0]
 
     def gradients(number=ROUND):
-        return cohort(everyone, data, number=number).full_gradient(weights, "mean")[0]
+        return stack(everyone, data, number=number).full_gradient(weights, "mean")[0]
 
     assert torch.equal(gradients(), gradients())
     assert not torch.allclose(gradients(), gradients(ROUND + 1), rtol=1e-3)
-    undisturbed = cohort(clients(image_data()), image_data()).full_gradient(weights, "mean")[0]
+    undisturbed = stack(clients(image_data()), image_data()).full_gradient(weights, "mean")[0]
     assert not torch.allclose(gradients(), undisturbed, rtol=1e-3)
 
 
 def test_every_reading_of_an_image_is_disturbed_afresh():
     data = image_data()
-    one = cohort(clients(data, noise=0.4), data)
+    one = stack(clients(data, noise=0.4), data)
     weights = points(1)[0]
     first, second = (one.full_gradient(weights, "mean")[0] for _ in range(2))
     assert not torch.allclose(first, second, rtol=1e-3)
@@ -232,13 +233,13 @@ def test_every_reading_of_an_image_is_disturbed_afresh():
 
 @pytest.mark.parametrize("how", ["mean", "sum", "batch"])
 @pytest.mark.parametrize("kind", DISTURBED)
-def test_draws_do_not_depend_on_cohort_and_chunk(kind, how):
+def test_draws_do_not_depend_on_stack_and_chunk(kind, how):
     augment, noise = DISTURBED[kind]
     data = image_data(augment)
     everyone, weights = clients(data, noise), points(3)
 
     def gradients(of, rows, chunk):
-        some = cohort(of, data, chunk=chunk)
+        some = stack(of, data, chunk=chunk)
         if how != "batch":
             return some.full_gradient(weights[rows], how)[0]
         return sum(some.gradient(weights[rows], batch)[0] for batch in some.batches(1))
@@ -258,7 +259,7 @@ def test_noise_has_the_given_deviation_of_pixels():
     own = ClientData(torch.from_numpy(images), torch.from_numpy(labels), torch.arange(400), 0.2)
     quiet = ClientData(own.images, own.labels, own.rows)
     noisy, clean = (
-        torch.cat([b.images[0] for b in LocalCohort(FlatModel(network(), CPU), data, {0: o}, None, 1, 0, 400, 9)
+        torch.cat([b.images[0] for b in LocalStack(FlatModel(network(), CPU), data, {0: o}, None, 1, 0, 400, 9)
                    .batches(1)])
         for o in (own, quiet)
     )  # fmt: skip
@@ -297,7 +298,7 @@ def test_images_normalised_beforehand_give_the_same_bits():
     for client, own in clients(data).items():
         given = ClientData(ready, own.labels, own.rows, raw=False)
         gradients = [
-            cohort({client: one}, data).full_gradient(points(1)[0], "mean")[0] for one in (own, given)
+            stack({client: one}, data).full_gradient(points(1)[0], "mean")[0] for one in (own, given)
         ]
         assert torch.equal(*gradients)
 
@@ -306,9 +307,9 @@ def test_images_normalised_beforehand_give_the_same_bits():
 def test_mixed_precision_is_near(together):
     data = image_data()
     own = clients(data) if together else {0: clients(data)[0]}
-    exact, loss = cohort(own, data).full_gradient(points(1)[0], "mean")
+    exact, loss = stack(own, data).full_gradient(points(1)[0], "mean")
     flat = FlatModel(network(), CPU, "bfloat16")
-    mixed, mixed_loss = LocalCohort(flat, data, own, None, ROUND, SEED, BATCH, 1000).full_gradient(
+    mixed, mixed_loss = LocalStack(flat, data, own, None, ROUND, SEED, BATCH, 1000).full_gradient(
         points(1)[0], "mean"
     )
     assert mixed.dtype == torch.float32
@@ -319,12 +320,12 @@ def test_mixed_precision_is_near(together):
 COMPILED = """
 import copy, sys, torch
 sys.path.insert(0, sys.argv[1])
-from test_cohort import *
+from test_stack import *
 data, make = image_data(), nn.Sequential(nn.Flatten(), nn.Linear(72, 5))
 flat = FlatModel(copy.deepcopy(make), CPU, compiled=True)
 at = flat.weights.repeat(3, 1) + torch.tensor([[0.0], [0.1], [0.2]])
-found = LocalCohort(flat, data, clients(data), None, ROUND, SEED, BATCH, 1000).full_gradient(at, "mean")
-torch.testing.assert_close(found, cohort(clients(data), data, make).full_gradient(at, "mean"))
+found = LocalStack(flat, data, clients(data), None, ROUND, SEED, BATCH, 1000).full_gradient(at, "mean")
+torch.testing.assert_close(found, stack(clients(data), data, make).full_gradient(at, "mean"))
 print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 """
 
@@ -343,6 +344,6 @@ def test_what_a_pass_keeps_and_how_many_clients_fit():
     assert flat.example_bytes(torch.randn(1, 4)) == 4 * (4 + 3 + 3)
     client, example = 16 * 4 * 23, 2 * 40
     free = 2 * (100 * example + 7 * (client + 5 * example))
-    assert fitting_cohort(flat, torch.randn(1, 4), batch_size=5, chunk=100, free=free) == 7
-    assert fitting_cohort(flat, torch.randn(1, 4), batch_size=5, chunk=100, free=free - 1) == 6
-    assert fitting_cohort(flat, torch.randn(1, 4), batch_size=5, chunk=100, free=0) == 1
+    assert fitting_stack(flat, torch.randn(1, 4), batch_size=5, chunk=100, free=free) == 7
+    assert fitting_stack(flat, torch.randn(1, 4), batch_size=5, chunk=100, free=free - 1) == 6
+    assert fitting_stack(flat, torch.randn(1, 4), batch_size=5, chunk=100, free=0) == 1
