@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from strategies.base import checks
@@ -14,7 +15,7 @@ from strategies.base.messages import GRADIENT, MEASURE, ROUND, WEIGHTS, Field, i
 from strategies.base.threads import one_thread
 from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
-from strategies.pisa.wire import DUAL, Wire, by_gradient, check_alignment, check_lag, measures
+from strategies.pisa.wire import DUAL, KNOWN, OFFSET, Wire, by_gradient, check_alignment, check_lag, measures
 from strategies.preconditioners import Preconditioner
 from strategies.transforms.compression import compression as compression_of
 
@@ -34,6 +35,7 @@ class PisaClient(ClientHalf):
         wire: As the server's.
         compression: How gradients are sent: `none`, as they are, or in fewer bytes as `bfloat16`, `int8` or `topk`.
         keep: Share of the elements that `topk` sends.
+        friction: As the server's.
 
     Raises:
         ValueError: A value is outside its range, the automatic penalty is asked for without alignment, or the wire
@@ -52,6 +54,7 @@ class PisaClient(ClientHalf):
         wire: Wire = "primal",
         compression: str = "none",
         keep: float = 0.1,
+        friction: float = 0.0,
     ) -> None:
         checks.whole("local_steps", local_steps, 1)
         checks.whole("align_every", align_every, 0)
@@ -59,6 +62,7 @@ class PisaClient(ClientHalf):
         check_lag(lag)
         self.layout, self.preconditioner, self.penalty = layout, preconditioner(layout), penalty
         self.align_every, self.local_steps, self.gradient, self.lag = align_every, local_steps, gradient, lag
+        self.friction = friction
         self.by_gradient = by_gradient(wire, align_every, local_steps, self.preconditioner)
         self.transforms = compression_of(compression, keep, layout, self.by_gradient)
         check_alignment(align_every, penalty, self.preconditioner)
@@ -68,12 +72,18 @@ class PisaClient(ClientHalf):
         if self.by_gradient:
             return {}
         own = {} if self.align_every else self.preconditioner.state_fields()
-        return {DUAL: self.layout.size} | {name: field.size for name, field in own.items()}
+        known = {KNOWN: 1} if self.friction else {}
+        return {DUAL: self.layout.size} | known | {name: field.size for name, field in own.items()}
 
     def instruction_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
         """The weights and, aligned, what it takes of the common Q to solve with it."""
-        own = self.by_gradient or config.get(MEASURE) or not self.align_every
-        return super().instruction_fields(config) | ({} if own else self.preconditioner.solver_fields())
+        fields = super().instruction_fields(config)
+        if self.by_gradient:
+            return fields
+        if self.friction:
+            fields |= {OFFSET: Field(self.layout.size)}
+        own = config.get(MEASURE) or not self.align_every
+        return fields | ({} if own else self.preconditioner.solver_fields())
 
     def reply_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
         """The gradient; or the weights, of which the dual is made, and the statistic in rounds that measure."""
@@ -105,7 +115,12 @@ class PisaClient(ClientHalf):
         gradient, loss = gradients(consensus)
         if self.by_gradient:
             return Update({GRADIENT: gradient}, loss)
-        dual = state[DUAL]
+        row = dual = state[DUAL]
+        known: dict[str, Tensor] = {}
+        if self.friction:
+            offset = instruction.arrays[OFFSET]
+            row = torch.where(state[KNOWN] > 0, row, -offset)  # a new client's dual is zero
+            dual, known = row + offset, {KNOWN: torch.ones_like(state[KNOWN])}
         statistic = self.preconditioner.statistic(gradient, gradient + dual)
         if config.get(MEASURE):
             return Update(statistic, loss, lambda _: state)
@@ -114,7 +129,7 @@ class PisaClient(ClientHalf):
         announced = statistic if measured else {}
         if step is None and self.penalty.sigma is None:
             weights = consensus.repeat(len(stack.clients), 1)
-            return Update({WEIGHTS: weights} | announced, loss, lambda _: state)
+            return Update({WEIGHTS: weights} | announced, loss, lambda _: {DUAL: row} | known)
         if step is None:  # everyone's own Q begins with the gradient at hand, and so does a common one
             held = self.preconditioner.nothing(consensus.device) if self.align_every else state
             step = self._own_step(config, held, gradient, dual)
@@ -130,7 +145,7 @@ class PisaClient(ClientHalf):
 
         def following(sent: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             # the ledger's own operations in their order, so that its dual has the same bits
-            return {DUAL: dual + (sent[WEIGHTS] - consensus).mul_(sigma)} | kept
+            return {DUAL: row + (sent[WEIGHTS] - consensus).mul_(sigma)} | known | kept
 
         return Update({WEIGHTS: weights} | announced, loss, following)
 

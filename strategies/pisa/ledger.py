@@ -9,6 +9,14 @@ Two consensuses, the same with everybody present:
 of a client that is absent is as old as its last answer and holds the rest back, while its dual still says what its
 data want. In place of primals it keeps a table of the statistics that clients sent last, whose average over all
 clients is what a common Q is built from: that of those who happen to be present is another one every round.
+
+With friction f, every round takes a share f of the duals' average away, from each of them alike,
+
+    pi_i -= f sum_j alpha_j pi_j                                   for all i
+
+so that what is left is what clients want more or less than the others. The average alone is the velocity of the
+consensus (`strategies.pisa.penalty`). What was taken away in all is one vector, the offset, and a row holds
+pi_i - offset: a round still costs what its participants cost.
 """
 
 from __future__ import annotations
@@ -61,6 +69,7 @@ class _Before:
     centre: Tensor
     sums: _Sums
     largest_dual: Tensor
+    offset: Tensor
 
 
 @dataclass(frozen=True)
@@ -115,10 +124,19 @@ class Ledger:
         uniform: Weigh clients equally (alpha_i = 1/N) instead of by examples (alpha_i = n_i/n).
         on_disk: Keep the rows in files for which memory is only a cache (`strategies.base.rows.zeros`).
         table: Length of a client's statistic, for the fresh consensus; None for the one of all.
+        friction: Share of the duals' average that a round takes away, f.
+
+    Attributes:
+        offset: What it has taken away so far, with its sign, (d,).
     """
 
     def __init__(
-        self, layout: Layout, uniform: bool, on_disk: bool = False, table: int | None = None
+        self,
+        layout: Layout,
+        uniform: bool,
+        on_disk: bool = False,
+        table: int | None = None,
+        friction: float = 0.0,
     ) -> None:
         self._layout, self._uniform, self._fresh = layout, uniform, table is not None
         self._empty = {
@@ -138,6 +156,7 @@ class Ledger:
         self._sums = self._nothing(torch.float64)
         self._begun: _Begun | None = None
         self.largest_dual = torch.zeros(())
+        self._friction, self.offset = friction, torch.zeros(layout.size)
 
     @property
     def clients(self) -> list[int]:
@@ -241,9 +260,10 @@ class Ledger:
 
         def add(clients: Sequence[int]) -> tuple[_Sums, Tensor]:
             sums, gap, move = self._nothing(), torch.empty_like(consensus), torch.empty_like(consensus)
-            largest = torch.zeros(())
+            largest, whole = torch.zeros(()), torch.empty_like(consensus)
             for client in clients:
-                dual = self.dual(client)
+                row = self.row(client)
+                dual = torch.add(row, self.offset, out=whole) if self._friction else row
                 if not everybody and self._fresh:
                     sums.dual.sub_(dual, alpha=self._shares[client])
                 elif not everybody:
@@ -252,7 +272,8 @@ class Ledger:
                 torch.sub(weights[client], consensus, out=gap)
                 if step is not None:
                     torch.mul(gap, step, out=move)
-                    dual = torch.add(dual, move, out=dual if at_once else move)
+                    row = torch.add(row, move, out=row if at_once else move)
+                    dual = torch.add(row, self.offset, out=whole) if self._friction else row
                 if at_once:
                     self._keep(client, weights, statistics)
                 sums.add(shares[client], gap, dual)
@@ -268,6 +289,8 @@ class Ledger:
             self.largest_dual = torch.maximum(self.largest_dual, largest.sqrt())
         self._shares |= shares
         self._present = sum(shares.values())
+        if self._friction:
+            self._slow_down()
         self._rounds |= dict.fromkeys(order, round_number)
         self._begun = _Begun(before, order, statistics, weights, consensus, step, gone)
 
@@ -283,7 +306,7 @@ class Ledger:
                 self._keep(client, weights, statistics)
                 if step is not None:
                     torch.sub(weights[client], consensus, out=gap)
-                    self.dual(client).add_(gap.mul_(step))
+                    self.row(client).add_(gap.mul_(step))
 
         if self._begun.before is not None:
             list(in_threads(write, _blocks(self._begun.order)))
@@ -298,6 +321,7 @@ class Ledger:
         self._rows, self._rounds, self._shares = before.rows, before.rounds, before.shares
         self._present, self._tabled, self._table = before.present, before.tabled, before.table
         self._centre, self._sums, self.largest_dual = before.centre, before.sums, before.largest_dual
+        self.offset = before.offset
         self._begun = None
 
     def _now(self) -> _Before:
@@ -306,7 +330,7 @@ class Ledger:
         rows, rounds, shares = dict(self._rows), dict(self._rounds), dict(self._shares)
         return _Before(
             *(rows, rounds, shares, self._present, self._tabled, self._table),
-            *(self._centre, sums, self.largest_dual),
+            *(self._centre, sums, self.largest_dual, self.offset),
         )
 
     def _keep(self, client: int, weights: Mapping[int, Tensor], statistics: Mapping[int, Tensor]) -> None:
@@ -374,6 +398,10 @@ class Ledger:
 
     def dual(self, client: int) -> Tensor:
         """The client's dual pi_i, (d,)."""
+        return self.row(client) + self.offset if self._friction else self.row(client)
+
+    def row(self, client: int) -> Tensor:
+        """The client's dual without the offset, as it is kept, (d,)."""
         return self._kept["duals"][self._rows[client]]
 
     def average(self, vectors: Mapping[int, Tensor], examples: Mapping[int, int]) -> Tensor:
@@ -420,6 +448,7 @@ class Ledger:
             "spread": torch.tensor(self._sums.spread, dtype=torch.float64),
             "present": torch.tensor(self._present, dtype=torch.float64),
             "table": self._table,
+            "offset": self.offset,
             "tabled": torch.tensor([self._tabled.get(c, -1.0) for c in self._rows], dtype=torch.float64),
         }
 
@@ -441,7 +470,8 @@ class Ledger:
                 block.copy_(state[f"{name}.{i}"])
         duals = self._kept["duals"].blocks(len(self._rows))
         norms = [torch.linalg.vector_norm(block, dim=1).max() for block in duals]
-        self.largest_dual = torch.stack([torch.zeros(()), *norms]).max()
+        self.offset = state["offset"].clone()
+        self.largest_dual = torch.stack([torch.zeros(()), *norms]).max() + self.offset.norm()
 
     @property
     def _total(self) -> float:
@@ -457,12 +487,22 @@ class Ledger:
         return _Sums(torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype))
 
     def _admit(self, clients: Iterable[int]) -> None:
-        """Make room for clients that the ledger does not know yet."""
-        for client in clients:
-            if client not in self._rows:
-                self._rows[client], self._shares[client] = len(self._rows), 0.0
+        """Make room for clients that the ledger does not know yet; their duals are zero."""
+        new = [client for client in clients if client not in self._rows]
+        for client in new:
+            self._rows[client], self._shares[client] = len(self._rows), 0.0
         for rows in self._kept.values():
             rows.grow(len(self._rows))
+        if self._friction:
+            for client in new:
+                torch.neg(self.offset, out=self.row(client))
+
+    def _slow_down(self) -> None:
+        """Take the friction's share of the average dual away; the sum follows what was really taken."""
+        taken = (self._sums.dual * (self._friction / self._total)).float()
+        before, self.offset = self.offset, self.offset - taken
+        self._sums.dual -= self._total * (before.double() - self.offset)
+        self.largest_dual = self.largest_dual + taken.norm()
 
     def _shift(self, centre: Tensor) -> None:
         """Take the sums relative to another c."""

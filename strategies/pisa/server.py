@@ -36,7 +36,7 @@ from strategies.pisa.bound import bounded
 from strategies.pisa.ledger import Ledger, Observed
 from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
-from strategies.pisa.wire import DUAL, Wire, by_gradient, check_alignment, check_lag, measures
+from strategies.pisa.wire import DUAL, KNOWN, OFFSET, Wire, by_gradient, check_alignment, check_lag, measures
 from strategies.preconditioners import Preconditioner
 
 
@@ -58,6 +58,7 @@ class Pisa(ServerHalf):
         wire: `primal` or `gradient`; `auto`: `gradient` where that is possible.
         consensus: `all` (the paper) or `fresh`; see `strategies.pisa.ledger`.
         bound: Share of its size by which a tensor may move in a round; None for no bound.
+        friction: Share of the duals' average that a round takes away, in [0, 1); 0 in the paper.
         device: Where Q is kept and solved with; the ledger's rows stay in the CPU's memory.
 
     Raises:
@@ -80,6 +81,7 @@ class Pisa(ServerHalf):
         wire: Wire = "primal",
         consensus: Literal["all", "fresh"] = "all",
         bound: float | None = None,
+        friction: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> None:
         checks.not_negative("lambda", lambda_)
@@ -88,6 +90,7 @@ class Pisa(ServerHalf):
         checks.one_of("alpha", alpha, ("examples", "uniform"))
         checks.one_of("consensus", consensus, ("all", "fresh"))
         checks.one_of("state", state, ("memory", "disk"))
+        checks.decay("friction", friction)
         if bound is not None:
             checks.positive("bound", bound)
         if forget_after is not None:
@@ -99,7 +102,8 @@ class Pisa(ServerHalf):
         self.forget_after = forget_after
         statistic = sum(field.size for field in self.preconditioner.statistic_fields().values())
         table = None if consensus == "all" else statistic if align_every else 0
-        self.ledger = Ledger(layout, alpha == "uniform", state == "disk", table)
+        self.friction = friction
+        self.ledger = Ledger(layout, alpha == "uniform", state == "disk", table, friction)
         self.device = device
         self._shared = self.preconditioner.nothing(device)
         self._consensus = torch.empty(0)
@@ -114,6 +118,8 @@ class Pisa(ServerHalf):
         nodes, said = list(grid.get_node_ids()), dict(config) | {ROUND: server_round}
         if self.by_gradient:
             return _messages(nodes, sent, said)
+        if self.friction:
+            sent |= {OFFSET: self.ledger.offset}
         shared = self._shared
         if self.lag == 0 and self._measures(server_round):
             first = _messages(nodes, sent, said | {MEASURE: True})
@@ -258,7 +264,8 @@ class Pisa(ServerHalf):
         """The dual of a client that lost it, from the ledger; None for a client that has none."""
         if self.by_gradient or not self.ledger.accepted_round(client):
             return None
-        return record({DUAL: self.ledger.dual(client).clone()})
+        known = {KNOWN: torch.ones(1)} if self.friction else {}
+        return record({DUAL: self.ledger.row(client).clone()} | known)
 
     def begins_anew(self, client: int) -> bool:
         """Whether the ledger does not know the client, or has forgotten it."""

@@ -11,6 +11,9 @@ from strategies.preconditioners import Preconditioner
 DUAL = "dual"
 """Name of the dual among what a client remembers."""
 
+OFFSET, KNOWN = "offset", "known"
+"""Names of what friction has taken from all duals, and of a client's note, 1, that it has one at all."""
+
 Wire = Literal["auto", "primal", "gradient"]
 
 

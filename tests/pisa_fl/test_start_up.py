@@ -52,12 +52,12 @@ def printed(program, *arguments, cwd):
 @pytest.mark.parametrize(
     ("module", "argument"),
     [
-        ("main", "--help"),
-        ("main", "--cfg=job"),
-        ("main", "nonsense=1"),
-        ("main", "strategy=nonsense"),
-        ("main", "rounds=nonsense"),
-        ("report", "--help"),
+        ("cli.main", "--help"),
+        ("cli.main", "--cfg=job"),
+        ("cli.main", "nonsense=1"),
+        ("cli.main", "strategy=nonsense"),
+        ("cli.main", "rounds=nonsense"),
+        ("results.report", "--help"),
     ],
 )
 def test_commands_that_run_nothing(tmp_path, module, argument):
