@@ -450,6 +450,9 @@ def kronecker_pisa(problem, rounds, numbers, q, *, drawn=everyone, horizon):
                 step = new_u @ ((new_u.T @ residual @ new_z) / (sigma + rho * root)) @ new_z.T
                 total = total + SIZES[i] / present * (start - step)
                 dual[i][name] = dual[i][name] - sigma * step
+            slowed = numbers["friction"] * sum(SIZES[i] / known * dual[i][name] for i in dual)
+            for i in dual:
+                dual[i][name] = dual[i][name] - slowed
             duals = sum(SIZES[i] / known * dual[i][name] for i in dual)
             moved = (sigma * total + duals) / (sigma + numbers["lambda"]) - start
             longest = numbers["bound"] * max(float(start.norm()), 0.1 * start.numel() ** 0.5)

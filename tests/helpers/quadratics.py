@@ -185,11 +185,12 @@ def pisa_bench(
     wire="primal",
     lag=1,
     bound=None,
+    friction=0.0,
     **options,
 ):
     """A bench of PISA; what is neither of Pisa nor of Bench is of its penalty."""
     consensus = options.get("consensus", "all")
-    both = {"wire": wire, "lag": lag}
+    both = {"wire": wire, "lag": lag, "friction": friction}
     sending = {key: options.pop(key) for key in ("compression", "keep") if key in options}
     bench = {key: options.pop(key) for key in ("participation", "stack") if key in options}
     settings = {"lr": 0.1, "momentum": 0.9, "sigma": 6.0, "rho": 1.0, "gamma": 1.0, "grow_every": 10}

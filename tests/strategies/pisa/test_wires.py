@@ -15,17 +15,19 @@ VECTOR = 4 * LAYOUT.size + 128
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("consensus", ["all", "fresh"])
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-def test_both_wires_take_the_same_path(preconditioner, consensus, lag, penalty):
+@pytest.mark.parametrize("friction", [0.0, 0.2])
+def test_both_wires_take_the_same_path(friction, preconditioner, consensus, lag, penalty):
     options = {"lag": lag, "consensus": consensus, "stack": 1, "align_every": 2, "bound": 0.5, **penalty}
+    options |= {"friction": friction}
     problem = Quadratics.draw(seed=3)
     primal, gradient = (
         pisa_bench(preconditioner, wire=wire, lambda_=0.2, **options) for wire in ("primal", "gradient")
     )
     with solving(problem):
         for number in range(9):
-            lost = {1: {1}, 4: {0, 2}, 5: {3}}.get(number, ())
+            lost = {0: {1, 3}, 1: {1}, 4: {0, 2}, 5: {3}}.get(number, ())
             for bench in (primal, gradient):
-                bench.round(lost=lost)
+                bench.round(lost=lost, forgetful={2} if number in (3, 6) else ())
             assert torch.equal(primal.consensus, gradient.consensus), number
     for client in range(len(EXAMPLES)):
         assert torch.equal(primal.strategy.ledger.dual(client), gradient.strategy.ledger.dual(client))
