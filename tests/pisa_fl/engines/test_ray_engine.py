@@ -101,9 +101,7 @@ def after_round(monkeypatch, number, act):
 @pytest.mark.parametrize(
     "chosen",
     [
-        ["strategy=nsisa", "model=mlp", "rounds=3"],
         ["strategy=fedavg", "strategy.local_epochs=1", "participation=0.5"],
-        ["strategy=fedprox", "strategy.local_epochs=1", "model=mlp", "partition=label_skew"],
         ["strategy=sisa", "model=simple_cnn", "partition=quantity", "rounds=3"],
     ],
     ids=lambda chosen: " ".join(chosen),

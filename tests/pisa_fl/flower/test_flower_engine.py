@@ -25,9 +25,7 @@ if find_spec("ray") is None:  # imported here, it would not read what the ray en
 ROUNDS = 5
 COMMON = (f"rounds={ROUNDS}", "engine.threads=1", "progress=false")
 METHODS = {
-    "sisa": ["strategy=sisa", "model=simple_cnn"],
     "pisa": ["strategy=pisa", "model=simple_cnn"],
-    "fedavg": ["strategy=fedavg", "strategy.local_epochs=1", "model=logistic"],
     "fedprox": ["strategy=fedprox", "strategy.local_epochs=1", "model=logistic"],
 }
 NOISE = {

@@ -45,10 +45,12 @@ def test_pisa_finds_the_optimum_of_different_clients(preconditioner, align_every
 
 @pytest.mark.parametrize(("wire", "share"), [("primal", 0.5), ("gradient", 0.5), ("gradient", 1.0)])
 @pytest.mark.parametrize("preconditioner", ["identity", "squares", "kronecker"])
-def test_a_fresh_consensus_finds_the_optimum_whoever_answers(preconditioner, wire, share):
+@pytest.mark.parametrize("friction", [0.0, 0.1])
+def test_a_fresh_consensus_finds_the_optimum_whoever_answers(friction, preconditioner, wire, share):
     # the dual of an absent client is a gradient of the past, for which steps must be shorter than with everybody there
     problem, lag = Quadratics.draw(seed=4), 0 if wire == "gradient" else 1
-    bench = pisa_bench(preconditioner, wire=wire, lag=lag, consensus="fresh", participation=share, sigma=12.0)
+    options = {"wire": wire, "lag": lag, "participation": share, "friction": friction}
+    bench = pisa_bench(preconditioner, consensus="fresh", sigma=12.0, **options)
     reached, optimum = run(bench, problem, 300), problem.optimum()
     assert (reached - optimum).norm() <= 1e-4 * optimum.norm()
     slopes = problem.gradients(optimum)
@@ -74,6 +76,8 @@ def test_with_everybody_there_both_consensuses_are_one():
         ({"align_every": 4}, 0.0, ALPHA),
         ({"lag": 0, "local_steps": 2}, 0.0, ALPHA),
         ({"bound": 0.3}, 0.0, ALPHA),
+        ({"friction": 0.2}, 0.0, ALPHA),
+        ({"friction": 0.1, "wire": "gradient", "consensus": "fresh", "lag": 0}, 0.0, ALPHA),
     ],
 )
 def test_pisa_finds_the_optimum_of_every_problem_it_can_be_given(preconditioner, options, lambda_, alpha):
