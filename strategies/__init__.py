@@ -2,6 +2,8 @@
 
 from strategies.base.client import Batch, ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
+from strategies.base.server import ServerHalf
+from strategies.base.transform import Transform
 from strategies.local_sgd import LocalSgd
 from strategies.pisa import Ledger, Penalty, Pisa, PisaClient, PisaLocalClient
 
@@ -16,6 +18,8 @@ __all__ = [
     "Pisa",
     "PisaClient",
     "PisaLocalClient",
+    "ServerHalf",
     "Stack",
+    "Transform",
     "Update",
 ]
