@@ -163,26 +163,6 @@ class Ledger:
         """Numbers of the clients that it knows, in the order in which they came."""
         return list(self._rows)
 
-    def accept(
-        self,
-        round_number: int,
-        weights: Mapping[int, Tensor],
-        examples: Mapping[int, int],
-        consensus: Tensor,
-        sigma: Tensor | None,
-    ) -> None:
-        """Take over the primal w_i of clients and apply their dual step, pi_i += sigma (w_i - w).
-
-        Args:
-            round_number: The round.
-            weights: Client number -> w_i, (d,).
-            examples: Client number -> n_i.
-            consensus: w that they were sent, (d,).
-            sigma: Penalty, () or (d,); None in a round that only measures, which leaves the duals as they are.
-        """
-        self.begin(round_number, weights, examples, consensus, sigma, sigma)
-        self.commit()
-
     def observe(
         self, statistics: Mapping[int, Tensor], examples: Mapping[int, int], gone: Collection[int] = ()
     ) -> Observed:
@@ -230,16 +210,17 @@ class Ledger:
         gone: Sequence[int] = (),
         observed: Observed | None = None,
     ) -> None:
-        """As `accept`, but `undo` can take it back until `commit`, if it could lead beyond what messages may hold.
+        """Take over the primal w_i of clients and apply their dual step, pi_i += sigma (w_i - w).
 
-        Where that is out of the question, as in all rounds of ordinary runs, the rows are written in the same pass.
+        `undo` can take it back until `commit`, if it could lead beyond what messages may hold. Where that is out of the
+        question, as in all rounds of ordinary runs, the rows are written in the same pass.
 
         Args:
-            round_number: As of `accept`, and so are the next four.
-            weights: See there.
-            examples: See there.
-            consensus: See there.
-            sigma: See there.
+            round_number: The round.
+            weights: Client number -> w_i, (d,).
+            examples: Client number -> n_i.
+            consensus: w that they were sent, (d,).
+            sigma: Penalty, () or (d,); None in a round that only measures, which leaves the duals as they are.
             following: Penalty of the next round, of which the consensus is made.
             gone: Clients that are none of those, and are forgotten with it.
             observed: What `observe` gave in this round, to be kept in the table.
@@ -354,12 +335,6 @@ class Ledger:
     def _share(self, examples: int) -> float:
         """Weight of a client with so many examples, before it is divided by everybody's."""
         return 1.0 if self._uniform else float(examples)
-
-    def forget(self, clients: Iterable[int]) -> None:
-        """Take clients out, as if they had never answered."""
-        gone = list(clients)
-        self._leave(gone)
-        self._remove(gone)
 
     def _leave(self, clients: Iterable[int]) -> None:
         """Take clients out of the sums."""
