@@ -87,7 +87,7 @@ class Server:
     def __init__(self, config):
         self.federation = prepare(config, lambda clients: LocalGrid(clients.host([], 1, 250)))
         self.strategy, self.arrays = self.federation.strategy, self.federation.arrays
-        self.sent = {}
+        self.sent, self.accepted = {}, 0
 
     def get_node_ids(self):
         return [0]
@@ -95,12 +95,14 @@ class Server:
     def round(self, number, client, lost=False, supply=False):
         """Ask client 0 by a function; its reply may get lost on its way, or its state be sent along."""
         [message] = self.strategy.configure_train(number, self.arrays, ConfigRecord(), self)
+        message.content["config"]["accepted-round"] = self.accepted
         if supply:
             message.content["state"] = self.strategy.supply(0)
         self.sent[number] = message
         reply = client(message)
         if not lost and not reply.has_error():
             self.arrays, _ = self.strategy.aggregate_train(number, [reply])
+            self.accepted = number
         return reply
 
 
