@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run all, print a line for each setting; returns the number of collapsed runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--lrs", nargs="+", type=float, default=[0.005, 0.015, 0.03])
+    parser.add_argument("--lrs", nargs="+", type=float, default=[0.005, 0.02, 0.03])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--every", type=int, default=10, help="one image in so many of 10,000")
     parser.add_argument("--rounds", type=int, default=20)
