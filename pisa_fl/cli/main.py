@@ -137,7 +137,3 @@ def _give_up(status: int, error: BaseException) -> NoReturn:
 
 def _say(text: str) -> None:
     print(f"pisa-fl: {visible(text)}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

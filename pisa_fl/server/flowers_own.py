@@ -16,6 +16,9 @@ from strategies.base.server import ServerHalf
 SEPARATOR = "/"
 """Between the name of an attribute that is a dictionary and that of an array in it."""
 
+NUMBER = "#"
+"""Before the name of an attribute that is a plain number, to be told from an array without dimensions."""
+
 
 def server_half(strategy: Strategy) -> ServerHalf:
     """The strategy, or what it keeps read from its attributes."""
@@ -37,7 +40,7 @@ class FlowersOwn(ServerHalf):
         kept: dict[str, Tensor] = {}
         for name, value in vars(self.strategy).items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                kept[name] = torch.tensor(
+                kept[NUMBER + name] = torch.tensor(
                     value, dtype=torch.int64 if isinstance(value, int) else torch.float64
                 )
             elif isinstance(value, np.ndarray):
@@ -53,8 +56,8 @@ class FlowersOwn(ServerHalf):
             attribute, of_table, key = name.partition(SEPARATOR)
             if of_table:
                 tables.setdefault(attribute, {})[key] = value.numpy()
-            elif value.ndim == 0:
-                setattr(self.strategy, name, value.item())
+            elif name.startswith(NUMBER):
+                setattr(self.strategy, name.removeprefix(NUMBER), value.item())
             else:
                 setattr(self.strategy, name, value.numpy())
         for attribute, table in tables.items():

@@ -324,11 +324,12 @@ class Ledger:
     def _stays_in_range(self, consensus: Tensor, sigma: Tensor | None, following: Tensor | None) -> bool:
         """Whether no answer that messages may hold could take a dual or the next consensus out of their range.
 
-        |pi_i'| <= |pi_i| + sigma (|w_i| + |w|) and |w'| <= max |w_i| + max |pi_i'| / sigma', element by element.
+        |pi_i'| <= (1 + f) (|pi_i| + sigma (|w_i| + |w|)) and
+        |w'| <= max |w_i| + max |pi_i'| / sigma', element by element.
         """
         reach = squared(1).largest
         step = torch.zeros(()) if sigma is None else sigma * (reach + float(consensus.abs().max()))
-        dual = self.largest_dual + step
+        dual = (self.largest_dual + step) * (1 + self._friction)
         next_consensus = reach + dual / following if following is not None else consensus
         return out_of_range({"dual": dual, "weights": next_consensus}) is None
 
