@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from partitioners.from_file import FromFilePartitioner
     from partitioners.iid import IidPartitioner
     from partitioners.label_skew import LabelSkewPartitioner
+    from partitioners.natural import NaturalPartitioner
     from partitioners.shards import ShardsPartitioner
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "IidPartitioner",
     "IndexPartitioner",
     "LabelSkewPartitioner",
+    "NaturalPartitioner",
     "Partition",
     "QuantityPartitioner",
     "ShardsPartitioner",
@@ -45,6 +47,7 @@ _HOMES = {
     "IidPartitioner": "iid",
     "IndexPartitioner": "base",
     "LabelSkewPartitioner": "label_skew",
+    "NaturalPartitioner": "natural",
     "QuantityPartitioner": "dirichlet",
     "ShardsPartitioner": "shards",
 }

@@ -17,10 +17,10 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from partitioners import Partition
-from pisa_fl.clients.executor import TEST_PART, tensor
+from pisa_fl.clients.executor import TEST_PART, tensors
 from pisa_fl.clients.flat_model import FlatModel
 from pisa_fl.clients.host import Clients
-from pisa_fl.data import ImageData
+from pisa_fl.data.data_set import DataSet
 from pisa_fl.engines.base import ClientGrid
 from pisa_fl.engines.local import local_engine
 from pisa_fl.randomness import global_generators, numpy_generator
@@ -28,12 +28,13 @@ from pisa_fl.results.run_directory import Metrics
 from pisa_fl.server.flowers_own import server_half
 from pisa_fl.server.gateway import Gateway
 from pisa_fl.system.surroundings import own_surroundings
+from pisa_fl.tasks import Task
+from pisa_fl.tasks.base import LOSS
 from strategies import ClientHalf
 from strategies.base.messages import (
     BUFFERS,
     DIFFERENTIATED,
     LARGEST,
-    LOSS,
     ROUND,
     WEIGHTS,
     RoundError,
@@ -41,6 +42,7 @@ from strategies.base.messages import (
     record,
     vectors,
 )
+from strategies.base.messages import LOSS as TRAIN_LOSS
 
 # Flower's strategies report every round on their own; the run directory and the display do that here
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -83,7 +85,7 @@ class Federation:
     """A federation of clients on an engine.
 
     Args:
-        data: Training and test images.
+        data: Training and test set.
         partition: Positions of each client's training examples, one array a client; empty where clients hold
             their own.
         model: The model; its present parameters are the initial weights.
@@ -94,7 +96,7 @@ class Federation:
         batch_size: Examples of a mini-batch.
         participation: Share of the clients drawn for each round, in (0, 1].
         device: Where clients compute and the model is evaluated.
-        noise_std: Standard deviation of the noise on a client's pixels by client number, as
+        noise_std: Standard deviation of the noise on a client's inputs by client number, as
             `partitioners.FeatureNoisePartitioner` gives it; None for none.
         clients: How many clients there are; None: those of the partition.
         min_clients: Clients that a run needs to begin, and accepted replies that a round needs; None: all, and one.
@@ -102,8 +104,10 @@ class Federation:
         patience: Seconds that a round with too few clients waits for others.
         accept_failures: Go on with those who answered if some clients failed.
         max_update: How many times as long as the round's median a client's update may be; None: as long as it likes.
+        task: What is learnt; None: what usually is of such data.
 
     Attributes:
+        task: What is learnt.
         server: The server half, in the form in which it says what it keeps.
         identity: What the run's bits follow from (`pisa_fl.identity`); empty for a federation from objects.
     """
@@ -111,7 +115,7 @@ class Federation:
     @own_surroundings()
     def __init__(
         self,
-        data: ImageData,
+        data: DataSet,
         partition: Partition,
         model: nn.Module,
         strategy: Strategy,
@@ -129,18 +133,19 @@ class Federation:
         patience: float = 0.0,
         accept_failures: bool = True,
         max_update: float | None = 20.0,
+        task: Task | None = None,
     ) -> None:
-        if not len(data.test_images):
-            raise ValueError("data: there are no test images, which the server needs")
+        if not data.tests:
+            raise ValueError("data: there are no test examples, which the server needs")
         device = torch.device(device)
         self.strategy, self.data, self.partition = strategy, data, partition
         rows = dict(enumerate(partition))
         noise = {client: noise_std(client) for client in rows} if noise_std else {}
         self.clients = len(partition) if clients is None else clients
-        parts = Clients(data, rows, model, half, seed, batch_size, device, noise)
-        findings = parts.findings
+        parts = Clients(data, rows, model, half, seed, batch_size, device, noise, task)
+        self.task, findings = parts.learnt, parts.findings
         self.grid = engine(parts)
-        self.model = FlatModel(model, device, findings=findings)
+        self.model = FlatModel(model, self.task, device, findings=findings)
         self.server = server_half(strategy)
         buffers = self.model.buffers.cpu()
         self.gateway = Gateway(
@@ -156,7 +161,7 @@ class Federation:
         self._needed_to_begin = self.clients if min_clients is None else min_clients
         self._min_clients, self._round_timeout = min_clients or 1, round_timeout
         self._patience, self._accept_failures = patience, accept_failures
-        self._test = (tensor(data.test_images, device), tensor(data.test_labels, device))
+        self._test = tensors(data.test, device)
 
     def gather(self, tell: Callable[[str], None], stopped: Callable[[], bool]) -> None:
         """Wait for clients that are elsewhere until enough of them are there to begin, at most `patience` seconds.
@@ -286,13 +291,13 @@ class Federation:
     @own_surroundings()
     def _metrics(self, reported: Mapping[str, Any]) -> Metrics:
         """This round's line of metrics.jsonl; what the strategy reports beside it is added."""
-        accuracy, loss = self._evaluate()
+        found = self._evaluate()
         traffic = self.gateway.traffic
         metrics: Metrics = {
             "round": self.round,
-            "test_accuracy": accuracy,
-            "test_loss": loss,
-            "train_loss": traffic.loss_sum / traffic.examples if traffic.examples else loss,
+            **{f"test_{metric.name}": found[metric.name] for metric in self.task.metrics},
+            "test_loss": found[LOSS],
+            "train_loss": traffic.loss_sum / traffic.examples if traffic.examples else found[LOSS],
             "passes": traffic.differentiated / max(1, sum(self.grid.sizes.values())),
             "bytes_up": traffic.bytes_up,
             "bytes_down": traffic.bytes_down,
@@ -304,20 +309,21 @@ class Federation:
             "clients_turned_away": traffic.clients_turned_away,
         }
         # what Flower's strategies average of the clients' replies is here already
-        added = {key: value for key, value in reported.items() if key not in (ROUND, LOSS, DIFFERENTIATED)}
+        added = {
+            key: value for key, value in reported.items() if key not in (ROUND, TRAIN_LOSS, DIFFERENTIATED)
+        }
         named = {key.replace("-", "_"): value for key, value in added.items()}
         return {key: float(value) for key, value in named.items() if isinstance(value, int | float)} | metrics
 
-    def _evaluate(self) -> tuple[float, float]:
-        """Accuracy and mean loss of the server's present weights on the test set."""
+    def _evaluate(self) -> dict[str, float]:
+        """Mean `loss` and metrics of the server's present weights on the test set."""
         arrays = vectors(self.arrays)
         if len(self.gateway.buffers):
             arrays[BUFFERS] = self.gateway.buffers
         self.load_weights()
         if (found := self.grid.test(arrays, self._round_timeout)) is not None:
             return found
-        images, labels = self._test
-        return self.model.evaluate(images, labels, torch.arange(len(labels)), self.data, TEST_PART)
+        return self.model.evaluate(self._test, torch.arange(self.data.tests), self.data, TEST_PART)
 
     @own_surroundings()
     def load_weights(self) -> None:

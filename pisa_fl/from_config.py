@@ -22,12 +22,13 @@ from pisa_fl.checkpoint import known_identity
 from pisa_fl.clients.host import Clients
 from pisa_fl.config import ConfigurationError, build, resolve, settle
 from pisa_fl.config.explain import explain
-from pisa_fl.data import ImageData
+from pisa_fl.data.data_set import DataSet
 from pisa_fl.engines.base import ClientGrid, is_child
 from pisa_fl.federation import Federation, seeded
 from pisa_fl.flower.state_file import StateFile
 from pisa_fl.identity import Identity, expected, of_deal, of_settings, of_tensors, of_weights
 from pisa_fl.system.surroundings import own_surroundings
+from pisa_fl.tasks import Task
 from strategies import ClientHalf, Layout
 from strategies.base import checks
 
@@ -68,7 +69,7 @@ def prepare(config: DictConfig, engine: Engine | None = None, run: Path | None =
 
 def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path | None) -> Federation:
     identity.note(of_settings(config))
-    data = build(config.data, ImageData)
+    data = build(config.data, DataSet)
     identity.note({"data": data.digest})
     partition: Partition = []
     noise_std = None
@@ -78,7 +79,7 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
             with expected("deal"):
                 partition = partitioners.load(dealt)
         else:
-            partition = partitioners.deal(partitioner, data.train_labels)
+            partition = partitioners.deal(partitioner, data.groups)
         if len(partition) != config.clients:
             raise ConfigurationError(
                 f"partition deals to {len(partition)} clients but clients={config.clients}:"
@@ -87,6 +88,7 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
         noise_std = getattr(partitioner, "noise_std", None)
     noise = {client: noise_std(client) for client in range(len(partition))} if noise_std else {}
     identity.note(of_deal(partition, noise))
+    task = build(config.task, Task)
     model, layout = _model(config, data)
     identity.note(of_tensors(model))
     if run is not None and (initial := run / "initial.safetensors").is_file():
@@ -116,6 +118,7 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
         patience=config.patience,
         accept_failures=config.accept_failures,
         max_update=config.max_update,
+        task=task,
     )
     federation.identity = identity.parts
     return federation
@@ -143,24 +146,23 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: StateF
             )
         if folder is not None:
             config.data[_folder_key(config)] = folder
-        data = build(config.data, ImageData)
+        data = build(config.data, DataSet)
         noise: dict[int, float] = {}
         rows: NDArray[np.integer]
         if own:
-            rows = np.arange(len(data.train_labels))
+            rows = np.arange(len(data.groups))
         else:
             partitioner = build(config.partition, Partitioner)
-            labels = hashlib.sha256(data.train_labels.tobytes()).hexdigest()
+            labels = hashlib.sha256(data.groups.tobytes()).hexdigest()
             source = OmegaConf.to_yaml(config.data) + OmegaConf.to_yaml(config.partition) + labels
-            rows = file.rows(
-                source, lambda: _share(partitioners.deal(partitioner, data.train_labels), number)
-            )
+            rows = file.rows(source, lambda: _share(partitioners.deal(partitioner, data.groups), number))
             if hasattr(partitioner, "noise_std"):
                 noise = {number: partitioner.noise_std(number)}
         model, layout = _model(config, data)
         half = build(config.strategy.client, ClientHalf, layout=layout, seed=config.seed)
         device = _device(str(config.device))
-        return Clients(data, {number: rows}, model, half, config.seed, config.batch_size, device, noise)
+        task = build(config.task, Task)
+        return Clients(data, {number: rows}, model, half, config.seed, config.batch_size, device, noise, task)
     except (ValueError, OSError) as error:
         raise ConfigurationError(f"client {number}: {explain(error)}") from error
 
@@ -197,8 +199,8 @@ def _share(partition: Partition, number: int) -> NDArray[np.integer]:
     return partition[number]
 
 
-def _model(config: DictConfig, data: ImageData) -> tuple[nn.Module, Layout]:
-    given = {"shape": data.shape, "classes": len(data.classes)}
+def _model(config: DictConfig, data: DataSet) -> tuple[nn.Module, Layout]:
+    given = {"shape": data.shape, "classes": len(data.output_names)}
     model = seeded(config.seed, lambda: build(config.model, nn.Module, **given))
     return model, Layout.of_parameters(model)
 

@@ -20,7 +20,7 @@ from torch import nn
 from partitioners import Partition
 from pisa_fl.config import PATHS, ConfigurationError
 
-SETTINGS = ("seed", "clients", "participation", "batch_size", "data.augment", "model", "strategy")
+SETTINGS = ("seed", "clients", "participation", "batch_size", "data.augment", "model", "strategy", "task")
 """Keys of the configuration that the bits follow from, those below them included."""
 
 ELSEWHERE = ("rounds", "state")

@@ -278,7 +278,7 @@ def _draw_partition(federation: Federation, path: Path) -> None:
     picture, data = path / "partition.png", federation.data
     if federation.partition and not picture.exists():
         with _dispensable(picture.name):
-            partitioners.draw(federation.partition, data.train_labels, data.classes, picture)
+            partitioners.draw(federation.partition, data.groups, data.group_names, picture)
 
 
 @contextmanager

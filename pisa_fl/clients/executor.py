@@ -21,7 +21,7 @@ from torch import Tensor
 from pisa_fl.clients.flat_model import FlatModel
 from pisa_fl.clients.stack import ClientData, LocalStack
 from pisa_fl.config import ConfigurationError
-from pisa_fl.data import ImageData
+from pisa_fl.data.data_set import DataSet, Fields
 from pisa_fl.randomness import global_generators, torch_seed
 from strategies.base.client import ClientHalf, Instruction
 from strategies.base.messages import (
@@ -89,7 +89,7 @@ class Executor:
     Args:
         model: The model that all clients compute with, in turn.
         half: The client half of the algorithm.
-        data: Normalisation and augmentation of the data set.
+        data: What makes stored examples ready; its test set.
         clients: Client number -> its examples.
         seed: Seed of the run.
         batch_size: Examples of a mini-batch.
@@ -100,7 +100,7 @@ class Executor:
         self,
         model: FlatModel,
         half: ClientHalf,
-        data: ImageData,
+        data: DataSet,
         clients: Mapping[int, ClientData],
         seed: int,
         batch_size: int,
@@ -173,27 +173,23 @@ class Executor:
         return Outcome(metrics, arrays, rows if kept else (), norms)
 
     def _evaluate(self, job: Job) -> Outcome:
-        """Loss and accuracy of the sent weights; of the test set, parts to be put together."""
+        """Loss and metrics of the sent weights; of the test set, sums to be put together."""
         self.model.load(job.arrays[WEIGHTS], job.arrays.get(BUFFERS))
         metrics: list[dict[str, int | float]] = []
         for client in job.clients:
             if job.kind == "test":
-                rows = torch.arange(client * TEST_PART, min((client + 1) * TEST_PART, len(self.test[1])))
-                correct, loss = self.model.score(*self.test, rows, self.data)
-                metrics.append({"correct": correct, "loss": loss})
+                rows = torch.arange(client * TEST_PART, min((client + 1) * TEST_PART, self.data.tests))
+                metrics.append(dict(self.model.totals(self.test, rows, self.data)))
             else:
                 own = self.clients[client]
-                accuracy, loss = self.model.evaluate(
-                    own.images, own.labels, own.rows, self.data, self._chunk, own.raw
-                )
-                metrics.append({EXAMPLES: len(own), "accuracy": accuracy, "loss": loss})
+                found = self.model.evaluate(own.fields, own.rows, self.data, self._chunk, own.raw)
+                metrics.append({EXAMPLES: len(own), **found})
         return Outcome(metrics)
 
     @cached_property
-    def test(self) -> tuple[Tensor, Tensor]:
-        """Images and labels of the test set."""
-        device = self.model.device
-        return tensor(self.data.test_images, device), tensor(self.data.test_labels, device)
+    def test(self) -> dict[str, Tensor]:
+        """The test set."""
+        return tensors(self.data.test, self.model.device)
 
     def examples(self, job: Job) -> int:
         """How many examples a job has to do with, by which it can be told how long it takes."""
@@ -225,6 +221,11 @@ def tensor(array: NDArray[Any], device: torch.device) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
         return torch.from_numpy(array).to(device)
+
+
+def tensors(fields: Fields, device: torch.device) -> dict[str, Tensor]:
+    """Arrays by name as tensors, likewise."""
+    return {name: tensor(field, device) for name, field in fields.items()}
 
 
 def failure_reason(error: Exception) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from pisa_fl.data import ImageData
+from pisa_fl.data.data_set import DataSet
 from pisa_fl.models.examination import Findings
+from pisa_fl.tasks import Task
+from pisa_fl.tasks.base import LOSS
 from strategies.base.layout import Layout
 
 
@@ -21,6 +22,7 @@ class FlatModel:
 
     Args:
         model: Any module; it is moved to `device` and its parameters re-bound.
+        task: What it learns.
         device: Where it computes.
         precision: `float32`, or `bfloat16`: mixed, by PyTorch's autocast, for the gradients.
         compiled: Have PyTorch compile the gradients of stacks.
@@ -31,12 +33,13 @@ class FlatModel:
     def __init__(
         self,
         model: nn.Module,
+        task: Task,
         device: torch.device,
         precision: Literal["float32", "bfloat16"] = "float32",
         compiled: bool = False,
         findings: Findings | None = None,
     ) -> None:
-        self.module = model.to(device)
+        self.module, self.task = model.to(device), task
         self.layout = Layout.of_parameters(model)
         self.buffer_layout = Layout.of_buffers(model, findings.statistics if findings else None)
         self.takes_one = findings is None or findings.takes_one
@@ -53,6 +56,7 @@ class FlatModel:
         convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
         self._channels_last = convolves and device.type == "cpu"
         self._mixed, self._compiled = precision == "bfloat16", compiled
+        self._losses = _Losses(self)
 
     @property
     def buffers(self) -> Tensor:
@@ -67,25 +71,30 @@ class FlatModel:
     def gradients(self) -> dict[bool, Callable[..., tuple[Tensor, Tensor]]]:
         """Gradients and summed losses of a stack's batches: at one point for all (True), or each at its own (False).
 
-        They take weights (d,) or (C, d), and images, labels and the examples' weights with a leading client axis.
+        They take weights (d,) or (C, d), and a batch and its examples' weights with a leading client axis.
         """
         of_one = grad(self._weighted_loss, has_aux=True)
         of_all = {
-            shared: vmap(of_one, in_dims=(None if shared else 0, 0, 0, 0), randomness="different")
+            shared: vmap(of_one, in_dims=(None if shared else 0, 0, 0), randomness="different")
             for shared in (True, False)
         }
         return {shared: torch.compile(f) for shared, f in of_all.items()} if self._compiled else of_all
 
     def _weighted_loss(
-        self, weights: Tensor, images: Tensor, labels: Tensor, shares: Tensor
+        self, weights: Tensor, batch: Mapping[str, Tensor], shares: Tensor
     ) -> tuple[Tensor, Tensor]:
-        with self.autocast():
-            logits = functional_call(self.module, self.layout.views(weights), (images,))
-        loss = F.cross_entropy(logits.float(), labels, reduction="none")
+        own = {f"model.{name}": value for name, value in self.layout.views(weights).items()}
+        loss = functional_call(self._losses, own, (batch,))
         return (shares * loss).sum(), torch.where(shares > 0, loss, 0.0).sum()
 
-    def example_bytes(self, images: Tensor) -> int:
-        """Bytes that a pass over one example, (1, channels, height, width), keeps for the way back."""
+    def losses(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Losses of a batch's examples at the present weights, (B,), as training has them."""
+        with self.autocast():
+            output = self.task.output(self.module, batch)
+        return self.task.losses(output, batch)
+
+    def example_bytes(self, example: Mapping[str, Tensor]) -> int:
+        """Bytes that a pass over one example, a batch of one, keeps for the way back."""
         kept = 0
 
         def count(tensor: Tensor) -> Tensor:
@@ -96,7 +105,7 @@ class FlatModel:
         own, training = self.weights.untyped_storage().data_ptr(), self.module.training
         self.module.eval()  # running statistics stay as they are
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            self.module(images)
+            self.task.output(self.module, example)
         self.module.train(training)
         return kept
 
@@ -118,53 +127,68 @@ class FlatModel:
         """Parameters and buffers by PyTorch's names, copied to the CPU."""
         return {k: v.detach().cpu().clone().contiguous() for k, v in self.module.state_dict().items()}
 
-    def take(self, images: Tensor, rows: Tensor) -> Tensor:
-        """Some images of a set (N, channels, height, width), in the order in memory that suits the model."""
-        rows = rows.to(images.device)
-        if not self._channels_last:
-            return images.index_select(0, rows)
-        return images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+    def take(self, fields: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        """Some rows of a set, in the order in memory that suits the model."""
+        return {name: self._rows(field, rows.to(field.device)) for name, field in fields.items()}
 
-    def normalised(self, images: Tensor, data: ImageData) -> Tensor:
-        """A whole set as model input, in that order: four times the memory of pixels, and none of the work later."""
-        ready = torch.empty(images.shape, device=images.device)
-        if self._channels_last:
-            ready = ready.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-        for start in range(0, len(images), 1000):
-            part = slice(start, start + 1000)
-            ready[part] = data.normalise(images[part])
-        return ready
+    def _rows(self, field: Tensor, rows: Tensor) -> Tensor:
+        if not self._channels_last or field.dim() != 4:
+            return field.index_select(0, rows)
+        return field.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+
+    def ready(self, fields: Mapping[str, Tensor], data: DataSet) -> dict[str, Tensor]:
+        """A whole set as the task takes it, in that order: more memory than what is stored, and no work later."""
+        made: dict[str, Tensor] = {}
+        for start in range(0, len(next(iter(fields.values()))), 1000):
+            part = {name: field[start : start + 1000] for name, field in fields.items()}
+            for name, field in data.ready(part).items():
+                if start == 0:
+                    length = len(fields[name]) if name in fields else len(next(iter(fields.values())))
+                    made[name] = self._empty(field, length)
+                made[name][start : start + 1000] = field
+        return made
+
+    def _empty(self, like: Tensor, length: int) -> Tensor:
+        empty = torch.empty(length, *like.shape[1:], dtype=like.dtype, device=like.device)
+        if self._channels_last and like.dim() == 4:
+            empty = empty.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        return empty
 
     def evaluate(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        rows: Tensor,
-        data: ImageData,
-        chunk: int,
-        raw: bool = True,
-    ) -> tuple[float, float]:
-        """Accuracy (0..1) and mean cross-entropy (nats) of the present weights on some rows of a set."""
-        scores = (self.score(images, labels, part, data, raw) for part in rows.split(chunk))
-        return mean_score(scores, len(rows))
+        self, fields: Mapping[str, Tensor], rows: Tensor, data: DataSet, chunk: int, raw: bool = True
+    ) -> dict[str, float]:
+        """Mean `loss` and the task's metrics of the present weights on some rows of a set."""
+        totals = (self.totals(fields, part, data, raw) for part in rows.split(chunk))
+        return measured(self.task, totals, len(rows))
 
     @torch.no_grad()
-    def score(
-        self, images: Tensor, labels: Tensor, rows: Tensor, data: ImageData, raw: bool = True
-    ) -> tuple[int, float]:
-        """Correct answers and the sum of the cross-entropies (nats), of some rows of a set read at once."""
+    def totals(
+        self, fields: Mapping[str, Tensor], rows: Tensor, data: DataSet, raw: bool = True
+    ) -> dict[str, float]:
+        """Sums of the losses and of what the task's metrics follow from, of some rows of a set read at once."""
         self.module.eval()
-        y = labels[rows].to(self.device)
-        x = self.take(images, rows).to(self.device)
-        logits = self.module(data.normalise(x) if raw else x)
-        loss = F.cross_entropy(logits, y, reduction="sum")
-        return int((logits.argmax(dim=1) == y).sum()), float(loss)
+        batch = {name: field.to(self.device) for name, field in self.take(fields, rows).items()}
+        batch = data.ready(batch) if raw else batch
+        output = self.task.output(self.module, batch)
+        sums = {LOSS: self.task.losses(output, batch).sum(), **self.task.totals(output, batch)}
+        return {name: float(total) for name, total in sums.items()}
 
 
-def mean_score(scores: Iterable[tuple[int, float]], examples: int) -> tuple[float, float]:
-    """Accuracy (0..1) and mean loss from what `FlatModel.score` gave of the parts of a set, in their order."""
-    correct, loss = 0, 0.0
-    for part_correct, part_loss in scores:
-        correct += part_correct
-        loss += part_loss
-    return correct / examples, loss / examples
+class _Losses(nn.Module):
+    """The losses as a module, whose weights can be given from outside."""
+
+    def __init__(self, flat: FlatModel) -> None:
+        super().__init__()
+        self.model, self._of = flat.module, flat.losses
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self._of(batch)
+
+
+def measured(task: Task, parts: Iterable[Mapping[str, float]], examples: int) -> dict[str, float]:
+    """Mean `loss` and metrics from what `FlatModel.totals` gave of the parts of a set, in their order."""
+    totals: dict[str, float] = {}
+    for part in parts:
+        totals = {name: totals.get(name, 0.0) + value for name, value in part.items()}
+    loss = totals[LOSS] / examples
+    return {LOSS: loss, **task.measure(totals, examples, loss)}

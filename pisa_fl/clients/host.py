@@ -20,12 +20,13 @@ from flwr.app import ArrayRecord, Error, Message, MessageType, MetricRecord, Rec
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pisa_fl.clients.executor import MOVED, Executor, InstructionError, Job, Outcome, failure_reason, tensor
+from pisa_fl.clients.executor import MOVED, Executor, InstructionError, Job, Outcome, failure_reason, tensors
 from pisa_fl.clients.flat_model import FlatModel
 from pisa_fl.clients.stack import ClientData, fitting_stack
 from pisa_fl.config import ConfigurationError
-from pisa_fl.data import ImageData
+from pisa_fl.data.data_set import DataSet
 from pisa_fl.models.examination import Findings, examine
+from pisa_fl.tasks import Task
 from strategies.base.client import ClientHalf
 from strategies.base.messages import (
     ACCEPTED,
@@ -64,17 +65,18 @@ class Clients:
     """What the clients of a federation are made of; it can be sent to another process.
 
     Attributes:
-        data: The data set; clients read its training images.
+        data: The data set; clients read its training examples.
         rows: Client number -> positions of its training examples.
         model: The model; every host works on a copy.
         half: Client half.
         seed: Every random draw of the rounds follows from it.
         batch_size: Examples of a mini-batch.
         device: Where clients compute.
-        noise_std: Client number -> standard deviation of the noise on its pixels (0..1); empty for none.
+        noise_std: Client number -> standard deviation of the noise on its inputs; empty for none.
+        task: What is learnt; None: what usually is of such data.
     """
 
-    data: ImageData
+    data: DataSet
     rows: Mapping[int, NDArray[np.integer]]
     model: nn.Module
     half: ClientHalf
@@ -82,6 +84,7 @@ class Clients:
     batch_size: int
     device: torch.device
     noise_std: Mapping[int, float] = field(default_factory=dict)
+    task: Task | None = None
 
     @cached_property
     def findings(self) -> Findings:
@@ -90,7 +93,7 @@ class Clients:
         Raises:
             ConfigurationError: It cannot be trained, or not on these clients' examples.
         """
-        found = examine(self.model, self.data.shape, len(self.data.classes))
+        found = examine(self.model, self.learnt, self.data)
         if not found.takes_one:
             remedy = (
                 "its normalisation needs two examples at least: give it more, or a model without (GroupNorm)"
@@ -105,6 +108,11 @@ class Clients:
         return found
 
     @property
+    def learnt(self) -> Task:
+        """The task."""
+        return self.task or self.data.usual_task()
+
+    @property
     def sizes(self) -> dict[int, int]:
         """Training examples of every client, by client number."""
         return {number: len(rows) for number, rows in self.rows.items()}
@@ -116,7 +124,7 @@ class Clients:
         chunk: int | Literal["auto"] = "auto",
         precision: Literal["float32", "bfloat16"] = "float32",
         compiled: bool = False,
-        normalised: bool = False,
+        ready: bool = False,
     ) -> ClientHost:
         """A host of the clients with the given numbers.
 
@@ -128,16 +136,17 @@ class Clients:
                 CPU, about what its cache holds, else 8192.
             precision: `float32`, or `bfloat16`: mixed, by PyTorch's autocast.
             compiled: Have PyTorch compile the gradients of stacks.
-            normalised: Normalise the whole set of images now, instead of every image each time it is read.
+            ready: Make the whole set ready now, instead of every example each time it is read.
 
         Raises:
             ConfigurationError: An option is impossible.
         """
         if precision not in ("float32", "bfloat16"):
             raise ConfigurationError(f"engine.precision must be float32 or bfloat16, got {precision}")
-        model = FlatModel(copy.deepcopy(self.model), self.device, precision, compiled, self.findings)
-        images = tensor(self.data.train_images, self.device)
-        labels = tensor(self.data.train_labels, self.device)
+        model = FlatModel(
+            copy.deepcopy(self.model), self.learnt, self.device, precision, compiled, self.findings
+        )
+        fields = tensors(self.data.train, self.device)
         on_cpu = self.device.type == "cpu"
         if chunk == "auto":
             chunk = 250 if on_cpu else 8192
@@ -145,16 +154,16 @@ class Clients:
             stack = 1
         elif stack == "auto":
             free, _ = torch.cuda.mem_get_info(self.device)
-            stack = fitting_stack(model, self.data.normalise(images[:1]), self.batch_size, chunk, free)
-        if normalised:
-            images = model.normalised(images, self.data)
+            example = self.data.ready({name: field[:1] for name, field in fields.items()})
+            stack = fitting_stack(model, example, self.batch_size, chunk, free)
+        if ready:
+            fields = model.ready(fields, self.data)
         clients = {
             number: ClientData(
-                images,
-                labels,
+                fields,
                 torch.as_tensor(self.rows[number]),
                 self.noise_std.get(number, 0.0),
-                raw=not normalised,
+                raw=not ready,
             )
             for number in numbers
         }

@@ -13,12 +13,11 @@ from itertools import zip_longest
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pisa_fl.clients.flat_model import FlatModel
-from pisa_fl.data import ImageData
+from pisa_fl.data.data_set import DataSet
 from pisa_fl.randomness import numpy_generator, torch_generator
 from strategies.base.client import Batch
 
@@ -27,19 +26,16 @@ _NOTHING = torch.empty(0, dtype=torch.int64)
 
 @dataclass(frozen=True)
 class ClientData:
-    """The examples of one client: its rows of a shared set of images.
+    """The examples of one client: its rows of a shared set.
 
     Attributes:
-        images: Images of the whole set, (N, channels, height, width).
-        labels: Class numbers of the whole set, int64, (N,).
+        fields: Named tensors of the whole set, (N, ...).
         rows: The client's examples, int64, (n,).
-        noise_std: Standard deviation of the Gaussian noise added to its pixels (0..1), drawn afresh each
-            time an image is read, as NIID-Bench's feature skew does; zero for none.
-        raw: Whether the images are as they were stored, or `FlatModel.normalised`.
+        noise_std: Standard deviation of the Gaussian noise on its inputs (`DataSet.noisy`); zero for none.
+        raw: Whether the fields are as they were stored, or `FlatModel.ready`.
     """
 
-    images: Tensor
-    labels: Tensor
+    fields: Mapping[str, Tensor]
     rows: Tensor
     noise_std: float = 0.0
     raw: bool = True
@@ -53,7 +49,7 @@ class LocalStack:
 
     Args:
         model: The model that computes; its weights and running statistics are overwritten.
-        data: Normalisation and augmentation of the data set.
+        data: What makes stored examples ready.
         examples: Client number -> its examples.
         buffers: Running statistics to start from, (b,), or None for a model without.
         round_number: The round, part of every draw's address.
@@ -68,7 +64,7 @@ class LocalStack:
     def __init__(
         self,
         model: FlatModel,
-        data: ImageData,
+        data: DataSet,
         examples: Mapping[int, ClientData],
         buffers: Tensor | None,
         round_number: int,
@@ -84,9 +80,9 @@ class LocalStack:
         self._seed, self._round = seed, round_number
         self._batch_size, self._chunk = batch_size, chunk
         # running statistics and random draws depend on which examples are read together
-        self._disturbed = data.augment is not None or any(e.noise_std for e in self._examples)
+        self._disturbed = data.augments or any(e.noise_std for e in self._examples)
         first = self._examples[0]
-        one_set = all(e.images is first.images and e.labels is first.labels for e in self._examples)
+        one_set = all(e.fields is first.fields for e in self._examples)
         self._alone = self._disturbed or len(self._examples) == 1 or not one_set
         self._draws = [
             torch_generator(seed, "augmentation", round_number, c) if self._disturbed else None
@@ -149,48 +145,41 @@ class LocalStack:
         return [size] * full + [rest] * (rest > 0)
 
     def _batch(self, chosen: list[Tensor], shares: list[Tensor]) -> Batch:
-        """Gather, normalise, disturb and augment the chosen examples of each client."""
+        """Gather, make ready, disturb and augment the chosen examples of each client."""
         device = self._model.device
-        images, labels = self._read_alone(chosen) if self._alone else self._read_together(chosen)
+        data = self._read_alone(chosen) if self._alone else self._read_together(chosen)
         counts = [len(c) for c in chosen]
         self.differentiated = [d + n for d, n in zip(self.differentiated, counts, strict=True)]
         return Batch(
-            images=images,
-            labels=labels,
+            data=data,
             weights=_padded(shares).to(device),
             active=torch.tensor([float(n > 0) for n in counts], device=device),
             examples=counts,
         )
 
-    def _read_alone(self, chosen: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Images and labels of every client by itself, (C, B, ...), padded with zeros."""
-        device = self._model.device
-        images, labels = [], []
+    def _read_alone(self, chosen: list[Tensor]) -> dict[str, Tensor]:
+        """The batch of every client by itself, (C, B, ...), padded with zeros."""
+        batches: list[dict[str, Tensor]] = []
         for client, (rows, examples) in enumerate(zip(chosen, self._examples, strict=True)):
-            rows = examples.rows[rows].to(examples.images.device)
-            x = self._model.take(examples.images, rows)
+            batch = self._model.take(examples.fields, examples.rows[rows])
             if examples.raw:
-                x = self._data.normalise(x)
+                batch = self._data.ready(batch)
             draw = self._draws[client]
             if draw is not None and examples.noise_std:
-                scale = torch.tensor(self._data.std).view(-1, 1, 1)
-                x = x + (torch.randn(x.shape, generator=draw) * examples.noise_std / scale).to(device)
-            if draw is not None and self._data.augment is not None and len(rows):
-                x = self._data.augment(x, draw)
-            images.append(x)
-            labels.append(examples.labels.index_select(0, rows))
-        return _padded(images), _padded(labels)
+                batch = self._data.noisy(batch, examples.noise_std, draw)
+            if draw is not None and self._data.augments and len(rows):
+                batch = self._data.augmented(batch, draw)
+            batches.append(batch)
+        return {name: _padded([batch[name] for batch in batches]) for name in batches[0]}
 
-    def _read_together(self, chosen: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Images and labels of all clients at once, (C, B, ...), padded with whatever; its weight is zero."""
+    def _read_together(self, chosen: list[Tensor]) -> dict[str, Tensor]:
+        """The batches of all clients at once, (C, B, ...), padded with whatever; its weight is zero."""
         whole = self._examples[0]
-        rows = _padded([e.rows[c] for c, e in zip(chosen, self._examples, strict=True)]).to(
-            whole.images.device
-        )
-        x = self._model.take(whole.images, rows.flatten())
+        rows = _padded([e.rows[c] for c, e in zip(chosen, self._examples, strict=True)])
+        batch = self._model.take(whole.fields, rows.flatten())
         if whole.raw:
-            x = self._data.normalise(x)
-        return x.unflatten(0, rows.shape), whole.labels[rows]
+            batch = self._data.ready(batch)
+        return {name: field.unflatten(0, rows.shape) for name, field in batch.items()}
 
     def _differentiate(self, weights: Tensor, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
         """Sums over batches of the gradients (C, d) of the weighted losses, and of the plain losses (C,)."""
@@ -200,7 +189,7 @@ class LocalStack:
         total = torch.zeros(len(self.clients), self.layout.size, device=self._model.device)
         losses = total.new_zeros(len(self.clients))
         for batch in batches:
-            gradients, loss = gradients_of(weights, batch.images, batch.labels, batch.weights)
+            gradients, loss = gradients_of(weights, batch.data, batch.weights)
             total += gradients
             losses += loss
         return total, losses
@@ -210,27 +199,27 @@ class LocalStack:
         self._model.gradient.zero_()
         total = weights.new_zeros(1)
         for batch in batches:
-            with self._model.autocast():
-                logits = self._model.module(batch.images[0])
-            loss = F.cross_entropy(logits.float(), batch.labels[0], reduction="none")
+            loss = self._model.losses({name: field[0] for name, field in batch.data.items()})
             (batch.weights[0] * loss).sum().backward()
             total += loss.detach().sum()
         return self._model.gradient.clone().unsqueeze(0), total
 
 
-def fitting_stack(model: FlatModel, images: Tensor, batch_size: int, chunk: int, free: int) -> int:
+def fitting_stack(
+    model: FlatModel, example: Mapping[str, Tensor], batch_size: int, chunk: int, free: int
+) -> int:
     """How many clients can advance together in the memory of a GPU.
 
     Args:
         model: Their model.
-        images: One example, (1, channels, height, width).
+        example: One example, as the task takes it.
         batch_size: Examples of a mini-batch of each.
         chunk: Examples differentiated at once where the number does not matter to the result.
         free: Bytes of memory that are free; half of them are used.
     """
     # what a pass keeps is held beside its gradient; a client's vectors are its weights, gradient, dual, answer, ...
-    example, client = 2 * model.example_bytes(images), 16 * 4 * model.layout.size
-    return max(1, (free // 2 - chunk * example) // (client + batch_size * example))
+    each, client = 2 * model.example_bytes(example), 16 * 4 * model.layout.size
+    return max(1, (free // 2 - chunk * each) // (client + batch_size * each))
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:

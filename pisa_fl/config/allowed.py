@@ -37,7 +37,7 @@ class Part:
 
 
 PARTS = (
-    Part("data", ("pisa_fl.data",), ("pisa_fl.data.image_data.ImageData",)),
+    Part("data", ("pisa_fl.data",), ("pisa_fl.data.data_set.DataSet",)),
     Part("data[.]augment", ("pisa_fl.data.augment",), ("builtins.object",)),
     Part(
         "model([.].*)?",
@@ -59,6 +59,7 @@ PARTS = (
             "flwr.serverapp.strategy.strategy.Strategy",
         ),
     ),
+    Part("task", ("pisa_fl.tasks",), ("pisa_fl.tasks.base.Task",)),
     Part(
         "engine",
         ("pisa_fl.engines", "pisa_fl.flower.launcher"),
@@ -66,7 +67,7 @@ PARTS = (
     ),
 )
 
-CLIENT = ("data", "partition", "model", "strategy.client")
+CLIENT = ("data", "partition", "model", "strategy.client", "task")
 """The parts that a client builds."""
 
 SIMULATION = "PISA_FL_SIMULATION"

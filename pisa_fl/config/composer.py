@@ -24,7 +24,7 @@ CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") i
 
 _COMPOSING = threading.RLock()
 
-PATHS = ("init", "data.root", "data.path", "data.cache", "partition.path")
+PATHS = ("init", "data.root", "data.path", "data.test", "data.cache", "partition.path")
 """Keys that name files or folders."""
 
 

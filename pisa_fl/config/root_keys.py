@@ -15,7 +15,7 @@ Check = Callable[[Any], str | None]
 
 _BY_NAME = "choose one by its name, as in strategy=sisa"
 GROUPS: Mapping[str, str] = {
-    **dict.fromkeys(("strategy", "partition", "data", "model", "engine"), _BY_NAME),
+    **dict.fromkeys(("strategy", "partition", "data", "model", "engine", "task"), _BY_NAME),
     "strategy.server": "a strategy has a server half, with its _target_",
     "strategy.client": "a strategy has a client half, with its _target_",
     "checkpoint": "its keys are checkpoint.every and checkpoint.keep",
@@ -79,10 +79,10 @@ def _packages(value: Any) -> str | None:
     return None if fits else "names of packages in a list, such as [mine]"
 
 
-def _accuracies(value: Any) -> str | None:
-    share = number("", lambda v: 0 <= v <= 1)
-    fits = isinstance(value, ListConfig) and all(share(v) is None for v in value)
-    return None if fits else "accuracies between 0 and 1 in a list, such as [0.9]"
+def _numbers(value: Any) -> str | None:
+    finite = number("", lambda v: True)
+    fits = isinstance(value, ListConfig) and all(finite(v) is None for v in value)
+    return None if fits else "numbers in a list, such as [0.9]"
 
 
 _SECONDS = number(f"a number of seconds from 0 to {LONGEST}", lambda v: 0 <= v <= LONGEST)
@@ -103,7 +103,7 @@ ROOT: Mapping[str, Check] = {
     "init": text("the path of a file, or null", null=True),
     "resume": text("the path of a run directory, or null", null=True),
     "allow": _packages,
-    "targets": _accuracies,
+    "targets": _numbers,
     "progress": one_of(True, False),
     "checkpoint.every": whole(1),
     "checkpoint.keep": whole(1),

@@ -1,6 +1,7 @@
-"""`ImageData`, what every data set loader returns: plain arrays, and how to turn them into model input."""
+"""`ImageData`, what every loader of images returns: plain arrays, and how to turn them into model input."""
 
-import hashlib
+from __future__ import annotations
+
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +12,10 @@ from numbers import Real
 import numpy as np
 import torch
 from torch import Tensor
+
+from pisa_fl.data.data_set import DataSet, digest_of
+from pisa_fl.tasks import Classification, Task
+from pisa_fl.tasks.base import INPUTS, TARGETS
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 """Maps normalised images (B, C, H, W) and a source of randomness to images of the same shape."""
@@ -26,7 +31,7 @@ PerChannel = float | Sequence[float]
 
 
 @dataclass(frozen=True, eq=False)
-class ImageData:
+class ImageData(DataSet):
     """A labelled image data set in memory, or memory-mapped from disk.
 
     Arrays may be read-only: index or copy before handing them to `torch.from_numpy`.
@@ -57,7 +62,7 @@ class ImageData:
     @classmethod
     def from_arrays(
         cls, arrays: Mapping[str, np.ndarray], mean: PerChannel, std: PerChannel, augment: Augmentation | None
-    ) -> "ImageData":
+    ) -> ImageData:
         """Build from `arrays` (see `Arrays`); a single `mean` or `std` counts for every channel."""
         channels = arrays["train_images"].shape[1]
         return cls(
@@ -126,11 +131,72 @@ class ImageData:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that training and evaluation read, in hexadecimal: by it a data set is known again."""
-        known = hashlib.sha256(repr((self.classes, self.mean, self.std)).encode())
-        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            known.update(f"{array.dtype}{array.shape}".encode())
-            known.update(np.ascontiguousarray(array).data)
-        return known.hexdigest()
+        known = repr((self.classes, self.mean, self.std))
+        return digest_of(known, self.train_images, self.train_labels, self.test_images, self.test_labels)
+
+    @cached_property
+    def train(self) -> dict[str, np.ndarray]:
+        """Images and labels for training."""
+        return {INPUTS: self.train_images, TARGETS: self.train_labels}
+
+    @cached_property
+    def test(self) -> dict[str, np.ndarray]:
+        """Images and labels for testing."""
+        return {INPUTS: self.test_images, TARGETS: self.test_labels}
+
+    @property
+    def groups(self) -> np.ndarray:
+        """The training images' labels."""
+        return self.train_labels
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """The classes."""
+        return self.classes
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The classes."""
+        return self.classes
+
+    @property
+    def said(self) -> str:
+        """What one input is, in words."""
+        return f"images of (channels, height, width) {self.shape}"
+
+    def usual_task(self) -> Task:
+        """Classification."""
+        return Classification()
+
+    def trial(self, examples: int) -> dict[str, Tensor]:
+        """Normalised images at random, all of the last class."""
+        return {
+            INPUTS: torch.randn(examples, *self.shape),
+            TARGETS: torch.full((examples,), len(self.classes) - 1),
+        }
+
+    def ready(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """With images normalised."""
+        return {**batch, INPUTS: self.normalise(batch[INPUTS])}
+
+    @property
+    def augments(self) -> bool:
+        """Whether there is an augmentation."""
+        return self.augment is not None
+
+    def augmented(self, batch: Mapping[str, Tensor], draw: torch.Generator) -> dict[str, Tensor]:
+        """With images augmented."""
+        assert self.augment is not None
+        return {**batch, INPUTS: self.augment(batch[INPUTS], draw)}
+
+    def noisy(self, batch: Mapping[str, Tensor], std: float, draw: torch.Generator) -> dict[str, Tensor]:
+        """With noise on pixels 0..1, drawn afresh each time an image is read, as NIID-Bench's feature skew does."""
+        images = batch[INPUTS]
+        scale = torch.tensor(self.std).view(-1, 1, 1)
+        return {
+            **batch,
+            INPUTS: images + (torch.randn(images.shape, generator=draw) * std / scale).to(images.device),
+        }
 
     def normalise(self, images: np.ndarray | Tensor) -> Tensor:
         """Turn a batch of stored images (B, C, H, W) into float32 model input, on the device they are on."""

@@ -86,8 +86,8 @@ class ClientGrid(Grid):
     def restore(self, states: Mapping[int, ClientState]) -> None:
         """Give the clients back what `states` gave."""
 
-    def test(self, arrays: Mapping[str, Tensor], timeout: float | None = None) -> tuple[float, float] | None:
-        """Accuracy (0..1) and mean loss of weights on the test set; None where that is left to the server.
+    def test(self, arrays: Mapping[str, Tensor], timeout: float | None = None) -> dict[str, float] | None:
+        """Mean `loss` and metrics of weights on the test set; None where that is left to the server.
 
         What is not there after `timeout` seconds, this process computes.
         """

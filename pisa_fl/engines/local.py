@@ -15,15 +15,15 @@ from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
 from pisa_fl.clients.executor import TEST_PART, Job
-from pisa_fl.clients.flat_model import mean_score
+from pisa_fl.clients.flat_model import measured
 from pisa_fl.clients.host import ClientHost, Clients, ClientState
 from pisa_fl.config import ConfigurationError
 from pisa_fl.engines.base import ClientGrid, cores
 from pisa_fl.engines.workers import Workers, can_fork
 from strategies.base.messages import TensorArray
 
-NORMALISED = 2**30
-"""Bytes that a set of images may take, all processes together, to be normalised once instead of every time."""
+READY = 2**30
+"""Bytes that a training set may take, all processes together, to be made ready once instead of every time."""
 
 
 def local_engine(
@@ -73,8 +73,8 @@ def local_engine(
         )
     if threads == "auto" and workers:
         threads = 1
-    normalised = on_cpu and clients.data.train_images.size * 4 <= NORMALISED
-    host = clients.host(clients.rows, stack, chunk, precision, compiled, normalised)
+    ready = on_cpu and clients.data.ready_bytes <= READY
+    host = clients.host(clients.rows, stack, chunk, precision, compiled, ready)
     grid = LocalGrid(host, workers, state == "disk")
     grid.use_threads(threads)
     return grid
@@ -124,18 +124,18 @@ class LocalGrid(ClientGrid):
         """Give the clients back what `states` gave."""
         self.host.states = {client: state.to(self.host.device) for client, state in states.items()}
 
-    def test(self, arrays: Mapping[str, Tensor], timeout: float | None = None) -> tuple[float, float] | None:
-        """Accuracy and mean loss of weights on the test set, by the workers as far as they are in time."""
+    def test(self, arrays: Mapping[str, Tensor], timeout: float | None = None) -> dict[str, float] | None:
+        """Mean loss and metrics of weights on the test set, by the workers as far as they are in time."""
         if self._workers is None:
             return None
-        examples = len(self.host.data.test_labels)
+        examples = self.host.data.tests
         jobs = [Job("test", [part], arrays, {}, []) for part in range(-(-examples // TEST_PART))]
-        parts: list[tuple[int, float]] = [(0, 0.0)] * len(jobs)
+        parts: list[Mapping[str, float]] = [{}] * len(jobs)
         for position, outcome in self._workers.run(jobs, timeout, finish=True):
             if isinstance(outcome, str):
                 raise RuntimeError(f"the test set cannot be evaluated: {outcome}")
-            parts[position] = int(outcome.metrics[0]["correct"]), float(outcome.metrics[0]["loss"])
-        return mean_score(parts, examples)
+            parts[position] = outcome.metrics[0]
+        return measured(self.host.executor.model.task, parts, examples)
 
     def close(self) -> None:
         """End the workers."""

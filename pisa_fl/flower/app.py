@@ -79,7 +79,7 @@ def introduce(message: Message, context: Context) -> Message:
             "examples": len(host.clients[number]),
             "version": version("pisa-fl"),
             "shape": list(data.shape),
-            "classes": [visible(name) for name in data.classes],
+            "classes": [visible(name) for name in data.output_names],
         }
         return Message(RecordDict({CONFIG: ConfigRecord(said)}), reply_to=message)
     except Exception as error:

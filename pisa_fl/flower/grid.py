@@ -161,7 +161,7 @@ class FlowerGrid(ClientGrid):
         expected = {
             "version": version("pisa-fl"),
             "shape": list(data.shape),
-            "classes": [visible(name) for name in data.classes],
+            "classes": [visible(name) for name in data.output_names],
         }
         for key, value in expected.items():
             if said.get(key) != value:

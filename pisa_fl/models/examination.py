@@ -1,9 +1,9 @@
-"""What a model must be so that it can be trained, found out by trying it on images drawn at random."""
+"""What a model must be so that it can be trained, found out by trying it on a batch drawn at random."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from pisa_fl.config import ConfigurationError
 from pisa_fl.config.explain import first_line
+from pisa_fl.data.data_set import DataSet
 from pisa_fl.randomness import global_generators
+from pisa_fl.tasks import Task
 from strategies.base.layout import Layout
 
-IMAGES = 4
-"""Images that a model is tried on: enough for statistics over a batch."""
+EXAMPLES = 4
+"""Examples that a model is tried on: enough for statistics over a batch."""
 
 
 @dataclass(frozen=True)
@@ -26,24 +28,24 @@ class Findings:
     Attributes:
         statistics: Names of its running statistics: the floating-point buffers that a training pass changes. Others,
             such as masks and tables of positions, are constants of the model.
-        takes_one: Whether a training pass can be made of a single image, which BatchNorm over (B, C) cannot.
+        takes_one: Whether a training pass can be made of a single example, which BatchNorm over (B, C) cannot.
     """
 
     statistics: tuple[str, ...]
     takes_one: bool
 
 
-def examine(model: nn.Module, shape: tuple[int, ...], classes: int) -> Findings:
-    """Try a copy of a model on random images; nothing of the caller's changes.
+def examine(model: nn.Module, task: Task, data: DataSet) -> Findings:
+    """Try a copy of a model on random examples; nothing of the caller's changes.
 
     Args:
         model: The model.
-        shape: (channels, height, width) of the images.
-        classes: How many logits it has to give at least.
+        task: What it is to learn.
+        data: What it is to learn from.
 
     Raises:
-        ConfigurationError: It cannot be trained: a pass fails, it gives no logits, or they do not follow from its
-            parameters.
+        ConfigurationError: It cannot be trained: a pass fails, its output is none for the task, or does not follow
+            from its parameters.
     """
     try:
         Layout.of_parameters(model)
@@ -51,25 +53,24 @@ def examine(model: nn.Module, shape: tuple[int, ...], classes: int) -> Findings:
     except (ValueError, RuntimeError, TypeError) as error:
         raise ConfigurationError(f"model: {first_line(error)}") from error
     with global_generators(0):
-        images = torch.randn(IMAGES, *shape)
+        batch = data.trial(EXAMPLES)
         before = {name: buffer.clone() for name, buffer in own.named_buffers()}
         parameters = [p for p in own.parameters() if p.requires_grad]
         try:
-            evaluated = own.eval()(images)
+            evaluated = task.output(own.eval(), batch)
             own.train()
-            first, second = (_moved(own, parameters, images) for _ in range(2))
+            first, second = (_moved(own, parameters, task, batch) for _ in range(2))
         except Exception as error:  # whatever a model of the user's raises
             raise ConfigurationError(
-                f"model: {type(model).__name__} cannot take images of (channels, height, width) {tuple(shape)}:"
+                f"model: {type(model).__name__} cannot take {data.said}:"
                 f" {type(error).__name__}: {first_line(error)}"
             ) from error
         for output, mode in ((evaluated, "in evaluation"), (second, "in training")):
-            if (words := _fault(output, classes)) is not None:
-                raise ConfigurationError(
-                    f"model: {type(model).__name__} must give logits, one float tensor of (images, classes),"
-                    f" and gives {words} {mode}"
-                )
-        _check_output_follows(first, second, parameters)
+            if (words := task.objection(output, batch)) is not None:
+                raise ConfigurationError(f"model: {type(model).__name__} {words} {mode}")
+        # of logits as they are: a loss may be flat where they are extreme
+        values = [o if isinstance(o, Tensor) else task.losses(o, batch) for o in (first, second)]
+        _check_output_follows(values[0], values[1], parameters)
         after = dict(own.named_buffers())
         statistics = tuple(
             name
@@ -77,25 +78,16 @@ def examine(model: nn.Module, shape: tuple[int, ...], classes: int) -> Findings:
             if buffer.is_floating_point() and not _same(buffer, after[name])
         )
         try:
-            own(images[:1])
+            task.output(own, {name: field[:1] for name, field in batch.items()})
             takes_one = True
         except Exception:  # it was trained on several
             takes_one = False
     return Findings(statistics, takes_one)
 
 
-def _fault(output: Any, classes: int) -> str | None:
-    """What a model gave for the images that it was tried on, if that is no logits."""
-    if not isinstance(output, Tensor):
-        return f"a {type(output).__name__}"
-    if output.dim() != 2 or len(output) != IMAGES or not output.is_floating_point():
-        return f"{output.dtype} of shape {tuple(output.shape)} for {IMAGES} images"
-    if output.shape[1] < classes:
-        return f"{output.shape[1]} numbers an image for {classes} classes"
-    return None if output.isfinite().all() else "numbers that are not finite"
-
-
-def _moved(model: nn.Module, parameters: Sequence[nn.Parameter], images: Tensor) -> Any:
+def _moved(
+    model: nn.Module, parameters: Sequence[nn.Parameter], task: Task, batch: Mapping[str, Tensor]
+) -> Any:
     """Output of a training pass after the parameters were given other values, as training does it.
 
     Zero-initialised layers are no longer zero then, and what lies behind them shows.
@@ -103,7 +95,7 @@ def _moved(model: nn.Module, parameters: Sequence[nn.Parameter], images: Tensor)
     for parameter in parameters:
         parameter.data = parameter.data + torch.randn(parameter.shape) * 0.1
     with global_generators(0):  # dropout and its like draw the same every time
-        return model(images)
+        return task.output(model, batch)
 
 
 def _check_output_follows(first: Tensor, second: Tensor, parameters: Sequence[nn.Parameter]) -> None:

@@ -9,15 +9,15 @@ from torch import nn
 from pisa_fl.models.widths import check_widths
 
 
-def mlp(shape: tuple[int, int, int], classes: int, hidden: Sequence[int]) -> nn.Sequential:
+def mlp(shape: tuple[int, ...], classes: int, hidden: Sequence[int]) -> nn.Sequential:
     """Return linear layers with ReLU between them; without hidden layers it is logistic regression.
 
     Two hidden layers of 200 are the 2NN of McMahan et al. 2017 (arXiv 1602.05629): 199,210 parameters on
     MNIST.
 
     Args:
-        shape: (channels, height, width) of the images.
-        classes: number of classes.
+        shape: of one example's input.
+        classes: how many numbers are given.
         hidden: widths of the hidden layers.
 
     Raises:

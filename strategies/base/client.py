@@ -25,15 +25,13 @@ class Batch:
     """One mini-batch of each client of a stack.
 
     Attributes:
-        images: Normalised images, (C, B, channels, height, width), rows beyond a client's own padded.
-        labels: Class numbers, (C, B).
+        data: Named tensors, (C, B, ...), ready for the task; rows beyond a client's own are padding.
         weights: Weight of each example in its client's loss, (C, B), zero for padding.
         active: One for clients that still have a batch at this step, zero for the others, (C,).
         examples: Examples in it, without padding.
     """
 
-    images: Tensor
-    labels: Tensor
+    data: Mapping[str, Tensor]
     weights: Tensor
     active: Tensor
     examples: Sequence[int]

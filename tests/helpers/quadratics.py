@@ -18,6 +18,7 @@ from pisa_fl.data import ImageData
 from pisa_fl.engines.local import LocalGrid
 from pisa_fl.server.flowers_own import server_half
 from pisa_fl.server.gateway import Gateway
+from pisa_fl.tasks import Classification
 from strategies import Batch, Layout, Penalty, Pisa, PisaClient
 from strategies.base.messages import WEIGHTS, record, vectors
 from strategies.preconditioners import Identity, Kronecker, NewtonSchulz, SecondMoment, Spectral
@@ -86,7 +87,7 @@ class QuadraticStack:
     def batches(self, epochs):
         ones = torch.ones(len(self.clients))
         for _ in range(epochs * self._steps):
-            yield Batch(torch.empty(0), torch.empty(0), ones, ones, [1] * len(self.clients))
+            yield Batch({}, ones, ones, [1] * len(self.clients))
 
 
 @dataclass
@@ -104,9 +105,9 @@ class Bench:
         nothing = np.zeros((1, 1, 1, 1), np.uint8)
         labels = np.zeros(1, np.int64)
         data = ImageData(nothing, labels, nothing, labels, ("0",), (0.0,), (1.0,))
-        model = FlatModel(Tensors(), torch.device("cpu"))
+        model = FlatModel(Tensors(), Classification(), torch.device("cpu"))
         rows = {
-            i: ClientData(torch.zeros(1), torch.zeros(1), torch.zeros(n, dtype=torch.int64))
+            i: ClientData({"inputs": torch.zeros(1)}, torch.zeros(n, dtype=torch.int64))
             for i, n in enumerate(EXAMPLES)
         }
         self.host = ClientHost(Executor(model, self.half, data, rows, 0, 1, 1), self.stack)

@@ -7,12 +7,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pisa_fl.clients.executor import Executor
+from pisa_fl.clients.executor import Executor, tensors
 from pisa_fl.clients.flat_model import FlatModel
 from pisa_fl.clients.host import CLIENT_FAILED, ClientHost, ClientState
 from pisa_fl.clients.stack import ClientData
 from pisa_fl.data import ImageData
 from pisa_fl.engines.local import LocalGrid
+from pisa_fl.tasks import Classification
 from strategies import ClientHalf, LocalSgd, Update
 from strategies.base.messages import STATE_LOST, record, vectors
 
@@ -52,9 +53,8 @@ def make_host(half=Tally, stack=1, normed=False, batch=2, **options):
     labels = draw.integers(0, 3, sum(SIZES))
     data = ImageData(images, labels, images, labels, ("a", "b", "c"), (0.5,), (0.5,))
     parts = torch.arange(sum(SIZES)).split(SIZES)
-    x, y = torch.from_numpy(images), torch.from_numpy(labels)
-    clients = {i: ClientData(x, y, rows) for i, rows in enumerate(parts)}
-    model = FlatModel(network(normed), CPU)
+    clients = {i: ClientData(tensors(data.train, CPU), rows) for i, rows in enumerate(parts)}
+    model = FlatModel(network(normed), Classification(), CPU)
     return ClientHost(Executor(model, half(model.layout, **options), data, clients, 3, batch, 100), stack)
 
 
@@ -204,7 +204,7 @@ def test_evaluation_is_of_the_clients_own_examples():
     model = network()
     replies = ask(host, kind="evaluate", arrays=ArrayRecord(model.state_dict()))
     for client, own in host.clients.items():
-        images, labels = own.images[own.rows], own.labels[own.rows]
+        images, labels = own.fields["inputs"][own.rows], own.fields["targets"][own.rows]
         logits = model((images / 255 - 0.5) / 0.5)
         metrics = replies[client].content["metrics"]
         assert metrics["num-examples"] == len(own)

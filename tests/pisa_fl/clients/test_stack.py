@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from pisa_fl.clients.executor import tensors
 from pisa_fl.clients.flat_model import FlatModel
 from pisa_fl.clients.stack import ClientData, LocalStack, fitting_stack
 from pisa_fl.data import ImageData
 from pisa_fl.data.augment import CropFlip
+from pisa_fl.tasks import Classification
 from strategies import Instruction, LocalSgd
 from strategies.base.messages import WEIGHTS
 
@@ -51,19 +53,19 @@ def image_data(augment=None):
 def clients(data, noise=0.0):
     rows = torch.from_numpy(np.random.default_rng(3).permutation(len(data.train_labels)))
     parts = zip(SIZES, rows.split(list(SIZES.values())), strict=True)
-    images, labels = torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels)
-    return {client: ClientData(images, labels, part, noise) for client, part in parts}
+    fields = tensors(data.train, CPU)
+    return {client: ClientData(fields, part, noise) for client, part in parts}
 
 
 def stack(examples, data, model=None, buffers=None, chunk=1000, number=ROUND):
-    flat = FlatModel(network() if model is None else model, CPU)
+    flat = FlatModel(network() if model is None else model, Classification(), CPU)
     return LocalStack(flat, data, examples, buffers, number, SEED, BATCH, chunk)
 
 
 def plain_images(data, own, rows):
     pixels = data.train_images[own.rows[rows].numpy()].astype(np.float32) / 255
     mean, std = (np.array(v, np.float32).reshape(1, 2, 1, 1) for v in (data.mean, data.std))
-    return torch.from_numpy((pixels - mean) / std), own.labels[own.rows[rows]]
+    return torch.from_numpy((pixels - mean) / std), own.fields["targets"][own.rows[rows]]
 
 
 def plain_gradient(model, weights, images, labels):
@@ -76,7 +78,7 @@ def plain_gradient(model, weights, images, labels):
 
 
 def points(count):
-    flat = FlatModel(network(), CPU)
+    flat = FlatModel(network(), Classification(), CPU)
     return flat.weights + 0.1 * torch.randn(
         count, flat.layout.size, generator=torch.Generator().manual_seed(0)
     )
@@ -127,8 +129,8 @@ def test_batches_follow_the_documented_rule():
             assert torch.equal(batch.weights[row] > 0, torch.arange(batch.weights.shape[1]) < size)
             if size:
                 images, labels = plain_images(data, own, rows[step])
-                torch.testing.assert_close(batch.images[row, :size], images)
-                assert torch.equal(batch.labels[row, :size], labels)
+                torch.testing.assert_close(batch.data["inputs"][row, :size], images)
+                assert torch.equal(batch.data["targets"][row, :size], labels)
                 assert float(batch.weights[row].sum()) == pytest.approx(1)
 
 
@@ -136,7 +138,7 @@ def test_batches_follow_the_documented_rule():
 def test_local_sgd_is_pytorchs_for_clients_with_different_numbers_of_batches(proximal):
     data = image_data()
     everyone = clients(data)
-    start = FlatModel(network(), CPU).weights.clone()
+    start = FlatModel(network(), Classification(), CPU).weights.clone()
     expected, losses = [], []
     for client, own in everyone.items():
         model = network()
@@ -154,7 +156,7 @@ def test_local_sgd_is_pytorchs_for_clients_with_different_numbers_of_batches(pro
             seen += loss.item() * len(rows)
         expected.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
         losses.append(seen / (2 * len(own)))
-    layout = FlatModel(network(), CPU).layout
+    layout = FlatModel(network(), Classification(), CPU).layout
     half = LocalSgd(layout, lr=0.1, momentum=0.8, weight_decay=0.02, local_epochs=2)
     instruction = Instruction({WEIGHTS: start}, {"proximal-mu": proximal} if proximal else {})
     together = stack(everyone, data)
@@ -173,10 +175,10 @@ def test_running_statistics_are_those_of_a_plain_module(how):
     client, own = next(iter(clients(data).items()))
     plain = normed().train()
     plain[1].running_mean += 0.7  # the server's statistics are not the fresh ones
-    buffers = FlatModel(copy.deepcopy(plain), CPU).buffers
+    buffers = FlatModel(copy.deepcopy(plain), Classification(), CPU).buffers
     assert len(buffers) == 2 * (3 + 4)
     one = stack({client: own}, data, model=normed(), buffers=buffers)
-    flat = FlatModel(normed(), CPU)
+    flat = FlatModel(normed(), Classification(), CPU)
     weights = flat.weights.clone()
     draw = np.random.default_rng([SEED, crc32(b"batches"), ROUND, client])
     if how == "gradient":
@@ -192,7 +194,7 @@ def test_running_statistics_are_those_of_a_plain_module(how):
         optimiser.zero_grad()
         cross_entropy(plain(images), labels).backward()
         optimiser.step()
-    stored = FlatModel(plain, CPU)
+    stored = FlatModel(plain, Classification(), CPU)
     torch.testing.assert_close(one.buffers[0], stored.buffers, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(one.buffers[0], buffers, atol=1e-2)
 
@@ -256,13 +258,12 @@ def test_noise_has_the_given_deviation_of_pixels():
     images = draw.integers(0, 256, (400, 2, 6, 6), dtype=np.uint8)
     labels = draw.integers(0, 5, 400)
     data = ImageData(images, labels, images[:1], labels[:1], tuple("abcde"), (0.3, 0.6), STD, None)
-    own = ClientData(torch.from_numpy(images), torch.from_numpy(labels), torch.arange(400), 0.2)
-    quiet = ClientData(own.images, own.labels, own.rows)
+    own = ClientData(tensors(data.train, CPU), torch.arange(400), 0.2)
+    quiet = ClientData(own.fields, own.rows)
     noisy, clean = (
-        torch.cat([b.images[0] for b in LocalStack(FlatModel(network(), CPU), data, {0: o}, None, 1, 0, 400, 9)
-                   .batches(1)])
-        for o in (own, quiet)
-    )  # fmt: skip
+        torch.cat([b.data["inputs"][0] for b in stack({0: examples}, data).batches(1)])
+        for examples in (own, quiet)
+    )
     pixels = (noisy - clean) * torch.tensor(STD).view(2, 1, 1)
     assert pixels.std(dim=(0, 2, 3)).tolist() == pytest.approx([0.2, 0.2], rel=0.03)
     assert abs(float(pixels.mean())) < 0.005
@@ -270,19 +271,19 @@ def test_noise_has_the_given_deviation_of_pixels():
 
 def test_evaluation_is_plain_accuracy_and_loss():
     data = image_data()
-    flat = FlatModel(normed(), CPU)
+    flat = FlatModel(normed(), Classification(), CPU)
     images, labels = torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels)
     rows = torch.tensor([5, 1, 9, 20, 0])
     plain = normed().eval()
     x = (images[rows] / 255 - torch.tensor(data.mean).view(2, 1, 1)) / torch.tensor(STD).view(2, 1, 1)
     logits = plain(x)
-    accuracy, loss = flat.evaluate(images, labels, rows, data, chunk=2)
-    assert accuracy == float((logits.argmax(1) == labels[rows]).float().mean())
-    assert loss == pytest.approx(float(cross_entropy(logits, labels[rows])), rel=1e-5)
+    found = flat.evaluate(tensors(data.train, CPU), rows, data, chunk=2)
+    assert found["accuracy"] == float((logits.argmax(1) == labels[rows]).float().mean())
+    assert found["loss"] == pytest.approx(float(cross_entropy(logits, labels[rows])), rel=1e-5)
 
 
 def test_state_dict_round_trips():
-    source, target = FlatModel(normed(), CPU), FlatModel(normed(), CPU)
+    source, target = FlatModel(normed(), Classification(), CPU), FlatModel(normed(), Classification(), CPU)
     weights, buffers = torch.randn_like(source.weights), torch.rand_like(source.buffers)
     source.load(weights, buffers)
     target.module.load_state_dict(source.state_dict())
@@ -294,9 +295,9 @@ def test_state_dict_round_trips():
 def test_images_normalised_beforehand_give_the_same_bits():
     data = image_data()
     model = network()
-    ready = FlatModel(model, CPU).normalised(torch.from_numpy(data.train_images), data)
+    ready = FlatModel(model, Classification(), CPU).ready(tensors(data.train, CPU), data)
     for client, own in clients(data).items():
-        given = ClientData(ready, own.labels, own.rows, raw=False)
+        given = ClientData(ready, own.rows, raw=False)
         gradients = [
             stack({client: one}, data).full_gradient(points(1)[0], "mean")[0] for one in (own, given)
         ]
@@ -308,7 +309,7 @@ def test_mixed_precision_is_near(together):
     data = image_data()
     own = clients(data) if together else {0: clients(data)[0]}
     exact, loss = stack(own, data).full_gradient(points(1)[0], "mean")
-    flat = FlatModel(network(), CPU, "bfloat16")
+    flat = FlatModel(network(), Classification(), CPU, "bfloat16")
     mixed, mixed_loss = LocalStack(flat, data, own, None, ROUND, SEED, BATCH, 1000).full_gradient(
         points(1)[0], "mean"
     )
@@ -322,7 +323,7 @@ import copy, sys, torch
 sys.path.insert(0, sys.argv[1])
 from test_stack import *
 data, make = image_data(), nn.Sequential(nn.Flatten(), nn.Linear(72, 5))
-flat = FlatModel(copy.deepcopy(make), CPU, compiled=True)
+flat = FlatModel(copy.deepcopy(make), Classification(), CPU, compiled=True)
 at = flat.weights.repeat(3, 1) + torch.tensor([[0.0], [0.1], [0.2]])
 found = LocalStack(flat, data, clients(data), None, ROUND, SEED, BATCH, 1000).full_gradient(at, "mean")
 torch.testing.assert_close(found, stack(clients(data), data, make).full_gradient(at, "mean"))
@@ -339,11 +340,11 @@ def test_compiled_gradients_are_the_same_to_rounding():
 
 
 def test_what_a_pass_keeps_and_how_many_clients_fit():
-    flat = FlatModel(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), CPU)
+    flat = FlatModel(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), Classification(), CPU)
     # the input, and the hidden layer twice: for the rectifier and for the layer after it
-    assert flat.example_bytes(torch.randn(1, 4)) == 4 * (4 + 3 + 3)
+    assert flat.example_bytes({"inputs": torch.randn(1, 4)}) == 4 * (4 + 3 + 3)
     client, example = 16 * 4 * 23, 2 * 40
     free = 2 * (100 * example + 7 * (client + 5 * example))
-    assert fitting_stack(flat, torch.randn(1, 4), batch_size=5, chunk=100, free=free) == 7
-    assert fitting_stack(flat, torch.randn(1, 4), batch_size=5, chunk=100, free=free - 1) == 6
-    assert fitting_stack(flat, torch.randn(1, 4), batch_size=5, chunk=100, free=0) == 1
+    assert fitting_stack(flat, {"inputs": torch.randn(1, 4)}, batch_size=5, chunk=100, free=free) == 7
+    assert fitting_stack(flat, {"inputs": torch.randn(1, 4)}, batch_size=5, chunk=100, free=free - 1) == 6
+    assert fitting_stack(flat, {"inputs": torch.randn(1, 4)}, batch_size=5, chunk=100, free=0) == 1

@@ -280,8 +280,8 @@ def test_a_new_process_maps_the_data_and_deals_nothing(configure, monkeypatch):
     for name in ("train_images", "train_labels", "test_images", "test_labels"):
         assert isinstance(getattr(host.data, name), np.memmap)
     own = host.clients[1]
-    assert own.images.data_ptr() == host.data.train_images.ctypes.data
-    assert own.labels.data_ptr() == host.data.train_labels.ctypes.data
+    assert own.fields["inputs"].data_ptr() == host.data.train_images.ctypes.data
+    assert own.fields["targets"].data_ptr() == host.data.train_labels.ctypes.data
 
 
 def test_a_process_that_lives_on_makes_a_client_once(configure, monkeypatch):

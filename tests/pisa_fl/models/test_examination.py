@@ -16,6 +16,7 @@ from pisa_fl.data import ImageData
 from pisa_fl.engines.local import local_engine
 from pisa_fl.federation import DivergedError, Federation
 from pisa_fl.models.examination import examine
+from pisa_fl.tasks import Classification
 from strategies import Layout, LocalSgd
 
 SHAPE = (1, 4, 4)
@@ -91,6 +92,11 @@ def images(count, seed=0):
     return pixels, generator.integers(0, 3, count).astype(np.int64)
 
 
+def examined(model):
+    train = images(3)
+    return examine(model, Classification(), ImageData(*train, *train, ("a", "b", "c"), (0.5,), (0.5,)))
+
+
 def federation(model, sizes=(9, 17), batch_size=8, epochs=1, server=None, half=None):
     """FedAvg, or what is given, on clients of so many examples each."""
     train, test = images(sum(sizes)), images(6, 1)
@@ -119,17 +125,17 @@ def federation(model, sizes=(9, 17), batch_size=8, epochs=1, server=None, half=N
 )
 def test_a_model_that_would_never_learn_is_refused_in_one_sentence(model, sentence):
     with pytest.raises(ConfigurationError, match=sentence) as refused:
-        examine(model(), SHAPE, 3)
+        examined(model())
     assert "\n" not in str(refused.value)
 
 
 def test_only_what_a_training_pass_changes_is_a_running_statistic():
     table, seen = torch.full((4, 4), -torch.inf).triu(1).nan_to_num(0.0), torch.tensor(0.0)
-    assert examine(OwnAverage(table=table, seen=seen), SHAPE, 3).statistics == ("seen",)
+    assert examined(OwnAverage(table=table, seen=seen)).statistics == ("seen",)
     model = normed(nn.BatchNorm1d(5))
     nn.init.zeros_(model[1].weight), nn.init.zeros_(model[1].bias)  # its mean would stay at zero
     held = {name: value.clone() for name, value in model.state_dict().items()}
-    found = examine(model, SHAPE, 3)
+    found = examined(model)
     assert found.statistics == ("2.running_mean", "2.running_var")
     assert not found.takes_one
     for name, value in model.state_dict().items():
@@ -147,7 +153,7 @@ def test_only_what_a_training_pass_changes_is_a_running_statistic():
     ],
 )
 def test_whether_one_example_is_enough_is_found_out(model, one):
-    assert examine(model(), SHAPE, 3).takes_one == one
+    assert examined(model()).takes_one == one
 
 
 @pytest.mark.parametrize("fill", [-np.inf, float(torch.finfo(torch.bfloat16).min), -1e13])

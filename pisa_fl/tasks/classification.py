@@ -1,0 +1,42 @@
+"""Classification: one of K classes for each example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pisa_fl.tasks.base import TARGETS, Batch, Metric, Task
+
+
+class Classification(Task):
+    """Cross-entropy of logits (B, K) with class numbers (B,), and the share whose largest logit is right."""
+
+    metrics = (Metric("accuracy", "higher", "%", 100, 2),)
+    loss_unit = "nats"
+
+    def losses(self, output: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropies, (B,)."""
+        return F.cross_entropy(output.float(), batch[TARGETS], reduction="none")
+
+    def totals(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+        """How many are right."""
+        return {"correct": (output.argmax(dim=1) == batch[TARGETS]).sum()}
+
+    def measure(self, totals: Mapping[str, float], examples: int, loss: float) -> dict[str, float]:
+        """The share of them, 0..1."""
+        return {"accuracy": totals["correct"] / examples}
+
+    def objection(self, output: Any, batch: Batch) -> str | None:
+        """It must be logits, one row an example and as many columns as there are classes, or more."""
+        examples, classes = len(batch[TARGETS]), int(batch[TARGETS].max()) + 1
+        must = "must give logits, one float tensor of (examples, classes), and gives"
+        if not isinstance(output, Tensor):
+            return f"{must} a {type(output).__name__}"
+        if output.dim() != 2 or len(output) != examples or not output.is_floating_point():
+            return f"{must} {output.dtype} of shape {tuple(output.shape)} for {examples} examples"
+        if output.shape[1] < classes:
+            return f"{must} {output.shape[1]} numbers an example for {classes} classes"
+        return None if output.isfinite().all() else f"{must} numbers that are not finite"
