@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
 from torch import nn
 
 from partitioners import Partition
@@ -21,6 +23,7 @@ from pisa_fl.clients.executor import TEST_PART, tensors
 from pisa_fl.clients.flat_model import FlatModel
 from pisa_fl.clients.host import Clients
 from pisa_fl.data.data_set import DataSet
+from pisa_fl.data.hold_out import hold_out
 from pisa_fl.engines.base import ClientGrid
 from pisa_fl.engines.local import local_engine
 from pisa_fl.randomness import global_generators, numpy_generator
@@ -32,13 +35,19 @@ from pisa_fl.tasks import Task
 from pisa_fl.tasks.base import LOSS
 from strategies import ClientHalf
 from strategies.base.messages import (
+    ARRAYS,
     BUFFERS,
+    CONFIG,
     DIFFERENTIATED,
+    EXAMPLES,
     LARGEST,
     ROUND,
     WEIGHTS,
     RoundError,
+    integer,
+    metrics_of,
     out_of_range,
+    real,
     record,
     vectors,
 )
@@ -105,9 +114,14 @@ class Federation:
         accept_failures: Go on with those who answered if some clients failed.
         max_update: How many times as long as the round's median a client's update may be; None: as long as it likes.
         task: What is learnt; None: what usually is of such data.
+        client_test: Share of every client's examples, in [0, 1), that it is tested on and does not train on.
+        evaluate_every: Rounds between evaluations on the test set; round 0 and the last have one always.
+        evaluate_clients_every: Rounds between evaluations on every client's own examples; None: never.
 
     Attributes:
         task: What is learnt.
+        of_clients: Client number -> `examples`, `loss` and metrics of the present weights on its own examples, of those
+            who answered; None in rounds without such an evaluation.
         server: The server half, in the form in which it says what it keeps.
         identity: What the run's bits follow from (`pisa_fl.identity`); empty for a federation from objects.
     """
@@ -134,15 +148,21 @@ class Federation:
         accept_failures: bool = True,
         max_update: float | None = 20.0,
         task: Task | None = None,
+        client_test: float = 0.0,
+        evaluate_every: int = 1,
+        evaluate_clients_every: int | None = None,
     ) -> None:
         if not data.tests:
             raise ValueError("data: there are no test examples, which the server needs")
         device = torch.device(device)
         self.strategy, self.data, self.partition = strategy, data, partition
-        rows = dict(enumerate(partition))
+        rows: dict[int, NDArray[np.integer]] = {}
+        tests: dict[int, NDArray[np.integer]] = {}
+        for client, dealt in enumerate(partition):
+            rows[client], tests[client] = hold_out(dealt, data.groups, client_test, seed, client)
         noise = {client: noise_std(client) for client in rows} if noise_std else {}
         self.clients = len(partition) if clients is None else clients
-        parts = Clients(data, rows, model, half, seed, batch_size, device, noise, task)
+        parts = Clients(data, rows, model, half, seed, batch_size, device, noise, task, tests)
         self.task, findings = parts.learnt, parts.findings
         self.grid = engine(parts)
         self.model = FlatModel(model, self.task, device, findings=findings)
@@ -162,6 +182,8 @@ class Federation:
         self._min_clients, self._round_timeout = min_clients or 1, round_timeout
         self._patience, self._accept_failures = patience, accept_failures
         self._test = tensors(data.test, device)
+        self._every, self._clients_every = evaluate_every, evaluate_clients_every
+        self.of_clients: dict[int, dict[str, float]] | None = None
 
     def gather(self, tell: Callable[[str], None], stopped: Callable[[], bool]) -> None:
         """Wait for clients that are elsewhere until enough of them are there to begin, at most `patience` seconds.
@@ -209,9 +231,10 @@ class Federation:
             DivergedError: A round gave values that are not finite.
         """
         if self.round == 0:
-            yield self._metrics({})
+            yield self._metrics({}, True)
         while self.round < count:
-            yield self._metrics(self._train())
+            reported = self._train()
+            yield self._metrics(reported, self.round == count or self.round % self._every == 0)
 
     @own_surroundings()
     def _train(self) -> Mapping[str, Any]:
@@ -289,9 +312,12 @@ class Federation:
             self.server.aggregate_evaluate(number, self.gateway.send_and_receive(messages))
 
     @own_surroundings()
-    def _metrics(self, reported: Mapping[str, Any]) -> Metrics:
+    def _metrics(self, reported: Mapping[str, Any], evaluated: bool) -> Metrics:
         """This round's line of metrics.jsonl; what the strategy reports beside it is added."""
-        found = self._evaluate()
+        names = [LOSS, *(metric.name for metric in self.task.metrics)]
+        found: Mapping[str, float | None] = self._evaluate() if evaluated else dict.fromkeys(names)
+        due = self._clients_every is not None and self.round % self._clients_every == 0
+        self.of_clients = self._evaluate_clients() if due else None
         traffic = self.gateway.traffic
         metrics: Metrics = {
             "round": self.round,
@@ -314,6 +340,26 @@ class Federation:
         }
         named = {key.replace("-", "_"): value for key, value in added.items()}
         return {key: float(value) for key, value in named.items() if isinstance(value, int | float)} | metrics
+
+    def _evaluate_clients(self) -> dict[int, dict[str, float]]:
+        """Metrics of the present weights on every client's own examples; nobody is told, and no bytes are counted."""
+        traffic = self.gateway.traffic
+        before = traffic.bytes_down
+        said = ConfigRecord({ROUND: self.round})
+        content = RecordDict({ARRAYS: self.arrays, CONFIG: said})
+        messages = [Message(content, node, MessageType.EVALUATE) for node in self.gateway.look()]
+        replies = self.gateway.send_and_receive(messages)
+        traffic.bytes_down = before
+        names = [LOSS, *(metric.name for metric in self.task.metrics)]
+        found: dict[int, dict[str, float]] = {}
+        for reply in replies:
+            if reply.has_error():
+                continue
+            said_by = metrics_of(reply.content)
+            if all(isinstance(said_by.get(name), int | float) for name in (EXAMPLES, *names)):
+                own = {name: real(said_by, name) for name in names}
+                found[reply.metadata.src_node_id] = {"examples": integer(said_by, EXAMPLES), **own}
+        return found
 
     def _evaluate(self) -> dict[str, float]:
         """Mean `loss` and metrics of the server's present weights on the test set."""

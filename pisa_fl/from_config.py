@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -23,6 +23,7 @@ from pisa_fl.clients.host import Clients
 from pisa_fl.config import ConfigurationError, build, resolve, settle
 from pisa_fl.config.explain import explain
 from pisa_fl.data.data_set import DataSet
+from pisa_fl.data.hold_out import hold_out
 from pisa_fl.engines.base import ClientGrid, is_child
 from pisa_fl.federation import Federation, seeded
 from pisa_fl.flower.state_file import StateFile
@@ -69,7 +70,7 @@ def prepare(config: DictConfig, engine: Engine | None = None, run: Path | None =
 
 def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path | None) -> Federation:
     identity.note(of_settings(config))
-    data = build(config.data, DataSet)
+    data = _data(config)
     identity.note({"data": data.digest})
     partition: Partition = []
     noise_std = None
@@ -119,6 +120,9 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
         accept_failures=config.accept_failures,
         max_update=config.max_update,
         task=task,
+        client_test=config.data.client_test,
+        evaluate_every=config.evaluate_every,
+        evaluate_clients_every=config.evaluate_clients_every,
     )
     federation.identity = identity.parts
     return federation
@@ -146,7 +150,7 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: StateF
             )
         if folder is not None:
             config.data[_folder_key(config)] = folder
-        data = build(config.data, DataSet)
+        data = _data(config)
         noise: dict[int, float] = {}
         rows: NDArray[np.integer]
         if own:
@@ -162,9 +166,22 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: StateF
         half = build(config.strategy.client, ClientHalf, layout=layout, seed=config.seed)
         device = _device(str(config.device))
         task = build(config.task, Task)
-        return Clients(data, {number: rows}, model, half, config.seed, config.batch_size, device, noise, task)
+        rows, tests = hold_out(rows, data.groups, config.data.client_test, config.seed, number)
+        return Clients(
+            *(data, {number: rows}, model, half, config.seed, config.batch_size, device, noise, task),
+            {number: tests},
+        )
     except (ValueError, OSError) as error:
         raise ConfigurationError(f"client {number}: {explain(error)}") from error
+
+
+def _data(config: DictConfig) -> DataSet:
+    """The data set; what is said there of clients is not for its loader."""
+    node = config.data.copy()
+    with open_dict(node):
+        del node.client_test
+    data: DataSet = build(node, DataSet)
+    return data
 
 
 def deals(config: DictConfig) -> bool:

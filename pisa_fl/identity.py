@@ -20,7 +20,17 @@ from torch import nn
 from partitioners import Partition
 from pisa_fl.config import PATHS, ConfigurationError
 
-SETTINGS = ("seed", "clients", "participation", "batch_size", "data.augment", "model", "strategy", "task")
+SETTINGS = (
+    "seed",
+    "clients",
+    "participation",
+    "batch_size",
+    "data.augment",
+    "data.client_test",
+    "model",
+    "strategy",
+    "task",
+)
 """Keys of the configuration that the bits follow from, those below them included."""
 
 ELSEWHERE = ("rounds", "state")

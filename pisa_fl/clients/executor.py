@@ -50,7 +50,8 @@ class Job:
     """The work of one stack.
 
     Attributes:
-        kind: `train`: to solve the local problem; `evaluate`: to evaluate the weights on the clients' own examples;
+        kind: `train`: to solve the local problem; `evaluate`: to evaluate the weights on the clients' own test
+            examples, or on those that they train on where they have none;
             `test`: to do so on parts of the test set, which are no clients but take their place.
         clients: Their numbers.
         arrays: What the server sent, {name: (size,)}; jobs of one instruction share it.
@@ -182,8 +183,9 @@ class Executor:
                 metrics.append(dict(self.model.totals(self.test, rows, self.data)))
             else:
                 own = self.clients[client]
-                found = self.model.evaluate(own.fields, own.rows, self.data, self._chunk, own.raw)
-                metrics.append({EXAMPLES: len(own), **found})
+                rows = own.tests if len(own.tests) else own.rows
+                found = self.model.evaluate(own.fields, rows, self.data, self._chunk, own.raw)
+                metrics.append({EXAMPLES: len(rows), **found})
         return Outcome(metrics)
 
     @cached_property

@@ -56,6 +56,8 @@ CLIENT_FAILED = 1000
 """Code of the error of a client whose own code raised; its reason holds the traceback after the first line."""
 
 
+_NONE = np.empty(0, np.int64)
+
 LONGEST_REASON = 8000
 """Characters of an error that are kept; what strangers write has no end."""
 
@@ -74,6 +76,7 @@ class Clients:
         device: Where clients compute.
         noise_std: Client number -> standard deviation of the noise on its inputs; empty for none.
         task: What is learnt; None: what usually is of such data.
+        tests: Client number -> positions of its own test examples, which it does not train on.
     """
 
     data: DataSet
@@ -85,6 +88,7 @@ class Clients:
     device: torch.device
     noise_std: Mapping[int, float] = field(default_factory=dict)
     task: Task | None = None
+    tests: Mapping[int, NDArray[np.integer]] = field(default_factory=dict)
 
     @cached_property
     def findings(self) -> Findings:
@@ -164,6 +168,7 @@ class Clients:
                 torch.as_tensor(self.rows[number]),
                 self.noise_std.get(number, 0.0),
                 raw=not ready,
+                tests=torch.as_tensor(self.tests.get(number, _NONE)),
             )
             for number in numbers
         }
@@ -334,7 +339,7 @@ class ClientHost:
     def _read(self, content: RecordDict, train: bool, arrays: _Arrays) -> _Received:
         """Read and check what a message says; arrays that another one has too are read once."""
         try:
-            self._check_arrays(content)
+            self._check_arrays(content, train)
             if train:
                 self._check_rounds(content)
             sent = content.array_records[ARRAYS]
@@ -349,7 +354,7 @@ class ClientHost:
         except Exception as error:  # whatever a stranger's message makes the checks raise
             return _Received(refused=failure_reason(error))
 
-    def _check_arrays(self, content: RecordDict) -> None:
+    def _check_arrays(self, content: RecordDict, train: bool) -> None:
         """Refuse arrays that are not what the client half expects.
 
         Raises:
@@ -359,7 +364,8 @@ class ClientHost:
             raise InstructionError(f"array records {sorted(content.array_records)}")
         arrays = content.array_records[ARRAYS]
         if WEIGHTS in arrays:
-            expected = self._half.instruction_fields(config_of(content))
+            weights = {WEIGHTS: Field(self._model.layout.size)}
+            expected = self._half.instruction_fields(config_of(content)) if train else weights
             if self._model.buffer_layout.size:
                 expected |= {BUFFERS: Field(self._model.buffer_layout.size)}
         else:  # the model's tensors by name, as Flower's servers make them

@@ -33,12 +33,14 @@ class ClientData:
         rows: The client's examples, int64, (n,).
         noise_std: Standard deviation of the Gaussian noise on its inputs (`DataSet.noisy`); zero for none.
         raw: Whether the fields are as they were stored, or `FlatModel.ready`.
+        tests: Its test examples among the rows of the whole set, int64, (m,), none of those above.
     """
 
     fields: Mapping[str, Tensor]
     rows: Tensor
     noise_std: float = 0.0
     raw: bool = True
+    tests: Tensor = _NOTHING
 
     def __len__(self) -> int:
         return len(self.rows)
