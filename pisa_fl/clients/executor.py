@@ -10,7 +10,7 @@ import math
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -109,6 +109,16 @@ class Executor:
         self.model, self.half, self.data, self.clients = model, half, data, clients
         self._seed, self._batch_size, self._chunk = seed, batch_size, chunk
         self._last: tuple[Mapping[str, Tensor], Instruction] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: of the training set, what the clients hold."""
+        none = {name: getattr(self.data, name)[:1] for name in ("train_images", "train_labels")}
+        return vars(self) | {"data": replace(self.data, **none), "_last": None}
+
+    def read_only(self) -> list[Tensor | NDArray[Any]]:
+        """The sets of examples, which all processes may share."""
+        own = [array for client in self.clients.values() for array in (client.images, client.labels)]
+        return [*own, self.data.test_images, self.data.test_labels]
 
     def answer(self, job: Job) -> Outcome | str:
         """The outcome, or why there is none."""

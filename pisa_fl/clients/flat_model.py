@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ class FlatModel:
         compiled: bool = False,
         findings: Findings | None = None,
     ) -> None:
+        self._given = device, precision, compiled, findings
         self.module = model.to(device)
         self.layout = Layout.of_parameters(model)
         self.buffer_layout = Layout.of_buffers(model, findings.statistics if findings else None)
@@ -53,6 +55,10 @@ class FlatModel:
         convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
         self._channels_last = convolves and device.type == "cpu"
         self._mixed, self._compiled = precision == "bfloat16", compiled
+
+    def __reduce__(self) -> tuple[type[FlatModel], tuple[Any, ...]]:
+        """In another process: a model of its own, from a copy whose parameters are no views."""
+        return FlatModel, (copy.deepcopy(self.module), *self._given)
 
     @property
     def buffers(self) -> Tensor:

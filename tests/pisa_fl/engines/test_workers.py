@@ -1,6 +1,7 @@
 """Worker processes: any number of them gives the same bits, and none of them is missed."""
 
 import errno
+import multiprocessing
 import os
 import resource
 import signal
@@ -20,13 +21,14 @@ from pisa_fl.config import ConfigurationError
 from pisa_fl.data import ImageData
 from pisa_fl.engines import workers as workers_module
 from pisa_fl.engines.local import local_engine
-from pisa_fl.engines.workers import Slots, can_fork
+from pisa_fl.engines.solver import Slots
+from pisa_fl.engines.workers import start_method
 from pisa_fl.federation import Federation
 from strategies import Layout, LocalSgd, Penalty, Pisa, PisaClient
 from strategies.base.rows import zeros
 from strategies.preconditioners import Kronecker, SecondMoment
 
-pytestmark = pytest.mark.skipif(not can_fork(), reason="processes cannot be forked here")
+pytestmark = pytest.mark.skipif(start_method() != "fork", reason="processes cannot be forked here")
 
 SIZES = (9, 14, 5, 12, 7, 3, 21)
 LOCAL = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "local_epochs": 2}
@@ -174,7 +176,7 @@ def test_without_any_worker_the_server_does_all(monkeypatch, caplog):
     def start(process):
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(workers_module._FORK.Process, "start", start)
+    monkeypatch.setattr(multiprocessing.get_context("fork").Process, "start", start)
     assert_same(outcome(federate(sisa, 2)), whole)
     assert "a worker process cannot be started" in caplog.text
 
@@ -333,7 +335,7 @@ def test_state_on_disk_lies_in_a_file_without_a_name(tmp_path, monkeypatch):
 
 
 def test_slots():
-    slots = Slots([7, 3], {"a": 2, "b": 1}, on_disk=False)
+    slots = Slots([7, 3], {"a": 2, "b": 1})
     assert slots.place(3, {}) == -1
     assert slots(3, -1) == {}
     state = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
@@ -353,7 +355,7 @@ def test_slots():
         ({"workers": -1}, "engine.workers must be auto or a whole number of at least 0, got -1"),
         ({"workers": 1.5}, "engine.workers must be auto or a whole number of at least 0, got 1.5"),
         ({"workers": 1, "state": "tape"}, "state must be memory or disk, got tape"),
-        ({"workers": 0, "state": "disk"}, "state=disk needs worker processes"),
+        ({"workers": 0, "state": "disk"}, "state=disk needs worker processes that are forked"),
     ],
 )
 def test_impossible_options(options, sentence):
