@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -63,7 +64,8 @@ def start_method() -> Literal["fork", "spawn"] | None:
     if multiprocessing.current_process().daemon:  # as those of `multiprocessing.Pool` are
         return None
     chosen = multiprocessing.get_start_method(allow_none=True)
-    return "fork" if sys.platform == "linux" and chosen != "spawn" else "spawn"
+    forks = sys.platform == "linux" and hasattr(os, "fork")
+    return "fork" if forks and chosen != "spawn" else "spawn"
 
 
 @dataclass(eq=False)

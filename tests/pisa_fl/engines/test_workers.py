@@ -105,6 +105,39 @@ def test_any_number_of_workers_gives_the_same_bits(method, options):
         assert_same(outcome(federate(method, workers, **options)), alone)
 
 
+@pytest.fixture
+def anew():
+    """Workers are not forked, but start anew, as they do on macOS and Windows."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_workers_that_start_anew_give_the_same_bits(anew):
+    alone = outcome(federate(sisa, 0))
+    federation = federate(sisa, 2)
+    rounds = federation.rounds(4)
+    lines = [next(rounds), next(rounds)]
+    processes = [worker.process for worker in federation.grid._workers._workers]
+    assert {type(process).__name__ for process in processes} == {"SpawnProcess"}
+    processes[0].kill()
+    lines += list(rounds)
+    federation.grid.close()
+    federation.load_weights()
+    lines = [{k: v for k, v in m.items() if k != "seconds"} for m in lines]
+    assert_same((lines, federation.model.weights), alone)
+
+
+def test_what_cannot_be_sent_to_workers_that_start_anew(anew):
+    half = type("Mine", (PisaClient,), {"__module__": "__main__"})
+    with pytest.raises(ConfigurationError, match=r"engine.workers=2: .*Mine is defined in the main program"):
+        federate(sisa, 2, half)
+    federation = federate(sisa, "auto", half)
+    assert federation.grid._workers is None
+    federation.grid.close()
+
+
 @pytest.mark.parametrize("stack", [1, 3])
 @pytest.mark.parametrize("name", ["bfloat16", "int8", "topk"])
 def test_smaller_messages_come_from_workers_as_they_are(name, stack):
