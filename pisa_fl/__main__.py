@@ -2,4 +2,5 @@
 
 from pisa_fl.cli.main import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -154,7 +154,7 @@ def _write_all(federation: Federation, folder: Path) -> None:
     _write(folder, "server", server)
     _write(folder, "clients", clients)
     (folder / "state.json").write_text(json.dumps(state))
-    (folder / SUMS).write_text(_sums(folder, sorted(path.name for path in folder.iterdir())))
+    (folder / SUMS).write_text(_sums(folder, sorted(path.name for path in folder.iterdir())), newline="\n")
 
 
 def _sums(folder: Path, names: Iterable[str]) -> str:

@@ -6,7 +6,6 @@ for bit whatever the engine, the number of workers or the round at which a run w
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from zlib import crc32
 
 import numpy as np
 import torch
+
+from strategies.base.forking import after_fork
 
 
 def numpy_generator(seed: int, purpose: str, *where: int) -> np.random.Generator:
@@ -43,7 +44,7 @@ def _renew_lock() -> None:
     _drawing = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+after_fork(_renew_lock)
 
 
 @contextmanager

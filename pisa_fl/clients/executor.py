@@ -111,6 +111,16 @@ class Executor:
         self._seed, self._batch_size, self._chunk = seed, batch_size, chunk
         self._last: tuple[Mapping[str, Tensor], Instruction] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs."""
+        return vars(self) | {"_last": None}
+
+    def read_only(self) -> list[Tensor | NDArray[Any]]:
+        """The sets of examples, which all processes may share."""
+        sets = {id(client.fields): client.fields for client in self.clients.values()}
+        own = [field for fields in sets.values() for field in fields.values()]
+        return [*own, *self.data.train.values(), *self.data.test.values()]
+
     def answer(self, job: Job) -> Outcome | str:
         """The outcome, or why there is none."""
         try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class FlatModel:
         compiled: bool = False,
         findings: Findings | None = None,
     ) -> None:
+        self._given = task, device, precision, compiled, findings
         self.module, self.task = model.to(device), task
         self.layout = Layout.of_parameters(model)
         self.buffer_layout = Layout.of_buffers(model, findings.statistics if findings else None)
@@ -57,6 +59,10 @@ class FlatModel:
         self._channels_last = convolves and device.type == "cpu"
         self._mixed, self._compiled = precision == "bfloat16", compiled
         self._losses = _Losses(self)
+
+    def __reduce__(self) -> tuple[type[FlatModel], tuple[Any, ...]]:
+        """In another process: a model of its own, from a copy whose parameters are no views."""
+        return FlatModel, (copy.deepcopy(self.module), *self._given)
 
     @property
     def buffers(self) -> Tensor:

@@ -1,7 +1,7 @@
 """The `local` engine: all clients on this machine, without a server, that starts at once.
 
-On CPU cores the clients' work is done by resident worker processes of one thread each; on a GPU, or where processes
-cannot be forked, by this process, a stack at a time.
+On CPU cores the clients' work is done by resident worker processes of one thread each; on a GPU, or in a process
+that may have no children, by this process, a stack at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pisa_fl.clients.flat_model import measured
 from pisa_fl.clients.host import ClientHost, Clients, ClientState
 from pisa_fl.config import ConfigurationError
 from pisa_fl.engines.base import ClientGrid, cores
-from pisa_fl.engines.workers import Workers, can_fork
+from pisa_fl.engines.packing import PackingError
+from pisa_fl.engines.workers import Workers, start_method
 from strategies.base.messages import TensorArray
 
 READY = 2**30
@@ -40,8 +41,9 @@ def local_engine(
 
     Args:
         clients: What the clients are made of.
-        workers: Processes that compute, 0 for this one; `auto`: one per core, but 0 with a GPU and where processes
-            cannot be forked, as in one of `multiprocessing.Pool`. The result does not depend on their number.
+        workers: Processes that compute, 0 for this one; `auto`: one per core, but 0 with a GPU, in a process that may
+            have no children, as one of `multiprocessing.Pool`, and where they start anew (not on Linux) and cannot
+            be sent what they need. The result does not depend on their number.
         stack: As for `Clients.host`, and so are `chunk`, `precision` and `compiled`.
         chunk: See there.
         precision: See there.
@@ -54,29 +56,36 @@ def local_engine(
         ConfigurationError: The workers are impossible here.
     """
     on_cpu = clients.device.type == "cpu"
+    auto, method = workers == "auto", start_method()
     if workers == "auto":
-        workers = min(cores(), len(clients.rows)) if on_cpu and can_fork() else 0
+        workers = min(cores(), len(clients.rows)) if on_cpu and method else 0
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise ConfigurationError(
             f"engine.workers must be auto or a whole number of at least 0, got {workers}"
         )
-    if workers and not (on_cpu and can_fork()):
+    if workers and not (on_cpu and method):
         raise ConfigurationError(
-            f"engine.workers={workers} needs device=cpu, Linux, and a process that may have children, which one of"
+            f"engine.workers={workers} needs device=cpu, and a process that may have children, which one of"
             " multiprocessing.Pool may not: use engine.workers=0"
         )
     if state not in ("memory", "disk"):
         raise ConfigurationError(f"state must be memory or disk, got {state}")
-    if state == "disk" and not workers:
+    if state == "disk" and not (workers and method == "fork"):
         raise ConfigurationError(
-            "state=disk needs worker processes, which device=cpu on Linux has: engine.workers=1"
+            "state=disk needs worker processes that are forked, which device=cpu on Linux has: engine.workers=1"
         )
-    if threads == "auto" and workers:
-        threads = 1
     ready = on_cpu and clients.data.ready_bytes <= READY
     host = clients.host(clients.rows, stack, chunk, precision, compiled, ready)
-    grid = LocalGrid(host, workers, state == "disk")
-    grid.use_threads(threads)
+    try:
+        grid = LocalGrid(host, workers, state == "disk")
+    except PackingError as error:
+        if not auto:
+            raise ConfigurationError(
+                f"engine.workers={workers}: workers start anew here, and cannot be sent what they need ({error}): put"
+                " it into a module, or use engine.workers=0"
+            ) from error
+        workers, grid = 0, LocalGrid(host)
+    grid.use_threads(1 if threads == "auto" and workers else threads)
     return grid
 
 

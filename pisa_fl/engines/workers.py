@@ -1,10 +1,11 @@
-"""Resident worker processes: forked copies of an executor that take jobs, on one core each.
+"""Resident worker processes: copies of an executor that take jobs, on one core each.
 
-Workers share memory with this process, so that neither data, nor models, nor arrays are ever pickled: they read what
-the server sent and what clients remember from it, and write there what clients answer and are to remember next. A
-worker itself remembers nothing from job to job: which worker takes a job, and how many there are, makes no difference
-to its outcome, and one that dies, or is stopped and does not go on, is replaced without anything being lost. What
-workers do not get done, for they are killed from outside again and again or cannot be started, this process does.
+Workers share memory with this process, so that no arrays are ever pickled: they read what the server sent and what
+clients remember from it, and write there what clients answer and are to remember next. On Linux they are forked, and
+begin with all that this process has; elsewhere they start anew, and are sent the executor. A worker itself remembers
+nothing from job to job: which worker takes a job, and how many there are, makes no difference to its outcome, and one
+that dies, or is stopped and does not go on, is replaced without anything being lost. What workers do not get done, for
+they are killed from outside again and again or cannot be started, this process does.
 """
 
 from __future__ import annotations
@@ -12,22 +13,27 @@ from __future__ import annotations
 import logging
 import math
 import multiprocessing
+import os
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pisa_fl.clients.executor import Executor, Job, Outcome
+from pisa_fl.engines.packing import pack
+from pisa_fl.engines.solver import Lent, Slots, Solver, serve, serve_anew
 from strategies.base.rows import zeros
 
 log = logging.getLogger(__name__)
@@ -45,94 +51,21 @@ LOOK = 1.0
 STOPPED = 5
 """Looks in a row after which a stopped worker is replaced; one that was stopped with this process goes on at once."""
 
-FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
+FROM_OUTSIDE = {signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)}
 """Signals that are no fault of the job at which a worker was when they ended it."""
 
 
-def can_fork() -> bool:
-    """Whether processes can be forked here, without harm: macOS has the call, and libraries that do not survive it."""
-    # the processes of `multiprocessing.Pool` are daemons, which may have no children
-    return sys.platform == "linux" and not multiprocessing.current_process().daemon
+def start_method() -> Literal["fork", "spawn"] | None:
+    """How worker processes are started here; None where this process may have no children.
 
-
-_FORK: Any = multiprocessing.get_context("fork" if can_fork() else None)
-
-Spans = Mapping[str, tuple[int, int]]
-"""Name of each array -> where it lies in the exchanged memory, from and up to."""
-
-
-@dataclass(frozen=True)
-class _Lent:
-    """A job as it is sent to a worker, and where its arrays lie in the exchanged memory.
-
-    Attributes:
-        position: Its position among the jobs.
-        job: The job, without arrays and states.
-        spans: The instruction's arrays.
-        slots: Which of each client's two slots holds its state, -1 for none.
-        start: Where the answer is to be written.
-        width: Numbers that each client may answer.
+    They are forked on Linux, unless the program has called `multiprocessing.set_start_method("spawn")`. macOS has the
+    call too, and libraries that do not survive it.
     """
-
-    position: int
-    job: Job
-    spans: Spans
-    slots: Sequence[int]
-    start: int
-    width: int
-
-
-@dataclass(frozen=True)
-class _Written:
-    """An outcome as a worker sends it, and where its arrays lie in the exchanged memory.
-
-    Attributes:
-        outcome: The outcome, without arrays and states.
-        spans: The answer's arrays, within each client's part; whole numbers that take less room lie at its beginning.
-        types: Their types.
-        state: Whether there is a new state, in the other slot of each client.
-    """
-
-    outcome: Outcome
-    spans: Spans
-    types: Mapping[str, torch.dtype]
-    state: bool
-
-
-class Slots:
-    """Two places for the state of every client, in shared memory: one to read it from, one to write the next to.
-
-    Args:
-        clients: Client numbers.
-        sizes: Vectors that a client keeps -> their lengths.
-        on_disk: As for `strategies.base.rows.zeros`.
-    """
-
-    def __init__(self, clients: Iterable[int], sizes: Mapping[str, int], on_disk: bool) -> None:
-        self._rows = {client: row for row, client in enumerate(clients)}
-        self._sizes = sizes
-        self._views: dict[tuple[int, int], Mapping[str, Tensor]] = {}
-        self._memory = zeros(len(self._rows) * 2 * sum(sizes.values()), on_disk).view(len(self._rows), 2, -1)
-
-    def __call__(self, client: int, slot: int) -> Mapping[str, Tensor]:
-        """The vectors in a client's slot; none for slot -1."""
-        if slot < 0:
-            return {}
-        if (client, slot) not in self._views:
-            vectors = self._memory[self._rows[client], slot].split(list(self._sizes.values()))
-            self._views[client, slot] = dict(zip(self._sizes, vectors, strict=True))
-        return self._views[client, slot]
-
-    def place(self, client: int, state: Mapping[str, Tensor]) -> int:
-        """The slot that holds a state; it is copied into the first if it lies elsewhere."""
-        if not state:
-            return -1
-        for slot in (0, 1):
-            if state is self._views.get((client, slot)):
-                return slot
-        for name, held in self(client, 0).items():
-            held.copy_(state[name]) if name in state else held.zero_()
-        return 0
+    if multiprocessing.current_process().daemon:  # as those of `multiprocessing.Pool` are
+        return None
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    forks = sys.platform == "linux" and hasattr(os, "fork")
+    return "fork" if forks and chosen != "spawn" else "spawn"
 
 
 @dataclass(eq=False)
@@ -159,13 +92,20 @@ class Workers:
     Args:
         executor: What every worker is a copy of; on the CPU.
         count: Number of workers.
-        on_disk: Keep clients' states in a file for which memory is only a cache (`strategies.base.rows.zeros`).
+        on_disk: Keep clients' states in a file for which memory is only a cache (`strategies.base.rows.zeros`); where
+            workers are forked.
+
+    Raises:
+        PackingError: Workers start anew here, and the executor cannot be sent to them.
     """
 
     def __init__(self, executor: Executor, count: int, on_disk: bool = False) -> None:
-        self._executor, self._count, self._on_disk = executor, count, on_disk
-        self._slots = Slots(executor.clients, executor.half.kept_sizes(), on_disk)
-        self._exchange = torch.empty(0)
+        self._count, method = count, start_method()
+        self._context: Any = multiprocessing.get_context(method)
+        self._packed = pack(executor, executor.read_only()) if method == "spawn" else None
+        self._zeros = partial(zeros, on_disk=on_disk) if self._packed is None else _shared_zeros
+        slots = Slots(executor.clients, executor.half.kept_sizes(), self._zeros)
+        self._solver = Solver(executor, slots, torch.empty(0))
         self._workers: list[_Worker] = []
         self._serial = 0
 
@@ -184,7 +124,7 @@ class Workers:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         self._serial += 1
         lent = self._share(jobs)
-        examples = [self._executor.examples(job) for job in jobs]
+        examples = [self._solver.executor.examples(job) for job in jobs]
         # the largest first, so that no worker is left with a large one in the end
         waiting = sorted(range(len(jobs)), key=lambda position: examples[position])
         strikes = _Strikes()
@@ -212,7 +152,7 @@ class Workers:
                     worker.tasks.pop(0)
                     for position, result in results:
                         failed = isinstance(result, str)
-                        yield position, result if failed else self._outcome(lent[position], result)
+                        yield position, result if failed else self._solver.outcome(lent[position], result)
                 if time.monotonic() - looked >= LOOK:
                     looked = time.monotonic()
                     for worker in self._stopped():
@@ -233,8 +173,8 @@ class Workers:
             worker.process.join(1.0)
             self._end(worker)
 
-    def _share(self, jobs: Sequence[Job]) -> list[_Lent]:
-        """Put what the jobs hold into shared memory; start the workers if they do not have enough of it."""
+    def _share(self, jobs: Sequence[Job]) -> list[Lent]:
+        """Put what the jobs hold into shared memory; start the workers."""
         end = 0
         sent: dict[int, tuple[Mapping[str, Tensor], dict[str, tuple[int, int]]]] = {}
         for job in jobs:
@@ -249,24 +189,34 @@ class Workers:
         for position, job in enumerate(jobs):
             if id(job.config) not in widths:
                 widths[id(job.config)] = self._width(job) if job.kind == "train" else 0
-            slots = [self._slots.place(c, state) for c, state in zip(job.clients, job.state, strict=False)]
+            slots = [
+                self._solver.slots.place(c, state) for c, state in zip(job.clients, job.state, strict=False)
+            ]
             spans = sent[id(job.arrays)][1]
             lent.append(
-                _Lent(position, replace(job, arrays={}, state=()), spans, slots, end, widths[id(job.config)])
+                Lent(position, replace(job, arrays={}, state=()), spans, slots, end, widths[id(job.config)])
             )
             end += len(job.clients) * widths[id(job.config)]
-        if end > len(self._exchange):
-            self.close()
-            self._exchange = zeros(end, self._on_disk)
+        if end > len(self._solver.exchange):
+            self._grow(end)
         self._fill()
         for arrays, spans in sent.values():
             for name, (start, stop) in spans.items():
-                self._exchange[start:stop] = arrays[name]
+                self._solver.exchange[start:stop] = arrays[name]
         return lent
 
+    def _grow(self, size: int) -> None:
+        """Make room in the exchanged memory; no worker is at anything."""
+        if self._packed is None:
+            self.close()  # others are forked, and have what this process has
+        self._solver.exchange = self._zeros(size)
+        for worker in self._workers:
+            with suppress(OSError):  # it has died: that is noticed when it is sent a task
+                worker.connection.send(self._solver.exchange)
+
     def _width(self, job: Job) -> int:
-        fields = self._executor.half.sent_fields(job.config)
-        return sum(field.size for field in fields.values()) + self._executor.model.buffer_layout.size
+        fields = self._solver.executor.half.sent_fields(job.config)
+        return sum(field.size for field in fields.values()) + self._solver.executor.model.buffer_layout.size
 
     def _cut(self, waiting: list[int], examples: Sequence[int], alone: bool) -> list[int]:
         """Take the next task from the jobs: a share of what is left, so that tasks become shorter to the end."""
@@ -278,36 +228,23 @@ class Workers:
             total += examples[task[-1]]
         return task
 
-    def _send(self, worker: _Worker, task: list[int], lent: Sequence[_Lent]) -> None:
+    def _send(self, worker: _Worker, task: list[int], lent: Sequence[Lent]) -> None:
         worker.tasks.append(task)
         try:
             worker.connection.send((self._serial, [lent[position] for position in task]))
         except OSError:  # it has died: that is noticed where its answer is waited for
             log.debug("a worker takes no tasks any more")
 
-    def _outcome(self, lent: _Lent, written: _Written) -> Outcome:
-        clients = lent.job.clients
-        arrays = {
-            name: self._exchange.as_strided(
-                (len(clients), stop - start), (lent.width, 1), lent.start + start
-            ).view(written.types[name])[:, : stop - start]
-            for name, (start, stop) in written.spans.items()
-        }
-        state: list[Mapping[str, Tensor]] = []
-        if written.state:
-            state = [self._slots(c, other(slot)) for c, slot in zip(clients, lent.slots, strict=True)]
-        return replace(written.outcome, arrays=arrays, state=state)
-
-    def _here(self, lent: _Lent) -> Outcome | str:
+    def _here(self, lent: Lent) -> Outcome | str:
         """The outcome of a job that this process does, as a worker would; PyTorch is left as it was."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             with torch.random.fork_rng(devices=[]):
-                written = self._solve(lent, self._read(lent))
+                written = self._solver.solve(lent, self._solver.read(lent))
         finally:
             torch.set_num_threads(threads)
-        return written if isinstance(written, str) else self._outcome(lent, written)
+        return written if isinstance(written, str) else self._solver.outcome(lent, written)
 
     def _stopped(self) -> list[_Worker]:
         """Look which workers have been stopped for a while."""
@@ -324,21 +261,28 @@ class Workers:
             log.warning("a worker process cannot be started, so that others do its work: %s", error)
 
     def _start(self) -> None:
-        """Fork a worker.
+        """Start a worker.
 
         Raises:
             OSError: The system does not let it.
         """
-        ours, theirs = _FORK.Pipe()
-        process = _FORK.Process(target=self._serve, args=(theirs, ours), daemon=True)
+        ours, theirs = self._context.Pipe()
+        solver, process = self._solver, self._context.Process
         try:
-            process.start()
+            if self._packed is None:
+                worker = process(target=serve, args=(theirs, ours, solver), daemon=True)
+                worker.start()
+            else:
+                own = (theirs, self._packed, solver.slots, solver.exchange)
+                worker = process(target=serve_anew, args=own, daemon=True)
+                with _without_main():
+                    worker.start()
         except OSError:
             ours.close()
             raise
         finally:
             theirs.close()
-        self._workers.append(_Worker(process, ours))
+        self._workers.append(_Worker(worker, ours))
 
     def _end_busy(self) -> list[int]:
         """End the workers that are at something, too slow or no longer wanted; what they were at."""
@@ -354,7 +298,7 @@ class Workers:
         self._workers.remove(worker)
 
     def _replace(
-        self, worker: _Worker, waiting: list[int], strikes: _Strikes, lent: Sequence[_Lent]
+        self, worker: _Worker, waiting: list[int], strikes: _Strikes, lent: Sequence[Lent]
     ) -> Iterator[tuple[int, Outcome | str]]:
         """Replace a worker that died; its jobs are done again, each alone.
 
@@ -379,55 +323,6 @@ class Workers:
             else:
                 yield position, self._here(lent[position])
 
-    def _serve(self, connection: Connection, parents: Connection) -> None:
-        """What a worker does: answer tasks until nobody is there to send any."""
-        parents.close()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        torch.set_num_threads(1)
-        serial = 0
-        read: dict[tuple[tuple[int, int], ...], dict[str, Tensor]] = {}  # arrays of this run's instructions
-        try:
-            while True:
-                run, task = connection.recv()
-                if run != serial:
-                    serial = run
-                    read.clear()
-                answers = []
-                for lent in task:
-                    where = tuple(lent.spans.values())
-                    if where not in read:
-                        read[where] = self._read(lent)
-                    answers.append((lent.position, self._solve(lent, read[where])))
-                connection.send(answers)
-        except (EOFError, OSError):
-            return
-
-    def _read(self, lent: _Lent) -> dict[str, Tensor]:
-        """The instruction's arrays, in memory of this process."""
-        return {name: self._exchange[start:stop].clone() for name, (start, stop) in lent.spans.items()}
-
-    def _solve(self, lent: _Lent, arrays: Mapping[str, Tensor]) -> _Written | str:
-        """Run a job, and write what it gives into the shared memory."""
-        clients = lent.job.clients
-        state = [self._slots(c, slot) for c, slot in zip(clients, lent.slots, strict=False)]
-        outcome = self._executor.answer(replace(lent.job, arrays=arrays, state=state))
-        if isinstance(outcome, str):
-            return outcome
-        ends = list(accumulate((array.shape[1] for array in outcome.arrays.values()), initial=0))
-        if ends[-1] > lent.width:
-            return f"the client half answers {ends[-1]} numbers where its reply_fields say {lent.width}"
-        spans = dict(zip(outcome.arrays, pairwise(ends), strict=True))
-        rows = self._exchange[lent.start : lent.start + len(clients) * lent.width].view(len(clients), -1)
-        for name, (start, stop) in spans.items():
-            array = outcome.arrays[name]
-            rows[:, start:stop].view(array.dtype)[:, : stop - start] = array
-        for client, slot, vectors in zip(clients, lent.slots, outcome.state, strict=False):
-            for name, held in self._slots(client, other(slot)).items():
-                held.copy_(vectors[name])
-        types = {name: array.dtype for name, array in outcome.arrays.items()}
-        return _Written(replace(outcome, arrays={}, state=()), spans, types, bool(outcome.state))
-
 
 def _is_stopped(process: BaseProcess) -> bool:
     """Whether a signal or a debugger holds a process."""
@@ -437,6 +332,17 @@ def _is_stopped(process: BaseProcess) -> bool:
         return False
 
 
-def other(slot: int) -> int:
-    """The slot to write to when a state is read from this one; the first if it is read from none."""
-    return 1 if slot == 0 else 0
+def _shared_zeros(count: int) -> Tensor:
+    """Float32 zeros that processes which start anew share."""
+    return torch.zeros(max(1, count)).share_memory_()[:count]
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes that start meanwhile do not run the main program again: they need nothing of it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

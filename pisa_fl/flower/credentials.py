@@ -16,7 +16,6 @@ A second call makes only what is missing, so it adds clients; scripts are writte
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -46,8 +45,12 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from pisa_fl.system.files import replace
+from pisa_fl.system.locks import locked
 
 Made = TypeVar("Made")
+
+LOCK = ".lock"
+"""File that a call holds in the folder, and removes."""
 
 WRONG = 2
 """Exit status when what was asked for cannot be done."""
@@ -249,12 +252,10 @@ def _locked(folder: Path) -> Iterator[None]:
     """Keep other calls out of a folder, which is made if it is not there."""
     if not folder.exists():
         folder.mkdir(mode=FOLDER, parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: give another")
+    with locked(folder / LOCK):
         yield
-    finally:
-        os.close(handle)
 
 
 def _make(folder: Path, address: Address, clients: int, name: str, days: int) -> list[Path]:
@@ -343,7 +344,8 @@ def _check(folder: Path, address: Address) -> None:
     _read(folder / "superlink" / "server.key", _pem)
     for client in range(_clients_in(folder)):
         _read(_private_key(folder, client), _ssh)
-    others = [path for path in folder.iterdir() if path != _unfinished(folder / "ca.key")]
+    ours = (folder / LOCK, _unfinished(folder / "ca.key"))
+    others = [path for path in folder.iterdir() if path not in ours]
     if key is None and ca is None and others:
         raise ValueError(f"{folder} holds other files: give a new folder")
     if key is not None and ca is not None and key.public_key() != ca.public_key():
@@ -435,7 +437,7 @@ def _write(path: Path, content: bytes, mode: int) -> None:
         temporary.unlink(missing_ok=True)
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE), "wb") as file:
             file.write(content)
-            os.fchmod(file.fileno(), mode)
+        temporary.chmod(mode)
         replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ then says so, and the server supplies its state from the ledger. Every file ends
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -29,6 +28,7 @@ from torch import Tensor
 from pisa_fl.clients.host import ClientState
 from pisa_fl.config import ConfigurationError
 from pisa_fl.system.files import expand, replace
+from pisa_fl.system.locks import locked
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +72,8 @@ class StateFile:
             OSError: The folder cannot be written.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(self._path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self._path.with_suffix(".lock")):
             yield
-        finally:
-            os.close(lock)
 
     def load(self, sizes: Mapping[str, int] | None = None) -> ClientState:
         """What was saved; a client without a usable file is at the start.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import resource
 import secrets
 import sys
 from contextlib import suppress
@@ -26,6 +25,7 @@ from flwr.supercore.credential_store import get_credential_store
 from flwr.supercore.utils import get_flwr_home
 
 from pisa_fl.flower.door import Door, Http, Listener
+from pisa_fl.system.resources import open_as_many_as_allowed
 
 # the package has a function of the same name
 flower: Any = importlib.import_module("flwr.superlink.cli.flower_superlink")
@@ -64,8 +64,7 @@ def main() -> None:
 
 def _serve(app: FastAPI, reply: int, most: int, settings: dict[str, Any]) -> None:
     """Serve Flower's application behind the door, until it is told to end."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    open_as_many_as_allowed()
     known: set[str] = set()
     secret = secrets.token_urlsafe(32)
     door = Door(app, secret, reply, known)

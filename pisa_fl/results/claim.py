@@ -6,7 +6,6 @@ taken back before the claim ends. Folders that others made are left alone.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shlex
@@ -15,9 +14,11 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from filelock import BaseFileLock
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from pisa_fl.config import ConfigurationError, literal
+from pisa_fl.system.locks import HeldError, let_go, take
 
 FILES = (
     "config.yaml",
@@ -35,6 +36,9 @@ FILES = (
 )
 """What tells that a directory holds a run."""
 
+LOCK = ".lock"
+"""File in a directory that the run which writes it holds, and removes."""
+
 _made: set[Path] = set()
 """Folders that this process made and may take back."""
 
@@ -51,12 +55,12 @@ def claimed(directory: Path | None) -> Iterator[None]:
         yield
         return
     directory = Path(os.path.abspath(directory))
-    handle = _open(directory)
+    lock = _claim(directory)
     try:
         yield
     finally:
-        _take_back(directory)
-        os.close(handle)
+        let_go(lock)
+        _take_back(directory)  # not empty if another process has claimed it meanwhile
 
 
 @contextmanager
@@ -66,12 +70,11 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         ConfigurationError: Somebody does.
     """
-    handle = os.open(path, os.O_RDONLY)
+    lock = _take(path.with_name(f".{path.name}.lock"))
     try:
-        _lock(handle, path.parent)
         yield
     finally:
-        os.close(handle)
+        let_go(lock)
 
 
 def check_free(directory: Path, beside: Collection[str] = ()) -> None:
@@ -169,28 +172,19 @@ def _take_back(directory: Path) -> None:
             empty = False
 
 
-def _open(directory: Path) -> int:
-    """A handle of the directory, made if need be, that is locked as long as it is open."""
+def _claim(directory: Path) -> BaseFileLock:
+    """The lock of a directory, which is made if need be."""
     while True:
         make(directory)
-        try:
-            handle = os.open(directory, os.O_RDONLY)
-        except FileNotFoundError:  # another process took it back
-            continue
-        try:
-            _lock(handle, directory)
-            if directory.is_dir() and os.path.samestat(os.fstat(handle), directory.stat()):
-                return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
+        with suppress(FileNotFoundError):  # another process took it back
+            return _take(directory / LOCK)
 
 
-def _lock(handle: int, directory: Path) -> None:
+def _take(path: Path) -> BaseFileLock:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        return take(path)
+    except HeldError:
+        directory = path.parent
         raise ConfigurationError(
             f"{directory} is being written by a run that goes on: choose another directory, or stop it"
             f" (touch {shlex.quote(f'{directory}/stop')}) and go on with it later: {resume_command(directory)}"

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pisa_fl.config import ConfigurationError, literal, located, own_folders
 from pisa_fl.system.files import append, write
+from pisa_fl.system.resources import peak_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,7 +191,7 @@ def summarise(metrics: Sequence[Metrics], targets: Iterable[float], seed: int) -
         "bytes_down": last["bytes_down"],
         "targets": {str(target): _reached(metrics, target) for target in targets},
         "seconds": last["seconds"],
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "git_commit": git_commit(),
         "seed": seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -79,7 +80,10 @@ def replace(temporary: Path, path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    if folder and sys.platform == "win32":  # which opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes what may be written
     try:
         with naming(path):
             os.fsync(handle)

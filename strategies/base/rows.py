@@ -7,9 +7,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import IO
 
 import torch
 from torch import Tensor
+
+PART = 2**24
+"""Bytes that are written at once where a file's space cannot be reserved."""
 
 ROWS = 64
 """Rows of a block: a matrix grows by that many."""
@@ -35,10 +39,17 @@ def zeros(count: int, on_disk: bool = False) -> Tensor:
         _needing(size, folder, "set TMPDIR to a folder with more"),
         tempfile.TemporaryFile(dir=folder) as file,
     ):
-        os.posix_fallocate(
-            file.fileno(), 0, size
-        )  # a page that has no room when it is written ends the process
+        _reserve(file, size)  # a page that has no room when it is written ends the process
         return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.float32)[:count]
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    for start in range(0, size, PART):  # macOS and Windows
+        file.write(bytes(min(PART, size - start)))
+    file.flush()
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from strategies.base.forking import after_fork
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -25,7 +27,7 @@ def _new_threads() -> None:
 
 _threads: ThreadPoolExecutor
 _new_threads()
-os.register_at_fork(after_in_child=_new_threads)
+after_fork(_new_threads)
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

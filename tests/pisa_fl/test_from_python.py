@@ -1,8 +1,10 @@
 """Called from a program: edits after `compose`, Hydra applications, threads, pools, and what PyTorch was set to."""
 
+import asyncio
 import concurrent.futures
 import multiprocessing
 import pickle
+import signal
 import subprocess
 import sys
 
@@ -120,6 +122,19 @@ def test_runs_in_threads_give_what_they_give_alone(tmp_path, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(3) as threads:
         assert list(threads.map(run, range(3))) == alone
     assert len({tuple(part) for part in alone}) == 3
+
+
+def test_in_an_event_loop_and_in_another_thread():
+    """As in notebooks and servers; signals are the main thread's."""
+
+    async def main():
+        before = signal.getsignal(signal.SIGINT)
+        here = losses()
+        assert signal.getsignal(signal.SIGINT) is before
+        return here, await asyncio.to_thread(losses)
+
+    alone = losses()
+    assert asyncio.run(main()) == (alone, alone)
 
 
 def test_runs_in_the_processes_of_a_pool():

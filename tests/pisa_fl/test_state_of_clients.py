@@ -9,7 +9,7 @@ import torch
 from diary import CLIENTS, SIZES, Trouble, federate, troubled
 
 from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
-from pisa_fl.engines.workers import can_fork
+from pisa_fl.engines.workers import start_method
 from strategies.base.messages import vectors
 
 ROUNDS = 25
@@ -55,7 +55,7 @@ def quiet():
 @pytest.mark.parametrize(("workers", "stack"), [(0, 1), (0, 3), (2, 1)])
 @pytest.mark.parametrize("participation", [1.0, 0.5])
 def test_clients_remember_what_was_accepted_and_nothing_else(workers, stack, participation, quiet):
-    if workers and not can_fork():
+    if workers and start_method() != "fork":
         pytest.skip("processes cannot be forked here")
     federation = federate(partial(troubled, workers=workers, stack=stack), participation)
     grid, expected, troubles = federation.grid, Expected(federation.model.layout.size), [0, 0]

@@ -1,6 +1,7 @@
 """Worker processes: any number of them gives the same bits, and none of them is missed."""
 
 import errno
+import multiprocessing
 import os
 import resource
 import signal
@@ -20,13 +21,14 @@ from pisa_fl.config import ConfigurationError
 from pisa_fl.data import ImageData
 from pisa_fl.engines import workers as workers_module
 from pisa_fl.engines.local import local_engine
-from pisa_fl.engines.workers import Slots, can_fork
+from pisa_fl.engines.solver import Slots
+from pisa_fl.engines.workers import start_method
 from pisa_fl.federation import Federation
 from strategies import Layout, LocalSgd, Penalty, Pisa, PisaClient
 from strategies.base.rows import zeros
 from strategies.preconditioners import Kronecker, SecondMoment
 
-pytestmark = pytest.mark.skipif(not can_fork(), reason="processes cannot be forked here")
+pytestmark = pytest.mark.skipif(start_method() != "fork", reason="processes cannot be forked here")
 
 SIZES = (9, 14, 5, 12, 7, 3, 21)
 LOCAL = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "local_epochs": 2}
@@ -103,6 +105,39 @@ def test_any_number_of_workers_gives_the_same_bits(method, options):
         assert_same(outcome(federate(method, workers, **options)), alone)
 
 
+@pytest.fixture
+def anew():
+    """Workers are not forked, but start anew, as they do on macOS and Windows."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_workers_that_start_anew_give_the_same_bits(anew):
+    alone = outcome(federate(sisa, 0))
+    federation = federate(sisa, 2)
+    rounds = federation.rounds(4)
+    lines = [next(rounds), next(rounds)]
+    processes = [worker.process for worker in federation.grid._workers._workers]
+    assert {type(process).__name__ for process in processes} == {"SpawnProcess"}
+    processes[0].kill()
+    lines += list(rounds)
+    federation.grid.close()
+    federation.load_weights()
+    lines = [{k: v for k, v in m.items() if k != "seconds"} for m in lines]
+    assert_same((lines, federation.model.weights), alone)
+
+
+def test_what_cannot_be_sent_to_workers_that_start_anew(anew):
+    half = type("Mine", (PisaClient,), {"__module__": "__main__"})
+    with pytest.raises(ConfigurationError, match=r"engine.workers=2: .*Mine is defined in the main program"):
+        federate(sisa, 2, half)
+    federation = federate(sisa, "auto", half)
+    assert federation.grid._workers is None
+    federation.grid.close()
+
+
 @pytest.mark.parametrize("stack", [1, 3])
 @pytest.mark.parametrize("name", ["bfloat16", "int8", "topk"])
 def test_smaller_messages_come_from_workers_as_they_are(name, stack):
@@ -174,7 +209,7 @@ def test_without_any_worker_the_server_does_all(monkeypatch, caplog):
     def start(process):
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(workers_module._FORK.Process, "start", start)
+    monkeypatch.setattr(multiprocessing.get_context("fork").Process, "start", start)
     assert_same(outcome(federate(sisa, 2)), whole)
     assert "a worker process cannot be started" in caplog.text
 
@@ -190,7 +225,8 @@ def test_a_stopped_worker_is_replaced(monkeypatch):
     lines.append(next(rounds))
     for worker in federation.grid._workers._workers:
         os.kill(worker.process.pid, signal.SIGSTOP)
-    assert federation._evaluate() == (lines[-1]["test_accuracy"], lines[-1]["test_loss"])
+    found = federation._evaluate()
+    assert (found["accuracy"], found["loss"]) == (lines[-1]["test_accuracy"], lines[-1]["test_loss"])
     with (
         monkeypatch.context() as patch
     ):  # where the system does not tell that they are stopped, the time is up
@@ -198,7 +234,8 @@ def test_a_stopped_worker_is_replaced(monkeypatch):
         patch.setattr(federation, "_round_timeout", 0.2)
         for worker in federation.grid._workers._workers:
             os.kill(worker.process.pid, signal.SIGSTOP)
-        assert federation._evaluate() == (lines[-1]["test_accuracy"], lines[-1]["test_loss"])
+        found = federation._evaluate()
+        assert (found["accuracy"], found["loss"]) == (lines[-1]["test_accuracy"], lines[-1]["test_loss"])
     lines += list(rounds)
     federation.grid.close()
     federation.load_weights()
@@ -333,7 +370,7 @@ def test_state_on_disk_lies_in_a_file_without_a_name(tmp_path, monkeypatch):
 
 
 def test_slots():
-    slots = Slots([7, 3], {"a": 2, "b": 1}, on_disk=False)
+    slots = Slots([7, 3], {"a": 2, "b": 1})
     assert slots.place(3, {}) == -1
     assert slots(3, -1) == {}
     state = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
@@ -353,7 +390,7 @@ def test_slots():
         ({"workers": -1}, "engine.workers must be auto or a whole number of at least 0, got -1"),
         ({"workers": 1.5}, "engine.workers must be auto or a whole number of at least 0, got 1.5"),
         ({"workers": 1, "state": "tape"}, "state must be memory or disk, got tape"),
-        ({"workers": 0, "state": "disk"}, "state=disk needs worker processes"),
+        ({"workers": 0, "state": "disk"}, "state=disk needs worker processes that are forked"),
     ],
 )
 def test_impossible_options(options, sentence):

@@ -352,7 +352,7 @@ def test_a_folder_or_file_of_others_is_left_alone(call, tmp_path):
     (tmp_path / "made").mkdir(mode=0o755)
     (tmp_path / "made" / "thesis.tex").touch()
     (tmp_path / "file").touch()
-    for name, words in (("made", "made holds other files: give a new folder"), ("file", "Not a directory")):
+    for name, words in (("made", "made holds other files: give a new folder"), ("file", "file is no folder")):
         status, _, error = call(name, "--superlink", ADDRESS)
         assert (status, error.count("\n"), words in error) == (2, 1, True), error
     assert (tmp_path / "made").stat().st_mode & 0o777 == 0o755

@@ -1,8 +1,6 @@
 """Whose a run directory is: of one run, written by one process, taken back only by who made it."""
 
-import fcntl
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -10,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 import pisa_fl
 from pisa_fl.results import claim
@@ -81,16 +80,15 @@ def test_a_run_of_a_sweep_is_refused_alone(command, tmp_path):
 def test_a_directory_that_somebody_writes_is_refused_before_it_is_looked_at(command, tmp_path):
     directory = tmp_path / "out"
     directory.mkdir()
-    handle = os.open(directory, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    for overrides in (QUICK, ("engine=flower", "model=logistic")):
-        ended = command(*overrides, "hydra.run.dir=out")
-        assert ended.status == 2
-        assert f"{directory} is being written by a run that goes on" in ended.err
-        assert f"pisa-fl resume={directory}" in ended.err
-    os.close(handle)
-    assert content(tmp_path) == {"out": None}
+    with FileLock(directory / ".lock"):
+        for overrides in (QUICK, ("engine=flower", "model=logistic")):
+            ended = command(*overrides, "hydra.run.dir=out")
+            assert ended.status == 2
+            assert f"{directory} is being written by a run that goes on" in ended.err
+            assert f"pisa-fl resume={directory}" in ended.err
+    assert content(tmp_path) == {"out": None, "out/.lock": b""}
     assert command(*QUICK, "hydra.run.dir=out").status == 0
+    assert not (directory / ".lock").exists()
 
 
 def test_only_folders_that_the_command_made_are_taken_back(command, tmp_path):
