@@ -12,12 +12,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pisa_fl.results.metrics import METRICS, QUALITY, TRAIN_LOSS
 from pisa_fl.results.run_directory import Metrics, read_metrics
 
 COUNTS = ("round", "passes", "bytes_up", "bytes_down")
-"""What every line of metrics.jsonl has as a number; accuracies and losses may be null."""
+"""What every line of metrics.jsonl has as a number; metrics and losses may be null."""
 
-COMPARED = ("round", "test_accuracy", "test_loss", "train_loss")
+COMPARED = ("round", *(metric.key for metric in METRICS), TRAIN_LOSS)
 """What the same run gives again, bit by bit."""
 
 
@@ -29,7 +30,7 @@ class Run:
         directory: The run directory.
         config: Its configuration.
         metrics: The lines of metrics.jsonl.
-        targets: Test accuracies, 0..1, whose cost it was asked for.
+        targets: Values of its quality whose cost it was asked for.
     """
 
     directory: Path
@@ -44,9 +45,9 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether it ended with a loss or an accuracy that is no number."""
+        """Whether it ended with a metric that is no number."""
         last = self.metrics[-1]
-        return not (_is_number(last["test_accuracy"]) and _is_number(last.get("test_loss", 0)))
+        return not (_is_number(last[QUALITY.key]) and all(_is_number(last.get(m.key, 0)) for m in METRICS))
 
     def repeats(self, other: Run) -> bool:
         """Whether its numbers are those of another run."""
@@ -100,14 +101,14 @@ def read(directory: Path) -> Run:
         metrics = read_metrics(directory)
         rounds = [line["round"] for line in metrics]
         numbers = [line[key] for line in metrics for key in COUNTS]
-        numbers += [line["test_accuracy"] for line in metrics if line["test_accuracy"] is not None]
+        numbers += [line[QUALITY.key] for line in metrics if line[QUALITY.key] is not None]
         if not rounds or rounds != sorted(set(rounds)) or not all(_is_number(number) for number in numbers):
             raise ValueError
     with _damaged("summary.json"):
         summary = json.loads((directory / "summary.json").read_text())
         targets = [float(target) for target in summary["targets"]]
-        ended = summary["rounds"], summary["final_accuracy"]
-    if ended != (rounds[-1], metrics[-1]["test_accuracy"]):
+        ended = summary["rounds"], summary[f"final_{QUALITY.name}"]
+    if ended != (rounds[-1], metrics[-1][QUALITY.key]):
         raise ValueError("its summary.json is not of the run in metrics.jsonl")
     return Run(directory, {str(key): value for key, value in config.items()}, metrics, targets)
 

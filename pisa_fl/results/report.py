@@ -2,8 +2,8 @@
 
 Runs whose configurations differ only in the seed become one row (median and range); what else differs between them
 becomes a column. Written into the first folder, or `--output`: `report.md`, with notes on what is missing or unequal
-below the table, `report.csv`, one plain number a column, `comparison.png` (accuracy against rounds, passes and bytes)
-and, where something was swept, `sweep.png` (final accuracy against it).
+below the table, `report.csv`, one plain number a column, `comparison.png` (quality against rounds, passes and bytes)
+and, where something was swept, `sweep.png` (final quality against it).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pisa_fl.config.explain import explain
 from pisa_fl.results.finished import Run, find_runs
+from pisa_fl.results.metrics import QUALITY
 from pisa_fl.results.settings import METHOD, Column, describe, identify, order, written
 from pisa_fl.system.files import write
 from pisa_fl.system.text import tolerate_any_text, visible
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd  # slow to import, as are the pictures: `--help` needs neither
 
 MEASURES = {
-    "final accuracy, %": "{:.2f}",
-    "best accuracy, %": "{:.2f}",
+    f"final {QUALITY.label}": f"{{:.{QUALITY.digits}f}}",
+    f"best {QUALITY.label}": f"{{:.{QUALITY.digits}f}}",
     "rounds": "{:g}",
     "passes": "{:.0f}",
     "MB": "{:.1f}",
@@ -61,10 +62,10 @@ class Row:
 
     @property
     def final(self) -> list[float]:
-        """Final test accuracy of each run, 0..1."""
-        from pisa_fl.results.figures import accuracies
+        """Final quality of each run."""
+        from pisa_fl.results.figures import qualities
 
-        return [float(accuracies(run.metrics)[-1]) for run in self.runs]
+        return [float(qualities(run.metrics)[-1]) for run in self.runs]
 
 
 def report(folders: Sequence[Path], output: Path, title: str) -> str:
@@ -184,18 +185,24 @@ def _numbers(rows: Sequence[Row]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    from pisa_fl.results.figures import accuracies, megabytes
+    from pisa_fl.results.figures import megabytes, qualities
 
     targets = sorted({target for row in rows for run in row.runs for target in run.targets})
     lines = []
     for number, row in enumerate(rows):
         for run in row.runs:
-            accuracy, last = accuracies(run.metrics), run.metrics[-1]
-            measured = (100 * accuracy[-1], 100 * accuracy.max(), last["round"], last["passes"])
+            quality, last = qualities(run.metrics), run.metrics[-1]
+            best = quality.max() if QUALITY.larger_is_better else quality.min()
+            measured = (QUALITY.scale * quality[-1], QUALITY.scale * best, last["round"], last["passes"])
             line = dict(zip(MEASURES, (*measured, megabytes(run.metrics)[-1]), strict=True))
             for target in targets:
                 line[_rounds_to(target)] = next(
-                    (m["round"] for m, a in zip(run.metrics, accuracy, strict=True) if a >= target), math.inf
+                    (
+                        m["round"]
+                        for m, q in zip(run.metrics, quality, strict=True)
+                        if QUALITY.reaches(q, target)
+                    ),
+                    math.inf,
                 )
             lines.append({"row": number} | line)
     groups = pd.DataFrame(lines).groupby("row", sort=False)
@@ -208,7 +215,7 @@ def _numbers(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def _rounds_to(target: float) -> str:
-    return f"rounds to {100 * target:g} %"
+    return f"rounds to {QUALITY.scale * target:g} {QUALITY.unit}"
 
 
 def _table(settings: pd.DataFrame, numbers: pd.DataFrame) -> list[list[str]]:
@@ -238,7 +245,7 @@ def _markdown(lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
 
 
 def _sweep(columns: Sequence[Column], rows: Sequence[Row]) -> Callable[[Path], None] | None:
-    """What draws final accuracy against the parameter that was swept; of several, the one with the most values."""
+    """What draws final quality against the parameter that was swept; of several, the one with the most values."""
     from pisa_fl.results.figures import draw_sweep
 
     swept: dict[str, None] = {}

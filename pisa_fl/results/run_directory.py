@@ -8,9 +8,11 @@ model.safetensors     final weights
 metrics.jsonl         one line a round, round 0 being the untrained model
 failures.jsonl        one line a reply that was refused: round, client, reason; only if there was one
 summary.json          final and best accuracy, what each target cost, time, memory, versions
-curves.png            accuracy and loss against rounds, passes and bytes
-events.out.tfevents.* the same for TensorBoard
-checkpoint/           to resume from
+curves.png            quality and losses against rounds, drawn anew from time to time
+checkpoint/           to resume from; each holds the model so far, under the names of model.safetensors
+events.out.tfevents.* metrics.jsonl for TensorBoard     (tracker=tensorboard)
+metrics.csv           metrics.jsonl as a table          (tracker=csv)
+tracker-*.json        where a tracker elsewhere keeps the run, to go on there
 """
 
 from __future__ import annotations
@@ -21,16 +23,15 @@ import os
 import platform
 import resource
 import subprocess
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from pisa_fl.config import ConfigurationError, literal, located, own_folders
+from pisa_fl.results.metrics import LOSS, QUALITY
 from pisa_fl.system.files import append, write
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ STOP = "stop"
 FLOWER_LOG = "flower.log"
 """Name of a file in the run directory with what Flower said; a launcher leaves it before its run begins elsewhere."""
 
-ALWAYS = ("test_accuracy", "passes", "bytes_up", "bytes_down", "seconds")
+ALWAYS = (QUALITY.key, "passes", "bytes_up", "bytes_down", "seconds")
 """What every line of metrics.jsonl has, as a number."""
 
 PACKAGES = ("pisa-fl", "flwr", "flwr-datasets", "hydra-core", "torch", "torchvision", "numpy")
@@ -178,13 +179,13 @@ class NewLines:
 def summarise(metrics: Sequence[Metrics], targets: Iterable[float], seed: int) -> dict[str, Any]:
     """What summary.json holds, but for the clients."""
     last = metrics[-1]
-    best = max(metrics, key=lambda m: m["test_accuracy"])
+    best = QUALITY.best(metrics)
     return {
         "run_id": last.get("run_id"),
         "rounds": last["round"],
-        "final_accuracy": last["test_accuracy"],
-        "final_loss": last["test_loss"],
-        "best_accuracy": best["test_accuracy"],
+        f"final_{QUALITY.name}": last[QUALITY.key],
+        f"final_{LOSS.name}": last[LOSS.key],
+        f"best_{QUALITY.name}": best[QUALITY.key],
         "best_round": best["round"],
         "passes": last["passes"],
         "bytes_up": last["bytes_up"],
@@ -221,25 +222,6 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     write(path, json.dumps(_finite(summary), indent=2) + "\n")
 
 
-def write_events(directory: Path, metrics: Sequence[Metrics]) -> None:
-    """Write every metric as a TensorBoard curve over the rounds, in place of what was there."""
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.record_writer import RecordWriter
-    from torch.utils.tensorboard.summary import scalar
-
-    content, now = BytesIO(), time.time()
-    writer = RecordWriter(content)
-    writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
-    for line in metrics:
-        for key, value in line.items():
-            if key != "round" and isinstance(value, int | float):
-                event = Event(wall_time=now, step=int(line["round"]), summary=scalar(key, value))
-                writer.write(event.SerializeToString())
-    for old in directory.glob("events.out.tfevents.*"):
-        old.unlink()
-    write(directory / f"events.out.tfevents.{int(now)}.{platform.node()}", content.getvalue())
-
-
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """With null for numbers that JSON cannot hold."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
@@ -248,7 +230,7 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
 def _reached(metrics: Sequence[Metrics], target: float) -> dict[str, float] | None:
     """Rounds, passes and bytes up to the first round at the target, or None if it was never reached."""
     for line in metrics:
-        if line["test_accuracy"] >= target:
+        if QUALITY.reaches(line[QUALITY.key], target):
             return {
                 "round": line["round"],
                 "passes": line["passes"],

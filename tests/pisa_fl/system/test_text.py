@@ -10,8 +10,8 @@ from PIL import Image
 
 import partitioners
 import pisa_fl
-from pisa_fl import runner
-from pisa_fl.results import figures
+from pisa_fl.results import figures, pictures
+from pisa_fl.trackers import tensorboard
 
 STRANGE = [
     "$5_bill_$10",
@@ -80,14 +80,14 @@ def test_a_picture_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
     def fail(*_):
         raise RuntimeError("no\nfont")
 
-    monkeypatch.setattr(runner, "draw_curves", fail)
+    monkeypatch.setattr(pictures, "draw_curves", fail)
     monkeypatch.setattr(partitioners, "draw", fail)
-    monkeypatch.setattr(runner.run_directory, "write_events", fail)
+    monkeypatch.setattr(tensorboard, "write", fail)
     pisa_fl.run(pisa_fl.compose(*QUICK, "rounds=2"), tmp_path)
     assert {"model.safetensors", "summary.json"} <= {path.name for path in tmp_path.iterdir()}
-    assert [message.partition(" is missing")[0] for message in caplog.messages] == [
+    assert [message.partition(" is left out from here on: ")[0] for message in caplog.messages] == [
         "partition.png",
-        "TensorBoard's file",
+        "TensorBoard",
         "curves.png",
     ], "each once"
 
