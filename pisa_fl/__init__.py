@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pisa_fl.engines.local import LocalGrid
     from pisa_fl.federation import Federation
     from pisa_fl.from_config import prepare
+    from pisa_fl.results.observer import Observer
     from pisa_fl.results.result import Result
     from pisa_fl.runner import resume, run
 
@@ -27,6 +28,7 @@ __all__ = [
     "Federation",
     "ImageData",
     "LocalGrid",
+    "Observer",
     "Result",
     "compose",
     "prepare",
@@ -45,6 +47,7 @@ _HOMES = {
     "Federation": "federation",
     "ImageData": "data",
     "LocalGrid": "engines.local",
+    "Observer": "results.observer",
     "Result": "results.result",
     "compose": "config",
     "prepare": "from_config",

@@ -2,9 +2,10 @@
 
 `checkpoint/round-000050/` holds `server-*.safetensors` (weights, ledger and whatever else the strategy keeps),
 `clients-*.safetensors` (their states), in parts so that writing them takes little memory, `state.json` (round and
-counters), and `SHA256SUMS` of all of these, which `sha256sum -c` reads. A folder is written under a temporary name and
-renamed, and the one before is kept until then; a damaged one is passed over for the one before it. Randomness needs no
-saving: every draw has an address (`pisa_fl.randomness`).
+counters), `model.safetensors` (the model so far, by PyTorch's names, for others to read), and `SHA256SUMS` of all of
+these, which `sha256sum -c` reads. A folder is written under a temporary name and renamed, and the one before is kept
+until then; a damaged one is passed over for the one before it. Randomness needs no saving: every draw has an address
+(`pisa_fl.randomness`).
 """
 
 from __future__ import annotations
@@ -153,6 +154,8 @@ def _write_all(federation: Federation, folder: Path) -> None:
     }
     _write(folder, "server", server)
     _write(folder, "clients", clients)
+    federation.load_weights()
+    _save(federation.model.state_dict(), folder / "model.safetensors")
     (folder / "state.json").write_text(json.dumps(state))
     (folder / SUMS).write_text(_sums(folder, sorted(path.name for path in folder.iterdir())), newline="\n")
 

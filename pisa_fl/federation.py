@@ -26,6 +26,7 @@ from pisa_fl.data.data_set import DataSet
 from pisa_fl.data.hold_out import hold_out
 from pisa_fl.engines.base import ClientGrid
 from pisa_fl.engines.local import local_engine
+from pisa_fl.metric import TRAIN_LOSS
 from pisa_fl.randomness import global_generators, numpy_generator
 from pisa_fl.results.run_directory import Metrics
 from pisa_fl.server.flowers_own import server_half
@@ -51,7 +52,7 @@ from strategies.base.messages import (
     record,
     vectors,
 )
-from strategies.base.messages import LOSS as TRAIN_LOSS
+from strategies.base.messages import LOSS as CLIENTS_LOSS
 
 # Flower's strategies report every round on their own; the run directory and the display do that here
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -231,10 +232,10 @@ class Federation:
             DivergedError: A round gave values that are not finite.
         """
         if self.round == 0:
-            yield self._metrics({}, True)
+            yield self._metrics({}, count == 0)
         while self.round < count:
             reported = self._train()
-            yield self._metrics(reported, self.round == count or self.round % self._every == 0)
+            yield self._metrics(reported, self.round == count)
 
     @own_surroundings()
     def _train(self) -> Mapping[str, Any]:
@@ -312,18 +313,16 @@ class Federation:
             self.server.aggregate_evaluate(number, self.gateway.send_and_receive(messages))
 
     @own_surroundings()
-    def _metrics(self, reported: Mapping[str, Any], evaluated: bool) -> Metrics:
+    def _metrics(self, reported: Mapping[str, Any], last: bool) -> Metrics:
         """This round's line of metrics.jsonl; what the strategy reports beside it is added."""
-        names = [LOSS, *(metric.name for metric in self.task.metrics)]
-        found: Mapping[str, float | None] = self._evaluate() if evaluated else dict.fromkeys(names)
-        due = self._clients_every is not None and self.round % self._clients_every == 0
+        found = self._evaluate() if last or self.round % self._every == 0 else {}
+        due = self._clients_every is not None and (last or self.round % self._clients_every == 0)
         self.of_clients = self._evaluate_clients() if due else None
         traffic = self.gateway.traffic
         metrics: Metrics = {
             "round": self.round,
-            **{f"test_{metric.name}": found[metric.name] for metric in self.task.metrics},
-            "test_loss": found[LOSS],
-            "train_loss": traffic.loss_sum / traffic.examples if traffic.examples else found[LOSS],
+            **{metric.key: found[metric.name] for metric in self.task.measures.all if metric.name in found},
+            TRAIN_LOSS: traffic.loss_sum / traffic.examples if traffic.examples else found[LOSS],
             "passes": traffic.differentiated / max(1, sum(self.grid.sizes.values())),
             "bytes_up": traffic.bytes_up,
             "bytes_down": traffic.bytes_down,
@@ -336,7 +335,7 @@ class Federation:
         }
         # what Flower's strategies average of the clients' replies is here already
         added = {
-            key: value for key, value in reported.items() if key not in (ROUND, TRAIN_LOSS, DIFFERENTIATED)
+            key: value for key, value in reported.items() if key not in (ROUND, CLIENTS_LOSS, DIFFERENTIATED)
         }
         named = {key.replace("-", "_"): value for key, value in added.items()}
         return {key: float(value) for key, value in named.items() if isinstance(value, int | float)} | metrics
@@ -350,7 +349,7 @@ class Federation:
         messages = [Message(content, node, MessageType.EVALUATE) for node in self.gateway.look()]
         replies = self.gateway.send_and_receive(messages)
         traffic.bytes_down = before
-        names = [LOSS, *(metric.name for metric in self.task.metrics)]
+        names = [metric.name for metric in self.task.measures.all]
         found: dict[int, dict[str, float]] = {}
         for reply in replies:
             if reply.has_error():

@@ -1,4 +1,4 @@
-"""From a configuration to objects: a whole federation, or one client of a real one."""
+"""From a configuration to objects: a whole federation, one client of a real one, or what watches a run."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ from pisa_fl.engines.base import ClientGrid, is_child
 from pisa_fl.federation import Federation, seeded
 from pisa_fl.flower.state_file import StateFile
 from pisa_fl.identity import Identity, expected, of_deal, of_settings, of_tensors, of_weights
+from pisa_fl.results.console import Display
+from pisa_fl.results.observer import Observer, Observers
+from pisa_fl.results.pictures import Curves, PartitionPicture
+from pisa_fl.results.recorder import Recorder
 from pisa_fl.system.surroundings import own_surroundings
 from pisa_fl.tasks import Task
 from strategies import ClientHalf, Layout
@@ -182,6 +186,41 @@ def _data(config: DictConfig) -> DataSet:
         del node.client_test
     data: DataSet = build(node, DataSet)
     return data
+
+
+def observers(config: DictConfig, directory: Path | None) -> Observers:
+    """What watches a run.
+
+    Args:
+        config: Settled.
+        directory: Run directory; None writes none.
+
+    Raises:
+        ConfigurationError: A tracker is impossible, or needs a package that is not installed.
+    """
+    display, chosen = Display(config.progress), trackers(config)
+    if directory is None:
+        return Observers([display, *chosen])
+    recorder = Recorder(directory, config.checkpoint.every, config.checkpoint.keep)
+    curves = Curves(directory / "curves.png", config.redraw)
+    return Observers([recorder, display, PartitionPicture(directory / "partition.png"), curves, *chosen])
+
+
+def trackers(config: DictConfig) -> list[Observer]:
+    """The trackers of a configuration, which have done nothing yet.
+
+    Raises:
+        ConfigurationError: One is impossible, or needs a package that is not installed.
+    """
+    if "_target_" in config.tracker:
+        raise ConfigurationError(
+            f"tracker._target_={config.tracker._target_}: a tracker's file gives it a name, as in"
+            f" `mine: {{_target_: {config.tracker._target_}}}`, so that there can be several"
+        )
+    for name, node in config.tracker.items():
+        if not isinstance(node, DictConfig):
+            raise ConfigurationError(f"tracker.{name} must be keys with a _target_, got {node}")
+    return [build(node, Observer) for node in config.tracker.values()]
 
 
 def deals(config: DictConfig) -> bool:

@@ -1,37 +1,27 @@
-"""One run: a configuration becomes a federation, its rounds, and a run directory."""
+"""One run: a configuration becomes a federation and its rounds, and what watches them is told."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-import partitioners
-from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
+from pisa_fl.checkpoint import load_checkpoint
 from pisa_fl.config import ConfigurationError, build, own_folders, own_modules, settle
 from pisa_fl.config.allowed import check_targets
 from pisa_fl.config.builder import makes
 from pisa_fl.config.explain import explain
 from pisa_fl.engines.base import Launcher
-from pisa_fl.federation import DivergedError, Federation, RunError, TooFewClientsError
-from pisa_fl.from_config import Engine, deals, prepare
+from pisa_fl.federation import Federation, RunError
+from pisa_fl.from_config import Engine, deals, observers, prepare
 from pisa_fl.identity import run_id
 from pisa_fl.results import claim, run_directory
-from pisa_fl.results.console import Display, show_summary
-from pisa_fl.results.figures import draw_curves
+from pisa_fl.results.observer import Observers, Run
 from pisa_fl.results.result import Interrupted, Result
 from pisa_fl.results.run_directory import Metrics
-from pisa_fl.system import files
-from pisa_fl.system.files import write
 from pisa_fl.system.signals import stop_signals
-from pisa_fl.system.text import visible
-
-log = logging.getLogger(__name__)
 
 
 def run(config: DictConfig, directory: Path | str | None = None, engine: Engine | None = None) -> Result:
@@ -65,11 +55,10 @@ def begin(
     with claim.claimed(path):
         if path is not None:
             claim.check_free(path, beside)
+        watching = observers(config, path)
         federation = prepare(config, engine)
         with _begun(path, config):
-            if path is not None:
-                _write_start(federation, config, path)
-            return _run(federation, config, path, [])
+            return _run(federation, config, path, [], watching)
 
 
 def _launcher(config: DictConfig) -> Launcher | None:
@@ -105,11 +94,11 @@ def resume(directory: Path, engine: Engine | None = None, allow: Collection[str]
     if engine is None and (launcher := _launcher(config)):
         return launcher.launch(config, directory, resume=True)
     with claim.claimed(directory), _begun(directory, config):
+        watching = observers(config, directory)
         federation = prepare(config, engine, directory)
         try:
             if not load_checkpoint(federation, directory / "checkpoint"):
                 _check_begun_lately(federation, config, directory)
-                _write_start(federation, config, directory)
             if config.rounds < federation.round:
                 raise ConfigurationError(
                     f"resume: rounds={config.rounds} in {directory}/config.yaml is less than the {federation.round}"
@@ -117,11 +106,11 @@ def resume(directory: Path, engine: Engine | None = None, allow: Collection[str]
                 )
             last = federation.round or -1  # the untrained model is measured again
             metrics = run_directory.rewind(directory, last, config.run_id)
-            run_directory.check_numbers(directory, metrics)
+            run_directory.check_numbers(directory, metrics, federation.task.measures.quality)
         except BaseException:
             federation.grid.close()
             raise
-        return _run(federation, config, directory, metrics)
+        return _run(federation, config, directory, metrics, watching)
 
 
 def _stored(directory: Path, allow: Collection[str]) -> DictConfig:
@@ -192,154 +181,49 @@ def _go_on(path: Path | None, config: DictConfig) -> str:
     return "" if path is None else f"; go on with: {claim.resume_command(path, own_folders(config))}"
 
 
-def _run(federation: Federation, config: DictConfig, path: Path | None, metrics: list[Metrics]) -> Result:
-    if path is not None:
-        files.sweep(path)
-    drawn = False
-    with (
-        closing(federation.grid),
-        Display(str(config.name), config.rounds, federation.round, config.progress) as display,
-        stop_signals() as stop,
-        _last_checkpoint(federation, config, path, metrics),
-    ):
+def _run(
+    federation: Federation,
+    config: DictConfig,
+    path: Path | None,
+    metrics: list[Metrics],
+    watching: Observers,
+) -> Result:
+    run = Run(run_id(federation.identity), config, path, metrics, federation)
+    with closing(federation.grid), stop_signals() as stop, watching.of(run):
+
+        def asked() -> bool:
+            return bool(stop) or watching.ask_to_stop()
+
         if federation.grid.elsewhere and federation.round < config.rounds:
-            _gather(federation, path, stop)
+            _gather(federation, watching, asked)
         for measured in federation.rounds(config.rounds):
-            line = measured | {"run_id": run_id(federation.identity)}
-            if path is not None:
-                _write_round(federation, line, path)
+            line = measured | {"run_id": run.id}
             metrics.append(line)
-            display.show(line)
-            finished = federation.round == config.rounds
-            stopped = stop or (path is not None and (path / run_directory.STOP).exists())
-            if path is not None and (stopped or finished or federation.round % config.checkpoint.every == 0):
-                _save(federation, config, path)
-            if path is not None and not drawn and (stopped or finished or federation.round > 0):
-                _draw_partition(federation, path)
-                drawn = True
-            if path is not None:
-                (path / run_directory.STOP).unlink(
-                    missing_ok=True
-                )  # heard, and not to be heard again after a resume
-            if stopped and not finished:
+            watching.round(line)
+            if federation.round < config.rounds and asked():
                 raise Interrupted(
                     f"stopped after round {federation.round} of {config.rounds}{_go_on(path, config)}"
                 )
-    federation.load_weights()
-    turned_away = [str(one) for one in federation.gateway.turned_away]
-    summary = run_directory.summarise(metrics, config.targets, config.seed)
-    summary |= run_directory.summarise_clients(metrics, turned_away)
-    if path is not None:
-        _write_end(federation, config, metrics, summary, path)
-        if not drawn:
-            _draw_partition(federation, path)
-        show_summary(summary, str(path))
+        federation.load_weights()
+        turned_away = [str(one) for one in federation.gateway.turned_away]
+        summary = run_directory.summarise(metrics, config.targets, config.seed, run.measures)
+        summary |= run_directory.summarise_clients(metrics, turned_away)
+        if federation.of_clients:
+            summary["clients"] = run_directory.summarise_own(federation.of_clients, run.measures)
+        watching.finished(summary)
     return Result(metrics, summary, federation.model.module, path)
 
 
-def _gather(federation: Federation, path: Path | None, stop: list[int]) -> None:
-    """Wait until the clients are there; whoever follows the run elsewhere is told by a file.
+def _gather(federation: Federation, watching: Observers, asked: Callable[[], bool]) -> None:
+    """Wait until the clients are there.
 
     Raises:
         TooFewClientsError: They do not come.
         Interrupted: The run was asked to stop meanwhile.
     """
-
-    def tell(line: str) -> None:
-        log.warning("%s", line)
-        if path is not None:
-            write(path / run_directory.WAITING, line)
-
-    def stopped() -> bool:
-        return bool(stop) or (path is not None and (path / run_directory.STOP).exists())
-
     try:
-        federation.gather(tell, stopped)
+        federation.gather(watching.waiting, asked)
     finally:
-        if path is not None:
-            (path / run_directory.WAITING).unlink(missing_ok=True)
-    if federation.round and path is not None:  # else they are written with round 0
-        _write_failures(federation, federation.round, path)
-    if federation.round and stopped():
-        if path is not None:
-            (path / run_directory.STOP).unlink(missing_ok=True)
+        watching.waiting(None)
+    if federation.round and asked():
         raise Interrupted(f"stopped after round {federation.round}, while clients were waited for")
-
-
-def _write_start(federation: Federation, config: DictConfig, path: Path) -> None:
-    run_directory.write_config(path / "config.yaml", config, run_id(federation.identity))
-    run_directory.write_weights(path / "initial.safetensors", federation.model.state_dict())
-    if federation.partition:
-        partitioners.save(federation.partition, path / "partition.json")
-
-
-def _draw_partition(federation: Federation, path: Path) -> None:
-    """Draw the partition unless that is done: at the start, the first round would wait a second for it."""
-    picture, data = path / "partition.png", federation.data
-    if federation.partition and not picture.exists():
-        with _dispensable(picture.name):
-            partitioners.draw(federation.partition, data.groups, data.group_names, picture)
-
-
-@contextmanager
-def _dispensable(what: str) -> Iterator[None]:
-    """Whatever a library makes of what users wrote, a picture that cannot be made is a warning: the run goes on."""
-    try:
-        yield
-    except Exception as error:
-        log.warning("%s is missing, it could not be made: %s", what, visible(explain(error)))
-
-
-def _write_round(federation: Federation, line: Metrics, path: Path) -> None:
-    run_directory.append_line(path / "metrics.jsonl", line)
-    _write_failures(federation, federation.round, path)
-
-
-def _write_failures(federation: Federation, round_number: int, path: Path) -> None:
-    for failure in federation.gateway.failures:
-        line = {"round": round_number} | {key: value for key, value in asdict(failure).items() if value != ""}
-        run_directory.append_line(path / "failures.jsonl", line)
-
-
-def _save(federation: Federation, config: DictConfig, path: Path) -> None:
-    """Write a checkpoint, after the lines that it presumes are on the disk."""
-    for lines in path.glob("*.jsonl"):
-        files.sync(lines)
-    save_checkpoint(federation, path / "checkpoint", config.checkpoint.keep)
-
-
-@contextmanager
-def _last_checkpoint(
-    federation: Federation, config: DictConfig, path: Path | None, metrics: list[Metrics]
-) -> Iterator[None]:
-    """A run that fails leaves a checkpoint of its last whole round, and the failures of the round that ended it.
-
-    Where it failed while a round's replies were taken in, there is no state to go on from but the checkpoint before.
-    """
-    try:
-        yield
-    except Interrupted:
-        raise
-    except Exception as error:
-        if path is not None:
-            try:
-                if isinstance(error, TooFewClientsError | DivergedError):
-                    _write_failures(federation, federation.round + 1, path)
-                if federation.whole and len(metrics) == federation.round + 1:
-                    _save(federation, config, path)
-                    _draw_partition(federation, path)
-            except Exception as another:  # the first is what ended the run
-                if not isinstance(error, OSError):  # which has said that nothing can be written
-                    log.warning("no checkpoint of round %d: %s", federation.round, explain(another))
-        raise
-
-
-def _write_end(
-    federation: Federation, config: DictConfig, metrics: list[Metrics], summary: dict[str, Any], path: Path
-) -> None:
-    run_directory.write_weights(path / "model.safetensors", federation.model.state_dict())
-    run_directory.write_summary(path / "summary.json", summary)
-    with _dispensable("TensorBoard's file"):
-        run_directory.write_events(path, metrics)
-    with _dispensable("curves.png"):
-        draw_curves(metrics, str(config.name), path / "curves.png")

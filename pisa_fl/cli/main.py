@@ -68,14 +68,14 @@ def main() -> None:
         sys.exit(INTERRUPTED)
 
 
-def _task(config: DictConfig) -> None:
-    """One run, of a single command or of a sweep."""
+def _task(config: DictConfig) -> float | None:
+    """One run, of a single command or of a sweep; what it is worth, by which a sweeper chooses what to try next."""
     directory = Path(HydraConfig.get().runtime.output_dir)
     try:
         settings = settle(config)
         if settings.resume is not None:
             _refuse_others("resume", "allow")
-        _run(settings, directory)
+        return _run(settings, directory)
     except (ConfigurationError, OSError) as error:
         no_room = isinstance(error, OSError) and error.errno in NO_ROOM
         _give_up(FAILED if no_room else WRONG, error)
@@ -87,7 +87,7 @@ def _task(config: DictConfig) -> None:
         claim.withdraw(directory)
 
 
-def _run(settings: DictConfig, directory: Path) -> None:
+def _run(settings: DictConfig, directory: Path) -> float | None:
     # heavy imports only now: --help, --cfg and a wrong key or value are answered at once
     from rich.logging import RichHandler
 
@@ -99,7 +99,7 @@ def _run(settings: DictConfig, directory: Path) -> None:
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
     try:
-        run(settings, directory)
+        return run(settings, directory).worth
     except RunError as error:
         _give_up(FAILED, error)
     except (Interrupted, KeyboardInterrupt) as error:

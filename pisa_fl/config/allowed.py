@@ -65,6 +65,7 @@ PARTS = (
         ("pisa_fl.engines", "pisa_fl.flower.launcher"),
         ("pisa_fl.engines.base.ClientGrid", "pisa_fl.engines.base.Launcher"),
     ),
+    Part("tracker[.].*", ("pisa_fl.trackers",), ("pisa_fl.results.observer.Observer",)),
 )
 
 CLIENT = ("data", "partition", "model", "strategy.client", "task")

@@ -33,6 +33,8 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Could not find '(.+?)/([^/]+?)'", text):
         options = [line for line in lines[_after(lines, "Available options") :] if " " not in line]
         return f"{match[1]}={match[2]} does not exist: {meant(match[2], options)}choose one of {', '.join(options)}"
+    if match := re.search(r"Could not load '(.+?)/([^/]+?)'", text):  # one of several
+        return f"{match[1]}={match[2]} does not exist: `pisa-fl --help` lists those there are"
     cause = error.__cause__
     if text.startswith("Error merging") and cause is not None:
         return f"{lines[0]}: {first_line(cause)}"

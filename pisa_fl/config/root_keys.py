@@ -18,6 +18,7 @@ GROUPS: Mapping[str, str] = {
     **dict.fromkeys(("strategy", "partition", "data", "model", "engine", "task"), _BY_NAME),
     "strategy.server": "a strategy has a server half, with its _target_",
     "strategy.client": "a strategy has a client half, with its _target_",
+    "tracker": "choose some by their names, as in tracker=[csv,tensorboard], or tracker=none",
     "checkpoint": "its keys are checkpoint.every and checkpoint.keep",
 }
 """Keys that hold other keys, and what to do where one does not."""
@@ -107,6 +108,7 @@ ROOT: Mapping[str, Check] = {
     "resume": text("the path of a run directory, or null", null=True),
     "allow": _packages,
     "targets": _numbers,
+    "redraw": _SECONDS,
     "progress": one_of(True, False),
     "checkpoint.every": whole(1),
     "checkpoint.keep": whole(1),

@@ -39,9 +39,11 @@ from pisa_fl.federation import RunError
 from pisa_fl.flower.bundle import BUNDLE
 from pisa_fl.flower.grid import NODES
 from pisa_fl.flower.state_file import StateFile
-from pisa_fl.from_config import prepare
+from pisa_fl.from_config import prepare, trackers
+from pisa_fl.identity import run_id
 from pisa_fl.results import claim, run_directory
-from pisa_fl.results.console import Display, show_summary
+from pisa_fl.results.console import Display
+from pisa_fl.results.observer import Observers, Run
 from pisa_fl.results.result import Interrupted, Result
 from pisa_fl.results.run_directory import FLOWER_LOG, OUTCOME, STOP, WAITING
 from pisa_fl.system.signals import stop_signals
@@ -126,6 +128,9 @@ class FlowerRun(Launcher):
         """As `Launcher.launch`."""
         if self.connection is not None:
             _check_connection(self.connection)
+        trackers(
+            config
+        )  # the server's process has its own; a mistake is to be told before anything is started
         origin = directory if resume else None
         federation = prepare(config, lambda clients: LocalGrid(clients.host([], 1, self.chunk)), origin)
         with ExitStack() as stack:
@@ -134,12 +139,13 @@ class FlowerRun(Launcher):
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pisa-fl-")))
             directory = directory.resolve()
             stack.enter_context(_handed_on(directory, resume))
-            self._run(self._addressed(config, directory, resume), directory)
-            metrics = run_directory.read_metrics(directory)
-            summary = json.loads((directory / "summary.json").read_text())
-            federation.model.module.load_state_dict(load_file(directory / "model.safetensors"))
-        if kept is not None:
-            show_summary(summary, str(kept))
+            watching, before = Observers([Display(config.progress)]), run_directory.read_metrics(directory)
+            with watching.of(Run(run_id(federation.identity), config, kept, before, federation)):
+                self._run(self._addressed(config, directory, resume), directory, watching)
+                metrics = run_directory.read_metrics(directory)
+                summary = json.loads((directory / "summary.json").read_text())
+                federation.model.module.load_state_dict(load_file(directory / "model.safetensors"))
+                watching.finished(summary)
         return Result(metrics, summary, federation.model.module, kept)
 
     def _addressed(self, config: DictConfig, directory: Path, resume: bool) -> DictConfig:
@@ -154,7 +160,7 @@ class FlowerRun(Launcher):
             addressed.engine.state = self.state or str(directory / "clients")
         return addressed
 
-    def _run(self, config: DictConfig, directory: Path) -> None:
+    def _run(self, config: DictConfig, directory: Path, watching: Observers) -> None:
         """Start the run and follow it to its end."""
         with ExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pisa-fl-")))
@@ -169,8 +175,6 @@ class FlowerRun(Launcher):
             stop = stack.enter_context(stop_signals())
             number = self._submit(config, connection, work, environment)
             news = News(directory)
-            last = max(news.last, 0)
-            display = stack.enter_context(Display(str(config.name), config.rounds, last, config.progress))
             follow = _start(
                 "flwr", "log", str(number), connection, "--stream", env=environment, output=output
             )
@@ -178,8 +182,8 @@ class FlowerRun(Launcher):
             waiting = ""
             while True:
                 ended = follow.poll() is not None
-                news.show(display)
-                waiting = _show_waiting(directory, waiting)
+                news.show(watching)
+                waiting = _show_waiting(directory, waiting, watching)
                 if ended:
                     break
                 if stop:
@@ -385,28 +389,28 @@ class News:
         self.last = max((int(line["round"]) for line in self._metrics.read()), default=-1)
         self._failures.read()
 
-    def show(self, display: Display) -> None:
+    def show(self, watching: Observers) -> None:
         """Show the rounds and failures that were written since the last time."""
         for line in self._new(self._failures):
             trace = f"\n{line['traceback']}" if "traceback" in line else ""
             who = "a client" if line["client"] is None else f"client {line['client']}"
             log.warning("round %s: %s failed: %s%s", line["round"], who, line["reason"], trace)
         for line in self._new(self._metrics):
-            display.show(line)
+            watching.round(line)
 
     def _new(self, lines: run_directory.NewLines) -> Iterator[dict[str, Any]]:
         """Lines but for those of before, which are read again if a run that goes on takes later ones out."""
         return (line for line in lines.read() if line["round"] > self.last)
 
 
-def _show_waiting(directory: Path, shown: str) -> str:
+def _show_waiting(directory: Path, shown: str, watching: Observers) -> str:
     """Show for whom the run waits, if that is news; what was shown last."""
     try:
         line = (directory / WAITING).read_text()
     except FileNotFoundError:
         return ""
     if line != shown:
-        log.warning("%s", line)
+        watching.waiting(line)
     return line
 
 

@@ -31,6 +31,8 @@ FILES = (
     "summary.json",
     "curves.png",
     "events.out.tfevents.*",
+    "metrics.csv",
+    "tracker-*.json",
     "checkpoint",
     "flower.log",
 )

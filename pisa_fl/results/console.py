@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -17,27 +19,28 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from pisa_fl.metric import Measures
+from pisa_fl.results.observer import Observer, Run
+from pisa_fl.results.run_directory import Metrics
 from pisa_fl.system.text import visible
+
+log = logging.getLogger(__name__)
 
 console = Console(highlight=False, markup=False, emoji=False)
 """Prints text as it is: a user's name or path may look like markup."""
 
 
-class Display:
-    """One bar with round, accuracy, loss and time left; without a terminal, one line a round.
+class Display(Observer):
+    """One bar with round, metrics and time left; without a terminal, one line a round. At its end, a table.
 
     Args:
-        name: Of the run.
-        rounds: How many rounds it has.
-        done: Rounds done before it began.
         live: Draw the bar if there is a terminal.
     """
 
-    def __init__(self, name: str, rounds: int, done: int, live: bool) -> None:
+    def __init__(self, live: bool) -> None:
         # a terminal has room for one bar: runs in other threads print lines
         alone = threading.current_thread() is threading.main_thread()
         self._live = live and console.is_terminal and alone
-        self._rounds = rounds
         self._progress = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
@@ -49,31 +52,48 @@ class Display:
             console=console,
             disable=not self._live,
         )
-        self._task = self._progress.add_task(_shown(name), total=rounds, completed=done, status="")
+        self._rounds, self._directory = 0, ""
+        self._measures = Measures.read(None)
 
-    def __enter__(self) -> Display:
+    def started(self, run: Run) -> None:
         """Start drawing."""
+        self._rounds, self._directory = run.rounds, str(run.directory or "")
+        self._measures = run.measures
+        done = run.metrics[-1]["round"] if run.metrics else 0
+        self._progress.add_task(_shown(run.name), total=run.rounds, completed=done, status="")
         self._progress.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def waiting(self, line: str | None) -> None:
+        """Say who is missing."""
+        if line is not None:
+            log.warning("%s", line)
+
+    def round(self, line: Metrics) -> None:
+        """Show a round's metrics."""
+        status = "  ".join(
+            f"{metric.name} {metric.shown(line[metric.key])}"
+            for metric in self._measures.all
+            if metric.key in line
+        )
+        status += f"  {clients_in(line)}" if status else clients_in(line)
+        for task in self._progress.task_ids:
+            self._progress.update(task, completed=line["round"], status=status)
+        if not self._live:
+            failed = f"  failed {line['clients_failed']}" if line["clients_failed"] else ""
+            console.print(f"round {line['round']:>{len(str(self._rounds))}}/{self._rounds}  {status}{failed}")
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        """Show the table, if there is a directory that it is of."""
+        self._progress.stop()
+        if self._directory:
+            show_summary(summary, self._directory, self._measures)
+
+    def stopped(self, reason: BaseException) -> None:
         """Stop drawing."""
         self._progress.stop()
 
-    def show(self, metrics: dict[str, Any]) -> None:
-        """Show a round's metrics."""
-        loss = "not finite" if metrics["test_loss"] is None else f"{metrics['test_loss']:.4f}"
-        status = f"accuracy {100 * metrics['test_accuracy']:.2f} %  loss {loss}"
-        status += f"  {clients_in(metrics)}"
-        self._progress.update(self._task, completed=metrics["round"], status=status)
-        if not self._live:
-            failed = f"  failed {metrics['clients_failed']}" if metrics["clients_failed"] else ""
-            console.print(
-                f"round {metrics['round']:>{len(str(self._rounds))}}/{self._rounds}  {status}{failed}"
-            )
 
-
-def clients_in(metrics: dict[str, Any]) -> str:
+def clients_in(metrics: Metrics) -> str:
     """How many clients a round had: `2/3 clients`, or of a share that was drawn `5/5 clients of 40/50`."""
     ok, reachable, expected = (metrics[f"clients_{key}"] for key in ("ok", "reachable", "expected"))
     asked = ok + metrics["clients_failed"]
@@ -82,16 +102,22 @@ def clients_in(metrics: dict[str, Any]) -> str:
     return f"{ok}/{asked} clients of {'' if reachable == expected else f'{reachable}/'}{expected}"
 
 
-def show_summary(summary: dict[str, Any], directory: str) -> None:
+def show_summary(summary: Mapping[str, Any], directory: str, measures: Measures) -> None:
     """Print the final table."""
+    quality = measures.quality
     table = Table(show_header=False, title="Result", title_justify="left")
-    table.add_row("final test accuracy", f"{100 * summary['final_accuracy']:.2f} %")
-    table.add_row(
-        "best test accuracy", f"{100 * summary['best_accuracy']:.2f} % (round {summary['best_round']})"
-    )
+    final, best = (quality.shown(summary[f"{which}_{quality.name}"]) for which in ("final", "best"))
+    table.add_row(f"final test {quality.name}", final)
+    table.add_row(f"best test {quality.name}", f"{best} (round {summary['best_round']})")
+    for metric in measures.metrics[1:]:
+        table.add_row(f"final test {metric.name}", metric.shown(summary[f"final_{metric.name}"]))
+    for name, spread in (summary.get("clients") or {}).items():
+        if name == quality.name:
+            words = (f"{key.replace('_', ' ')} {quality.shown(value)}" for key, value in spread.items())
+            table.add_row(f"{name} on clients' own", ", ".join(words))
     for target, cost in summary["targets"].items():
         reached = "not reached" if cost is None else f"round {cost['round']}, {cost['passes']:.0f} passes"
-        table.add_row(f"{100 * float(target):g} % reached", reached)
+        table.add_row(f"{quality.factor * float(target):g} {quality.unit or quality.name} reached", reached)
     counts = f"{summary['clients_ok']} answered, {summary['clients_reachable']} of {summary['clients_expected']} there"
     table.add_row("clients, at the fewest", f"{counts}; failures: {summary['clients_failed']}")
     for who in summary["turned_away"]:

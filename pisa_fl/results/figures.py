@@ -1,4 +1,4 @@
-"""Pictures of runs: accuracy and loss against what they cost, and comparisons of several runs.
+"""Pictures of runs: their metrics against what they cost, and comparisons of several runs.
 
 Names and values come from users, and may hold what a picture would take for a formula: `plain` is for all of them.
 """
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partitioners.picture import plain
+from pisa_fl.metric import TRAIN_LOSS, Measures, Metric
 from pisa_fl.results.settings import order, written
 from pisa_fl.system.files import write
 
@@ -26,24 +27,27 @@ Metrics = Mapping[str, Any]
 Column = NDArray[np.float64]
 
 COSTS = {"round": "rounds", "passes": "passes over the data", "megabytes": "megabytes, both ways"}
-"""What accuracy is drawn against: a communication, a computation and a payload."""
+"""What quality is drawn against: a communication, a computation and a payload."""
 
 STYLES = ("-", "--", ":", "-.")
 """Of lines: the next one when the ten colours are used up."""
 
 
-def draw_curves(metrics: Sequence[Metrics], title: str, path: Path) -> None:
-    """One run: test accuracy against rounds, losses, and for ADMM methods the residuals."""
+def draw_curves(metrics: Sequence[Metrics], title: str, path: Path, measures: Measures) -> None:
+    """One run: its quality against rounds, losses, and for ADMM methods the residuals."""
+    quality, loss = measures.quality, measures.loss
     has_residuals = any("primal_residual" in m for m in metrics)
     figure, axes = _figure(2 + has_residuals, title)
     rounds = _column(metrics, "round")
-    axes[0].plot(rounds, 100 * _column(metrics, "test_accuracy"), color="C0")
-    _label(axes[0], "rounds", "test accuracy, %")
-    axes[1].plot(rounds, _column(metrics, "test_loss"), color="C0", label="test")
-    axes[1].plot(rounds, _column(metrics, "train_loss"), color="C1", label="training")
+    evaluated = tested(metrics, quality)
+    x = _column(evaluated, "round")
+    axes[0].plot(x, quality.factor * _column(evaluated, quality.key), color="C0")
+    _label(axes[0], "rounds", f"test {quality.label}")
+    axes[1].plot(x, _column(evaluated, loss.key), color="C0", label="test")
+    axes[1].plot(rounds, _column(metrics, TRAIN_LOSS), color="C1", label="training")
     axes[1].set_yscale("log")
     axes[1].legend(frameon=False)
-    _label(axes[1], "rounds", "loss, nats")
+    _label(axes[1], "rounds", loss.label)
     if has_residuals:
         later = [m for m in metrics if m.get("dual_residual")]  # not before the duals have moved
         for key, color in (("primal_residual", "C2"), ("dual_residual", "C3")):
@@ -54,14 +58,17 @@ def draw_curves(metrics: Sequence[Metrics], title: str, path: Path) -> None:
     _save(figure, path)
 
 
-def draw_comparison(runs: Mapping[str, Sequence[Sequence[Metrics]]], title: str, path: Path) -> None:
-    """Several methods on one federation: accuracy against rounds, passes and bytes.
+def draw_comparison(
+    runs: Mapping[str, Sequence[Sequence[Metrics]]], title: str, path: Path, quality: Metric
+) -> None:
+    """Several methods on one federation: quality against rounds, passes and bytes.
 
     Args:
         runs: Name of each method -> the metrics of its runs (seeds); a line is their median, a band their range, as
             far as all of them go.
         title: Of the picture.
         path: Where to write it.
+        quality: What they are compared by.
     """
     figure, axes = _figure(len(COSTS), title)
     counts = [len(seeds) for seeds in runs.values()]
@@ -70,13 +77,13 @@ def draw_comparison(runs: Mapping[str, Sequence[Sequence[Metrics]]], title: str,
         names = [f"{name}, n={count}" for name, count in zip(names, counts, strict=True)]
     for ax, (cost, label) in zip(axes, COSTS.items(), strict=True):
         for index, (name, seeds) in enumerate(zip(names, runs.values(), strict=True)):
-            x, table = _together(seeds, cost)
+            x, table = _together(seeds, cost, quality)
             ax.plot(x, np.median(table, axis=0), **_line(index), label=name)
             if len(seeds) > 1:
                 ax.fill_between(
                     x, table.min(axis=0), table.max(axis=0), color=f"C{index}", alpha=0.15, linewidth=0
                 )
-        _label(ax, label, "test accuracy, %")
+        _label(ax, label, f"test {quality.label}")
         if cost != "round":
             ax.set_xscale("symlog", linthresh=1)
     figure.legend(
@@ -90,14 +97,16 @@ def draw_sweep(
     without: Mapping[str, Sequence[float]],
     parameter: str,
     path: Path,
+    quality: Metric,
 ) -> None:
-    """Final accuracy of several methods against a swept parameter: numbers to scale, else all values side by side.
+    """Final quality of several methods against a swept parameter: numbers to scale, else all values side by side.
 
     Args:
-        swept: Name of each method -> (value of the parameter, final accuracies 0..1 of its seeds).
-        without: Name of each method that has no such parameter -> its final accuracies: a level line.
+        swept: Name of each method -> (value of the parameter, final values of its seeds).
+        without: Name of each method that has no such parameter -> its final values: a level line.
         parameter: Name of the parameter.
         path: Where to write the picture.
+        quality: What they are compared by.
     """
     figure, (ax,) = _figure(1, "")
     values = sorted({written(v): v for points in swept.values() for v, _ in points}.values(), key=order)
@@ -108,7 +117,7 @@ def draw_sweep(
     names = _distinct([*swept, *without])
     for index, points in enumerate(swept.values()):
         points = sorted(points, key=lambda point: places[written(point[0])])
-        table = [100 * np.array(accuracies) for _, accuracies in points]
+        table = [quality.factor * np.array(finals) for _, finals in points]
         middle = np.array([np.median(column) for column in table])
         low = middle - [column.min() for column in table]
         high = [column.max() for column in table] - middle
@@ -121,20 +130,26 @@ def draw_sweep(
             label=names[index],
             **_line(index),
         )
-    for index, accuracies in enumerate(without.values(), start=len(swept)):
-        ax.axhline(100 * float(np.median(accuracies)), **_line(index), label=names[index])
+    for index, finals in enumerate(without.values(), start=len(swept)):
+        ax.axhline(quality.factor * float(np.median(finals)), **_line(index), label=names[index])
     if to_scale and values[0] > 0 and values[-1] >= 10 * values[0]:
         ax.set_xscale("log")
     ax.set_xticks(list(places.values()), [plain(text, 24) for text in places])
     ax.set_xticks([], minor=True)
-    _label(ax, parameter, "final test accuracy, %")
+    _label(ax, parameter, f"final test {quality.label}")
     ax.legend(frameon=False)
     _save(figure, path)
 
 
-def accuracies(metrics: Sequence[Metrics]) -> Column:
-    """Test accuracy of every round, 0..1; a model whose accuracy is no number got nothing right."""
-    return np.nan_to_num(_column(metrics, "test_accuracy"), nan=0.0)
+def tested(metrics: Sequence[Metrics], quality: Metric) -> list[Metrics]:
+    """The rounds that were evaluated."""
+    return [line for line in metrics if quality.key in line]
+
+
+def qualities(metrics: Sequence[Metrics], quality: Metric) -> Column:
+    """What runs are compared by, of every round that was evaluated; what is no number counts as nothing learnt."""
+    nothing = 0.0 if quality.better == "higher" else math.inf
+    return np.nan_to_num(_column(tested(metrics, quality), quality.key), nan=nothing, posinf=math.inf)
 
 
 def megabytes(metrics: Sequence[Metrics]) -> Column:
@@ -142,12 +157,16 @@ def megabytes(metrics: Sequence[Metrics]) -> Column:
     return (_column(metrics, "bytes_up") + _column(metrics, "bytes_down")) / 1e6
 
 
-def _together(seeds: Sequence[Sequence[Metrics]], cost: str) -> tuple[Column, Column]:
-    """Accuracy in per cent of every seed (rows) at common points of a cost, and these, as far as all seeds go."""
+def _together(seeds: Sequence[Sequence[Metrics]], cost: str, quality: Metric) -> tuple[Column, Column]:
+    """Quality of every seed (rows), as people see it, at common points of a cost, and these, as far as all seeds go."""
+    seeds = [tested(metrics, quality) for metrics in seeds]
     x = [megabytes(metrics) if cost == "megabytes" else _column(metrics, cost) for metrics in seeds]
     points = np.unique(np.concatenate(x))
     points = points[points <= min(own[-1] for own in x)]
-    table = [np.interp(points, own, 100 * accuracies(metrics)) for own, metrics in zip(x, seeds, strict=True)]
+    table = [
+        np.interp(points, own, quality.factor * qualities(metrics, quality))
+        for own, metrics in zip(x, seeds, strict=True)
+    ]
     return points, np.array(table)
 
 

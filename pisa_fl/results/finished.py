@@ -12,13 +12,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pisa_fl.metric import TRAIN_LOSS, Measures
 from pisa_fl.results.run_directory import Metrics, read_metrics
 
 COUNTS = ("round", "passes", "bytes_up", "bytes_down")
-"""What every line of metrics.jsonl has as a number; accuracies and losses may be null."""
-
-COMPARED = ("round", "test_accuracy", "test_loss", "train_loss")
-"""What the same run gives again, bit by bit."""
+"""What every line of metrics.jsonl has as a number; metrics and losses may be null."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +27,15 @@ class Run:
         directory: The run directory.
         config: Its configuration.
         metrics: The lines of metrics.jsonl.
-        targets: Test accuracies, 0..1, whose cost it was asked for.
+        targets: Values of its quality whose cost it was asked for.
+        measures: What was measured.
     """
 
     directory: Path
     config: Mapping[str, Any]
     metrics: Sequence[Metrics]
     targets: Sequence[float]
+    measures: Measures
 
     @property
     def seed(self) -> int:
@@ -44,13 +44,17 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether it ended with a loss or an accuracy that is no number."""
+        """Whether it ended with a metric that is no number."""
         last = self.metrics[-1]
-        return not (_is_number(last["test_accuracy"]) and _is_number(last.get("test_loss", 0)))
+        others = (metric.key for metric in self.measures.all)
+        return not (
+            _is_number(last[self.measures.quality.key]) and all(_is_number(last.get(k, 0)) for k in others)
+        )
 
     def repeats(self, other: Run) -> bool:
         """Whether its numbers are those of another run."""
-        mine, others = ([[line.get(key) for key in COMPARED] for line in r.metrics] for r in (self, other))
+        keys = ("round", *(metric.key for metric in self.measures.all), TRAIN_LOSS)
+        mine, others = ([[line.get(key) for key in keys] for line in r.metrics] for r in (self, other))
         return mine == others
 
 
@@ -96,20 +100,22 @@ def read(directory: Path) -> Run:
         config = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
         if not isinstance(config, dict) or not isinstance(config["seed"], int):
             raise ValueError
+        measures = Measures.read(config.get("metrics"))
+        quality = measures.quality
     with _damaged("metrics.jsonl"):
         metrics = read_metrics(directory)
         rounds = [line["round"] for line in metrics]
         numbers = [line[key] for line in metrics for key in COUNTS]
-        numbers += [line["test_accuracy"] for line in metrics if line["test_accuracy"] is not None]
+        numbers += [line[quality.key] for line in metrics if line.get(quality.key) is not None]
         if not rounds or rounds != sorted(set(rounds)) or not all(_is_number(number) for number in numbers):
             raise ValueError
     with _damaged("summary.json"):
         summary = json.loads((directory / "summary.json").read_text())
         targets = [float(target) for target in summary["targets"]]
-        ended = summary["rounds"], summary["final_accuracy"]
-    if ended != (rounds[-1], metrics[-1]["test_accuracy"]):
+        ended = summary["rounds"], summary[f"final_{quality.name}"]
+    if ended != (rounds[-1], metrics[-1][quality.key]):
         raise ValueError("its summary.json is not of the run in metrics.jsonl")
-    return Run(directory, {str(key): value for key, value in config.items()}, metrics, targets)
+    return Run(directory, {str(key): value for key, value in config.items()}, metrics, targets, measures)
 
 
 @contextmanager

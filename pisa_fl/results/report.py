@@ -2,8 +2,8 @@
 
 Runs whose configurations differ only in the seed become one row (median and range); what else differs between them
 becomes a column. Written into the first folder, or `--output`: `report.md`, with notes on what is missing or unequal
-below the table, `report.csv`, one plain number a column, `comparison.png` (accuracy against rounds, passes and bytes)
-and, where something was swept, `sweep.png` (final accuracy against it).
+below the table, `report.csv`, one plain number a column, `comparison.png` (quality against rounds, passes and bytes)
+and, where something was swept, `sweep.png` (final quality against it).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pisa_fl.config.explain import explain
+from pisa_fl.metric import Metric
 from pisa_fl.results.finished import Run, find_runs
 from pisa_fl.results.settings import METHOD, Column, describe, identify, order, written
 from pisa_fl.system.files import write
@@ -25,14 +26,12 @@ from pisa_fl.system.text import tolerate_any_text, visible
 if TYPE_CHECKING:
     import pandas as pd  # slow to import, as are the pictures: `--help` needs neither
 
-MEASURES = {
-    "final accuracy, %": "{:.2f}",
-    "best accuracy, %": "{:.2f}",
-    "rounds": "{:g}",
-    "passes": "{:.0f}",
-    "MB": "{:.1f}",
-}
-"""Columns of every report, and how their numbers are shown."""
+
+def _columns(quality: Metric) -> dict[str, str]:
+    """Columns of every report, and how their numbers are shown."""
+    form = f"{{:.{quality.digits}f}}"
+    costs = {"rounds": "{:g}", "passes": "{:.0f}", "MB": "{:.1f}"}
+    return {f"final {quality.label}": form, f"best {quality.label}": form} | costs
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,10 @@ class Row:
 
     @property
     def final(self) -> list[float]:
-        """Final test accuracy of each run, 0..1."""
-        from pisa_fl.results.figures import accuracies
+        """Final quality of each run."""
+        from pisa_fl.results.figures import qualities
 
-        return [float(accuracies(run.metrics)[-1]) for run in self.runs]
+        return [float(qualities(run.metrics, run.measures.quality)[-1]) for run in self.runs]
 
 
 def report(folders: Sequence[Path], output: Path, title: str) -> str:
@@ -77,26 +76,40 @@ def report(folders: Sequence[Path], output: Path, title: str) -> str:
     from pisa_fl.results.figures import draw_comparison
 
     runs, notes = find_runs(folders)
-    columns, rows = tabulate(runs, notes)
+    quality = _compared_by(runs, notes)
+    columns, rows = tabulate(runs, notes, quality)
     notes += _unequal(columns, rows)
-    numbers = _numbers(rows)
+    numbers = _numbers(rows, quality)
     output.mkdir(parents=True, exist_ok=True)
     curves = {row.label: [run.metrics for run in row.runs] for row in rows}
-    _draw(output / "comparison.png", lambda path: draw_comparison(curves, title, path), notes)
-    _draw(output / "sweep.png", _sweep(columns, rows), notes)
+    _draw(output / "comparison.png", lambda path: draw_comparison(curves, title, path, quality), notes)
+    _draw(output / "sweep.png", _sweep(columns, rows, quality), notes)
     settings = _settings([c for c in columns if c.name != "rounds"], rows)  # which has a column anyhow
-    text = _markdown(_table(settings, numbers), notes)
+    text = _markdown(_table(settings, numbers, quality), notes)
     write(output / "report.md", text)
     write(output / "report.csv", settings.join(numbers.round(6)).to_csv(index=False))
     return text
 
 
-def tabulate(runs: Sequence[Run], notes: list[str]) -> tuple[list[Column], list[Row]]:
+def _compared_by(runs: list[Run], notes: list[str]) -> Metric:
+    """What the first run is judged by; runs that are judged by something else are left out, with a note."""
+    quality = runs[0].measures.quality
+    for run in [run for run in runs if run.measures.quality != quality]:
+        notes.append(
+            f"{run.directory} is left out: it is judged by {run.measures.quality.name} and {runs[0].directory} by"
+            f" {quality.name}"
+        )
+        runs.remove(run)
+    return quality
+
+
+def tabulate(runs: Sequence[Run], notes: list[str], quality: Metric) -> tuple[list[Column], list[Row]]:
     """Group runs by everything but the seed.
 
     Args:
         runs: Finished runs.
         notes: Where is told which runs repeat others.
+        quality: What they are compared by.
 
     Returns:
         What tells the rows apart, and the rows in the order of their first runs.
@@ -114,7 +127,7 @@ def tabulate(runs: Sequence[Run], notes: list[str]) -> tuple[list[Column], list[
     groups = [list(by_seed.values()) for by_seed in settings.values()]
     # older runs do not tell what was chosen; one of the same setting may
     spokesmen = [max(group, key=lambda run: "choices" in run.config).config for group in groups]
-    columns, values = describe(spokesmen, reserved=["seeds", *MEASURES])
+    columns, values = describe(spokesmen, reserved=["seeds", *_columns(quality)])
     return columns, [
         Row(own, _label(columns, own, values), group) for own, group in zip(values, groups, strict=True)
     ]
@@ -177,49 +190,56 @@ def _cell(values: Mapping[str, Any], name: str) -> str:
     return visible(written(values[name])) if name in values else ""
 
 
-def _numbers(rows: Sequence[Row]) -> pd.DataFrame:
+def _numbers(rows: Sequence[Row], quality: Metric) -> pd.DataFrame:
     """Median, least and greatest of every measure for each row, and after how many rounds targets were reached.
 
     Targets that less than half of the runs reached have no median: infinitely many rounds.
     """
     import pandas as pd
 
-    from pisa_fl.results.figures import accuracies, megabytes
+    from pisa_fl.results.figures import megabytes, qualities, tested
 
     targets = sorted({target for row in rows for run in row.runs for target in run.targets})
     lines = []
     for number, row in enumerate(rows):
         for run in row.runs:
-            accuracy, last = accuracies(run.metrics), run.metrics[-1]
-            measured = (100 * accuracy[-1], 100 * accuracy.max(), last["round"], last["passes"])
-            line = dict(zip(MEASURES, (*measured, megabytes(run.metrics)[-1]), strict=True))
+            values, last = qualities(run.metrics, quality), run.metrics[-1]
+            best = values.max() if quality.better == "higher" else values.min()
+            measured = (quality.factor * values[-1], quality.factor * best, last["round"], last["passes"])
+            line = dict(zip(_columns(quality), (*measured, megabytes(run.metrics)[-1]), strict=True))
             for target in targets:
-                line[_rounds_to(target)] = next(
-                    (m["round"] for m, a in zip(run.metrics, accuracy, strict=True) if a >= target), math.inf
+                line[_rounds_to(target, quality)] = next(
+                    (
+                        m["round"]
+                        for m, q in zip(tested(run.metrics, quality), values, strict=True)
+                        if quality.reaches(q, target)
+                    ),
+                    math.inf,
                 )
             lines.append({"row": number} | line)
     groups = pd.DataFrame(lines).groupby("row", sort=False)
     numbers = groups.agg(["median", "min", "max"])
     numbers.columns = [name if kind == "median" else f"{name}, {kind}" for name, kind in numbers.columns]
     for target in targets:
-        name = _rounds_to(target)
+        name = _rounds_to(target, quality)
         numbers[f"{name}, reached"] = groups[name].agg(lambda rounds: int((rounds < math.inf).sum()))
     return numbers
 
 
-def _rounds_to(target: float) -> str:
-    return f"rounds to {100 * target:g} %"
+def _rounds_to(target: float, quality: Metric) -> str:
+    return f"rounds to {quality.factor * target:g} {quality.unit or quality.name}"
 
 
-def _table(settings: pd.DataFrame, numbers: pd.DataFrame) -> list[list[str]]:
+def _table(settings: pd.DataFrame, numbers: pd.DataFrame, quality: Metric) -> list[list[str]]:
     """The table's cells as text, the header first: a median, and the range if there is one."""
-    formats = MEASURES | {c: "{:g}" for c in numbers if c.startswith("rounds to ") and "," not in c}
+    measures = _columns(quality)
+    formats = measures | {c: "{:g}" for c in numbers if c.startswith("rounds to ") and "," not in c}
     lines = [[*settings.columns, *formats]]
     for (_, setting), (_, number) in zip(settings.iterrows(), numbers.iterrows(), strict=True):
         cells = [str(value) for value in setting]
         for name, form in formats.items():
             middle, low, high = (form.format(number[key]) for key in (name, f"{name}, min", f"{name}, max"))
-            if name in MEASURES:
+            if name in measures:
                 cells.append(middle if low == high else f"{middle} ({low}-{high})")
             else:
                 reached, count = int(number[f"{name}, reached"]), setting["seeds"]
@@ -237,8 +257,8 @@ def _markdown(lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
     return text + "".join(f"\n* {visible(note)}" for note in notes) + ("\n" if notes else "")
 
 
-def _sweep(columns: Sequence[Column], rows: Sequence[Row]) -> Callable[[Path], None] | None:
-    """What draws final accuracy against the parameter that was swept; of several, the one with the most values."""
+def _sweep(columns: Sequence[Column], rows: Sequence[Row], quality: Metric) -> Callable[[Path], None] | None:
+    """What draws final quality against the parameter that was swept; of several, the one with the most values."""
     from pisa_fl.results.figures import draw_sweep
 
     swept: dict[str, None] = {}
@@ -259,7 +279,7 @@ def _sweep(columns: Sequence[Column], rows: Sequence[Row]) -> Callable[[Path], N
             lines.setdefault(label, []).append((row.values[parameter], row.final))
         else:
             level[label] = row.final
-    return lambda path: draw_sweep(lines, level, parameter, path)
+    return lambda path: draw_sweep(lines, level, parameter, path, quality)
 
 
 def _draw(path: Path, draw: Callable[[Path], None] | None, notes: list[str]) -> None:

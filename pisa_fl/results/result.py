@@ -27,6 +27,12 @@ class Result:
     model: nn.Module
     directory: Path | None
 
+    @property
+    def worth(self) -> float | None:
+        """Final value of the metric by which runs are compared; None if it is not finite."""
+        worth: float | None = self.summary[f"final_{self.summary['compared_by']}"]
+        return worth
+
 
 class Interrupted(Exception):
     """The run was asked to stop, by Ctrl-C or SIGTERM, and has left a checkpoint."""

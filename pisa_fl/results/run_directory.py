@@ -6,11 +6,14 @@ partition.png         clients x classes, drawn after the first round
 initial.safetensors   weights of round 0, by PyTorch's names; readable by init=
 model.safetensors     final weights
 metrics.jsonl         one line a round, round 0 being the untrained model
+clients.jsonl         every client's metrics on its own examples, one line an evaluation (evaluate_clients_every)
 failures.jsonl        one line a reply that was refused: round, client, reason; only if there was one
-summary.json          final and best accuracy, what each target cost, time, memory, versions
-curves.png            accuracy and loss against rounds, passes and bytes
-events.out.tfevents.* the same for TensorBoard
-checkpoint/           to resume from
+summary.json          final and best metrics, what each target cost, time, memory, versions
+curves.png            quality and losses against rounds, drawn anew from time to time
+checkpoint/           to resume from; each holds the model so far, under the names of model.safetensors
+events.out.tfevents.* metrics.jsonl for TensorBoard     (tracker=tensorboard)
+metrics.csv           metrics.jsonl as a table          (tracker=csv)
+tracker-*.json        where a tracker elsewhere keeps the run, to go on there
 """
 
 from __future__ import annotations
@@ -19,17 +22,17 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from pisa_fl.config import ConfigurationError, literal, located, own_folders
+from pisa_fl.metric import Measures, Metric
 from pisa_fl.system.files import append, write
 from pisa_fl.system.resources import peak_memory
 
@@ -51,7 +54,7 @@ STOP = "stop"
 FLOWER_LOG = "flower.log"
 """Name of a file in the run directory with what Flower said; a launcher leaves it before its run begins elsewhere."""
 
-ALWAYS = ("test_accuracy", "passes", "bytes_up", "bytes_down", "seconds")
+ALWAYS = ("passes", "bytes_up", "bytes_down", "seconds")
 """What every line of metrics.jsonl has, as a number."""
 
 PACKAGES = ("pisa-fl", "flwr", "flwr-datasets", "hydra-core", "torch", "torchvision", "numpy")
@@ -64,11 +67,12 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     write(path, save(dict(state)))
 
 
-def write_config(path: Path, config: DictConfig, run_id: str) -> None:
-    """Write the resolved configuration, with what only a run directory says: whose it is, and where modules lie."""
+def write_config(path: Path, config: DictConfig, run_id: str, measures: Measures) -> None:
+    """Write the resolved configuration, with what only a run directory says: its id, modules, measures."""
     stored = located(config)
     OmegaConf.set_struct(stored, False)
     stored.run_id, stored.imports = run_id, [literal(folder) for folder in own_folders(config)]
+    stored.metrics = measures.described()
     write(path, OmegaConf.to_yaml(stored))
 
 
@@ -110,13 +114,13 @@ def read_metrics(directory: Path) -> list[Metrics]:
 
 
 def rewind(directory: Path, last: int, run_id: str) -> list[Metrics]:
-    """Take the lines of the rounds after `last` out of metrics.jsonl and failures.jsonl; the metrics that are left.
+    """Take the lines of the rounds after `last` out of metrics.jsonl and its like; the metrics that are left.
 
     Raises:
         ConfigurationError: Lines of rounds up to it are damaged or missing, or of another run; nothing is changed.
     """
-    metrics, failures = directory / "metrics.jsonl", directory / "failures.jsonl"
-    kept = {path: read_lines(path, last) for path in (metrics, failures) if path.exists()}
+    metrics, *beside = (directory / f"{name}.jsonl" for name in ("metrics", "failures", "clients"))
+    kept = {path: read_lines(path, last) for path in (metrics, *beside) if path.exists()}
     lines = kept.get(metrics, [])
     if others := {str(line["run_id"]) for line in lines if "run_id" in line} - {run_id}:
         raise ConfigurationError(
@@ -133,14 +137,15 @@ def rewind(directory: Path, last: int, run_id: str) -> list[Metrics]:
     return kept.get(metrics, [])
 
 
-def check_numbers(directory: Path, metrics: Sequence[Metrics]) -> None:
+def check_numbers(directory: Path, metrics: Sequence[Metrics], quality: Metric) -> None:
     """Check that lines of metrics.jsonl hold what a summary is made of.
 
     Raises:
         ConfigurationError: One does not.
     """
     for number, line in enumerate(metrics, start=1):
-        if any(type(line.get(key)) not in (int, float) for key in ALWAYS):
+        numbers = [*(line.get(key) for key in ALWAYS), line.get(quality.key, 0.0)]
+        if any(type(value) not in (int, float) for value in numbers):
             raise _damaged(directory / "metrics.jsonl", number)
 
 
@@ -175,27 +180,55 @@ class NewLines:
         return [json.loads(line) for line in whole.splitlines()]
 
 
-def summarise(metrics: Sequence[Metrics], targets: Iterable[float], seed: int) -> dict[str, Any]:
+def summarise(
+    metrics: Sequence[Metrics], targets: Iterable[float], seed: int, measures: Measures
+) -> dict[str, Any]:
     """What summary.json holds, but for the clients."""
+    quality = measures.quality
     last = metrics[-1]
-    best = max(metrics, key=lambda m: m["test_accuracy"])
+    best = quality.best(metrics)
     return {
         "run_id": last.get("run_id"),
         "rounds": last["round"],
-        "final_accuracy": last["test_accuracy"],
-        "final_loss": last["test_loss"],
-        "best_accuracy": best["test_accuracy"],
+        **{f"final_{metric.name}": last[metric.key] for metric in measures.all},
+        "compared_by": quality.name,
+        f"best_{quality.name}": best[quality.key],
         "best_round": best["round"],
         "passes": last["passes"],
         "bytes_up": last["bytes_up"],
         "bytes_down": last["bytes_down"],
-        "targets": {str(target): _reached(metrics, target) for target in targets},
+        "targets": {str(target): _reached(metrics, target, quality) for target in targets},
         "seconds": last["seconds"],
         "peak_memory_bytes": peak_memory(),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "git_commit": git_commit(),
         "seed": seed,
     }
+
+
+def summarise_own(
+    found: Mapping[int, Mapping[str, float]], measures: Measures
+) -> dict[str, dict[str, float]]:
+    """What summary.json says of a model on the clients' own examples, as every client counts the same.
+
+    Args:
+        found: Client number -> metrics.
+        measures: What they are.
+
+    Returns:
+        Name of each metric -> `mean`, `worst_10_percent`, the mean over the tenth of the clients that are worst
+        off, and `spread`, the standard deviation over clients.
+    """
+    summary = {}
+    for metric in measures.all:
+        values = sorted((own[metric.name] for own in found.values()), reverse=metric.better == "lower")
+        worst = values[: max(1, len(values) // 10)]
+        summary[metric.name] = {
+            "mean": statistics.fmean(values),
+            "worst_10_percent": statistics.fmean(worst),
+            "spread": statistics.pstdev(values),
+        }
+    return summary
 
 
 def summarise_clients(metrics: Sequence[Metrics], turned_away: Sequence[str]) -> dict[str, Any]:
@@ -221,34 +254,15 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     write(path, json.dumps(_finite(summary), indent=2) + "\n")
 
 
-def write_events(directory: Path, metrics: Sequence[Metrics]) -> None:
-    """Write every metric as a TensorBoard curve over the rounds, in place of what was there."""
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.record_writer import RecordWriter
-    from torch.utils.tensorboard.summary import scalar
-
-    content, now = BytesIO(), time.time()
-    writer = RecordWriter(content)
-    writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
-    for line in metrics:
-        for key, value in line.items():
-            if key != "round" and isinstance(value, int | float):
-                event = Event(wall_time=now, step=int(line["round"]), summary=scalar(key, value))
-                writer.write(event.SerializeToString())
-    for old in directory.glob("events.out.tfevents.*"):
-        old.unlink()
-    write(directory / f"events.out.tfevents.{int(now)}.{platform.node()}", content.getvalue())
-
-
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """With null for numbers that JSON cannot hold."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def _reached(metrics: Sequence[Metrics], target: float) -> dict[str, float] | None:
+def _reached(metrics: Sequence[Metrics], target: float, quality: Metric) -> dict[str, float] | None:
     """Rounds, passes and bytes up to the first round at the target, or None if it was never reached."""
     for line in metrics:
-        if line["test_accuracy"] >= target:
+        if quality.key in line and quality.reaches(line[quality.key], target):
             return {
                 "round": line["round"],
                 "passes": line["passes"],

@@ -15,7 +15,7 @@ from typing import Any
 IGNORED = {
     "seed",  # in which the runs of one setting differ
     *("name", "run_id", "choices", "imports"),  # how a run is called, and where its classes were found
-    *("resume", "checkpoint", "progress", "targets"),  # how it is watched and goes on
+    *("resume", "checkpoint", "progress", "targets", "tracker", "redraw"),  # how it is watched and goes on
     *("data.cache", "state", "strategy.server.state"),  # where arrays are kept
     "strategy.rounds",  # suggests `rounds`, which counts
     # the same bits on every engine, however many processes and threads it has
@@ -34,6 +34,9 @@ IGNORED = {
 
 UNLESS_SAID = {"engine.precision": "float32", "engine.compiled": False}
 """What engines do that have no such key."""
+
+APART = ("engine", "tracker")
+"""Groups of which it does not matter what was chosen."""
 
 METHOD = "strategy"
 """Key of the group by whose choice a method is called."""
@@ -139,7 +142,7 @@ def _choices(config: Mapping[str, Any]) -> dict[str, Any]:
     listed = config.get("choices")
     for group, choice in listed.items() if isinstance(listed, Mapping) else ():
         place = str(group).rpartition("@")[2].replace("/", ".")
-        if choice is not None and place != "engine" and isinstance(_at(config, place), Mapping):
+        if choice is not None and place not in APART and isinstance(_at(config, place), Mapping):
             chosen[place] = choice
     if METHOD not in chosen:
         targets = (_at(config, f"{METHOD}{half}._target_") for half in ("", ".server"))

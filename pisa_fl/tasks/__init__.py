@@ -3,7 +3,8 @@
 A task of your own is a class that derives from `Task`, named by `_target_` in a yaml of yours (docs/extending.md).
 """
 
-from pisa_fl.tasks.base import Metric, Task
+from pisa_fl.metric import Metric
+from pisa_fl.tasks.base import Task
 from pisa_fl.tasks.classification import Classification
 from pisa_fl.tasks.next_character import NextCharacter
 from pisa_fl.tasks.regression import Regression

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
+
+from pisa_fl.metric import Measures, Metric
 
 INPUTS, TARGETS = "inputs", "targets"
 """Fields that every data set has."""
@@ -21,34 +22,6 @@ LOSS = "loss"
 
 Batch = Mapping[str, Tensor]
 """Named tensors, (B, ...)."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number that says how well a model does on some examples.
-
-    Attributes:
-        name: As it stands in files, behind `test_`.
-        better: Whether more is better (`higher`) or less (`lower`).
-        unit: Of what people are shown; empty for none.
-        factor: By which the number in files is multiplied to be shown in that unit.
-        digits: Decimal places in which it is shown.
-    """
-
-    name: str
-    better: Literal["higher", "lower"]
-    unit: str = ""
-    factor: float = 1.0
-    digits: int = 4
-
-    def shown(self, value: float) -> str:
-        """A value as people are shown it, with its unit."""
-        return f"{value * self.factor:.{self.digits}f}{f' {self.unit}' if self.unit else ''}"
-
-    @property
-    def label(self) -> str:
-        """Its name and unit, for an axis or a column."""
-        return f"{self.name}, {self.unit}" if self.unit else self.name
 
 
 class Task(ABC):
@@ -61,6 +34,11 @@ class Task(ABC):
 
     metrics: tuple[Metric, ...]
     loss_unit: str = ""
+
+    @property
+    def measures(self) -> Measures:
+        """What is measured of a model."""
+        return Measures.of(self.metrics, self.loss_unit)
 
     def output(self, model: nn.Module, batch: Batch) -> Any:
         """What the model makes of a batch; it is given nothing but the inputs."""

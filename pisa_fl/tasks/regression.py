@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pisa_fl.tasks.base import TARGETS, Batch, Metric, Task
+from pisa_fl.metric import Metric
+from pisa_fl.tasks.base import TARGETS, Batch, Task
 
 
 class Regression(Task):

@@ -12,11 +12,15 @@ import signal
 import sys
 from pathlib import Path
 
-import torch.utils.tensorboard.summary  # noqa: F401
+import tensorboard.compat.proto.summary_pb2
+import tensorboard.summary.writer.record_writer  # noqa: F401
 
 import pisa_fl
-from pisa_fl import checkpoint, runner
+from pisa_fl import checkpoint
 from pisa_fl.engines.local import LocalGrid
+from pisa_fl.federation import TooFewClientsError
+from pisa_fl.results import pictures
+from pisa_fl.results.console import Display
 
 CLIENTS, ROUNDS = 3, 3
 ENDED, SHORT, FAILED = 0, 3, 4
@@ -83,7 +87,7 @@ def process(folder, attempts, fatal=None):
             begun = (folder / "config.yaml").exists()
             pisa_fl.resume(folder, engine) if begun else pisa_fl.run(config, folder, engine)
             status = ENDED
-        except runner.TooFewClientsError:
+        except TooFewClientsError:
             status = SHORT
         except BaseException as error:
             print(f"{type(error).__name__}: {error}")
@@ -110,8 +114,8 @@ def draw(*given):
 
 if __name__ == "__main__":
     base, keep, first, step = Path(sys.argv[1]), *map(int, sys.argv[2:])
-    runner.draw_curves = runner.partitioners.draw = draw
-    runner.show_summary = runner.Display.show = lambda *_: None
+    pictures.draw_curves = pictures.partitioners.draw = draw
+    Display.round = Display.finished = lambda *_: None
     config = pisa_fl.compose(
         *("model=logistic", f"clients={CLIENTS}", f"rounds={ROUNDS}", "partition.classes_per_client=4"),
         *("engine.threads=1", "progress=false", f"min_clients={CLIENTS}", "patience=0"),

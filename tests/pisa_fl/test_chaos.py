@@ -18,11 +18,12 @@ import pytest
 from flwr.app import Error, Message
 
 import pisa_fl
-from pisa_fl import federation, runner
+from pisa_fl import federation
 from pisa_fl.clients.host import CLIENT_FAILED, ClientState
 from pisa_fl.engines import local
 from pisa_fl.engines.local import LocalGrid
 from pisa_fl.from_config import prepare
+from pisa_fl.results.console import Display
 from pisa_fl.results.result import Interrupted
 from strategies.base.messages import vectors
 
@@ -205,14 +206,14 @@ def test_stopped_after_each_of_its_rounds_a_lossy_run_ends_with_the_same_bits(me
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     result = pisa_fl.run(config, whole, engine)
     assert sum(line["clients_failed"] for line in result.metrics) >= 10
-    show = runner.Display.show
+    show = Display.round
 
     def show_and_stop(display, metrics):
         show(display, metrics)
         if metrics["round"] == last:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(runner.Display, "show", show_and_stop)
+    monkeypatch.setattr(Display, "round", show_and_stop)
     for last in range(10):
         with pytest.raises(Interrupted, match=f"stopped after round {last} of 10"):
             pisa_fl.resume(parts, engine) if last else pisa_fl.run(config, parts, engine)

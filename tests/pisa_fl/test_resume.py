@@ -22,6 +22,7 @@ import pisa_fl
 from pisa_fl import runner
 from pisa_fl.checkpoint import SUMS, _is_whole, checkpoints
 from pisa_fl.engines.local import LocalGrid
+from pisa_fl.results.console import Display
 from pisa_fl.results.result import Interrupted
 
 ROUNDS = 4
@@ -67,14 +68,14 @@ def reference(method, tmp_path_factory):
 
 @pytest.mark.parametrize("last", range(ROUNDS))
 def test_stopped_after_any_round_it_ends_with_the_same_bits(method, reference, tmp_path, monkeypatch, last):
-    show = runner.Display.show
+    show = Display.round
 
     def show_and_stop(display, metrics):
         show(display, metrics)
         if metrics["round"] == last:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(runner.Display, "show", show_and_stop)
+    monkeypatch.setattr(Display, "round", show_and_stop)
     with pytest.raises(Interrupted) as stopped:
         pisa_fl.run(pisa_fl.compose(*overrides(method)), tmp_path)
     assert str(stopped.value) == (
@@ -125,9 +126,9 @@ LONG = 12
 SLOWLY = """
 import time
 from pisa_fl.cli import main
-from pisa_fl import runner
-show = runner.Display.show
-runner.Display.show = lambda display, metrics: (show(display, metrics), time.sleep(0.5))
+from pisa_fl.results.console import Display
+show = Display.round
+Display.round = lambda display, metrics: (show(display, metrics), time.sleep(0.5))
 main.main()
 """  # the command, with half a second a round for the signal to arrive in
 

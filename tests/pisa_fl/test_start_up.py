@@ -26,7 +26,7 @@ import json, sys
 from pisa_fl.cli.main import main
 from pisa_fl.results.console import Display
 
-Display.show = lambda self, metrics: print(json.dumps([metrics["round"], list(sys.modules)]))
+Display.round = lambda self, metrics: print(json.dumps([metrics["round"], list(sys.modules)]))
 main()
 print(json.dumps(["end", list(sys.modules)]))
 """

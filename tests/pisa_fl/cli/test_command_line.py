@@ -40,6 +40,14 @@ def refused(command, tmp_path, *arguments):
         ("partition=nope", ["partition=nope does not exist", "label_skew"]),
         ("data=nope", ["data=nope does not exist", "mnist_mini"]),
         ("model=nope", ["model=nope does not exist", "simple_cnn"]),
+        ("tracker=[csv,nope]", ["tracker=nope does not exist", "pisa-fl --help"]),
+        ("~tracker.tensorboard tracker=5", ["tracker=5: a group is chosen by its name"]),
+        ("+tracker._target_=mine.Mine", ["tracker._target_=mine.Mine", "`mine: {_target_: mine.Mine}`"]),
+        (
+            "+tracker.mine._target_=builtins.dict",
+            ["tracker.mine._target_=builtins.dict must give a Observer"],
+        ),
+        ("redraw=-1", ["redraw must be a number of seconds"]),
         ("engine=nope", ["engine=nope does not exist", "local"]),
         ("strategy/preconditioner=nope", ["strategy/preconditioner=nope does not exist", "second_moment"]),
         ("nonsense=1", ["nonsense is no key", "--cfg job"]),
@@ -434,6 +442,28 @@ def test_a_sweep_makes_a_directory_for_each_run(command, tmp_path):
     ]
     assert all((run / "model.safetensors").is_file() for run in runs)
     assert [path.name for path in tmp_path.iterdir()] == ["multirun"]
+
+
+WORTH = """
+from pathlib import Path
+from hydra.experimental.callback import Callback
+
+class Worth(Callback):
+    def on_job_end(self, config, job_return, **_):
+        with Path("worth").open("a") as file:
+            print(repr(job_return.return_value), file=file)
+"""
+
+
+def test_a_run_of_a_sweep_is_worth_its_final_accuracy(command, tmp_path):
+    """As Hydra's sweepers (Optuna's, Nevergrad's) ask for it."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "worth_of_runs.py").write_text(WORTH)
+    watched = ["+hydra.callbacks.worth._target_=worth_of_runs.Worth", "hydra.sweep.dir=out"]
+    assert command("--config-dir=own", "--multirun", *QUICK, "seed=0,1", *watched).status == 0
+    finals = [json.loads((tmp_path / "out" / n / "summary.json").read_text())["final_accuracy"] for n in "01"]
+    assert [float(line) for line in lines_of((tmp_path / "worth").read_text())] == finals
+    assert finals[0] != finals[1]
 
 
 def test_a_run_of_a_sweep_that_fails_says_which_and_the_others_go_on(command, tmp_path):

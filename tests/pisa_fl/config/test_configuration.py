@@ -24,9 +24,10 @@ PROMISED = {
         "from_file",
         "own",
     },
-    "data": {"mnist_mini", "mnist", "fashion_mnist", "cifar10", "imagefolder"},
-    "model": {"simple_cnn", "mlp", "logistic", "vgg9", "resnet18"},
+    "data": {"mnist_mini", "mnist", "fashion_mnist", "cifar10", "imagefolder", "csv", "adult", "shakespeare"},
+    "model": {"simple_cnn", "mlp", "logistic", "vgg9", "resnet18", "lstm", "gpt"},
     "engine": {"local", "ray", "flower"},
+    "task": {"image_classification", "tabular_classification", "tabular_regression", "next_character"},
 }
 FILES = sorted(CONF.rglob("*.yaml"))
 OPTIONS = [(str(f.parent.relative_to(CONF)), f.stem) for f in FILES if f.parent != CONF]
@@ -35,14 +36,22 @@ PRECONDITIONERS = [name for group, name in OPTIONS if group == "strategy/precond
 EXPLAINED_BY_THEIR_NAME = {"defaults", "_target_", "_partial_", "_recursive_", "_convert_", "name"}
 
 
-def without_mandatory(group):
-    """Values for the keys of other groups that have no default."""
-    return {"data": ["data.path=somewhere"], "partition": ["partition.path=somewhere"]}.get(group, [])
+MANDATORY = {
+    "imagefolder": ["data.path=somewhere"],
+    "csv": ["data.path=somewhere", "data.target=one"],
+    "adult": ["data.root=somewhere"],
+    "shakespeare": ["data.path=somewhere"],
+    "from_file": ["partition.path=somewhere"],
+    "tabular_classification": ["data.path=somewhere", "data.target=one"],
+    "tabular_regression": ["data.path=somewhere", "data.target=one"],
+    "next_character": ["data.path=somewhere"],
+}
+"""Values for the keys that have no default."""
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)
 def test_every_option_composes(group, name):
-    mandatory = [v for v in without_mandatory(group) if name in ("imagefolder", "from_file")]
+    mandatory = MANDATORY.get(name, [])
     config = resolve(pisa_fl.compose(f"{group}={name}", *mandatory))
     assert "${" not in OmegaConf.to_yaml(config)
     assert not OmegaConf.missing_keys(config)

@@ -17,10 +17,10 @@ from flwr.app import Message
 
 import pisa_fl
 import pisa_fl.engines
-from pisa_fl import runner
 from pisa_fl.config import ConfigurationError
 from pisa_fl.engines.local import LocalGrid
 from pisa_fl.engines.ray_actors import RayGrid, room, start_ray
+from pisa_fl.results.console import Display
 from pisa_fl.results.result import Interrupted
 
 ray = pytest.importorskip("ray", reason="Ray runs the actors")
@@ -85,14 +85,14 @@ def assert_not_rays_words(*texts):
 
 def after_round(monkeypatch, number, act):
     """Do something when a round is over, before the next begins."""
-    show = runner.Display.show
+    show = Display.round
 
     def show_and_act(display, metrics):
         show(display, metrics)
         if metrics["round"] == number:
             act()
 
-    monkeypatch.setattr(runner.Display, "show", show_and_act)
+    monkeypatch.setattr(Display, "round", show_and_act)
 
 
 # --- the same bits
@@ -213,7 +213,7 @@ def test_a_client_that_kills_every_actor_is_left_out_alone(
 
 MACHINES = """
 import logging, sys
-import pisa_fl, pisa_fl.runner
+import pisa_fl, pisa_fl.results.console
 import pisa_fl.engines.ray_actors  # settles what Ray prints, before it is imported
 import ray
 from ray.cluster_utils import Cluster
@@ -223,14 +223,14 @@ quickly = {f"health_check_{key}": value for key, value in
            {"initial_delay_ms": 0, "period_ms": 200, "timeout_ms": 2000, "failure_threshold": 5}.items()}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": quickly})
 other = cluster.add_node(num_cpus=1)
-show = pisa_fl.runner.Display.show
+show = pisa_fl.results.console.Display.round
 
 def show_and_lose(display, metrics):
     show(display, metrics)
     if metrics["round"] == 2:
         cluster.remove_node(other, allow_graceful=False)
 
-pisa_fl.runner.Display.show = show_and_lose
+pisa_fl.results.console.Display.round = show_and_lose
 config = pisa_fl.compose(*sys.argv[1:], "engine=ray", f"engine.address={cluster.address}")
 pisa_fl.run(config, "run")
 ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -333,9 +333,9 @@ def test_late_replies_count_as_none(two_processors, tmp_path, monkeypatch, own_m
 SLOWLY = """
 import time
 from pisa_fl.cli import main
-from pisa_fl import runner
-show = runner.Display.show
-runner.Display.show = lambda display, metrics: (show(display, metrics), time.sleep(0.5))
+from pisa_fl.results.console import Display
+show = Display.round
+Display.round = lambda display, metrics: (show(display, metrics), time.sleep(0.5))
 main.main()
 """  # the command, with half a second a round for the signal to arrive in
 

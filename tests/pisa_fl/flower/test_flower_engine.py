@@ -191,7 +191,7 @@ def test_rounds_and_failures_that_end_while_others_are_shown_are_shown_too(tmp_p
     shown = []
 
     class Display:
-        def show(self, line):
+        def round(self, line):
             shown.append(line["round"])
             if line["round"] < 5:  # meanwhile the run goes on
                 number = line["round"] + 1
@@ -212,7 +212,7 @@ def test_rounds_and_failures_that_end_while_others_are_shown_are_shown_too(tmp_p
 def test_only_lines_that_are_new_and_whole_are_read(tmp_path, monkeypatch):
     """Of a run that goes on, whose last rounds are taken out and done again."""
     path, shown, passed = tmp_path / "metrics.jsonl", [], []
-    display = type("Display", (), {"show": lambda _, line: shown.append(line["round"])})()
+    display = type("Display", (), {"round": lambda _, line: shown.append(line["round"])})()
     loads = json.loads
     monkeypatch.setattr(run_directory.json, "loads", lambda text: passed.append(text) or loads(text))
     path.write_text('{"round": 0}\n{"round": 1}\n{"round": 2}\n{"rou')

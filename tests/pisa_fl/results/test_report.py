@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from pisa_fl import compose
+from pisa_fl.metric import Measures
 from pisa_fl.results import report, run_directory
 
 TARGET = 0.8
@@ -49,7 +50,7 @@ def write_run(folder, config, accuracies, mb=1, losses=None):
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     (folder / "summary.json").write_text(
-        json.dumps(run_directory.summarise(metrics, [TARGET], config["seed"]))
+        json.dumps(run_directory.summarise(metrics, [TARGET], config["seed"], Measures.read(None)))
     )
     return folder
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pisa_fl
+from pisa_fl.metric import Measures
 from pisa_fl.results import run_directory
 from pisa_fl.system import files
 
@@ -202,7 +203,7 @@ def test_summary(sisa):
 def test_targets_are_the_first_round_at_or_above():
     line = {"passes": 0, "bytes_up": 3, "bytes_down": 4, "seconds": 0, "test_loss": 1}
     metrics = [line | {"round": i, "test_accuracy": a} for i, a in enumerate([0.1, 0.5, 0.4, 0.8])]
-    targets = run_directory.summarise(metrics, [0.5, 0.6, 0.9], seed=0)["targets"]
+    targets = run_directory.summarise(metrics, [0.5, 0.6, 0.9], 0, Measures.read(None))["targets"]
     assert [reached and (reached["round"], reached["bytes"]) for reached in targets.values()] == [
         (1, 7),
         (3, 7),

@@ -10,8 +10,9 @@ from PIL import Image
 
 import partitioners
 import pisa_fl
-from pisa_fl import runner
-from pisa_fl.results import figures
+from pisa_fl.metric import Measures
+from pisa_fl.results import figures, pictures
+from pisa_fl.trackers import tensorboard
 
 STRANGE = [
     "$5_bill_$10",
@@ -33,6 +34,9 @@ def is_picture(path):
         return len(picture.convert("L").getcolors()) > 10
 
 
+MEASURES = Measures.read(None)
+
+
 def test_pictures_show_any_text(tmp_path):
     labels = np.arange(len(STRANGE))
     partitioners.draw([labels[:3], labels[3:]], labels, STRANGE, tmp_path / "partition.png")
@@ -45,12 +49,18 @@ def test_pictures_show_any_text(tmp_path):
         "train_loss": 1,
     }
     metrics = [line | {"round": i} for i in range(3)]
-    figures.draw_comparison({name: [metrics] for name in STRANGE}, STRANGE[0], tmp_path / "comparison.png")
+    figures.draw_comparison(
+        {name: [metrics] for name in STRANGE}, STRANGE[0], tmp_path / "comparison.png", MEASURES.quality
+    )
     figures.draw_sweep(
-        {STRANGE[0]: [(name, [0.1]) for name in STRANGE]}, {}, STRANGE[1], tmp_path / "sweep.png"
+        {STRANGE[0]: [(name, [0.1]) for name in STRANGE]},
+        {},
+        STRANGE[1],
+        tmp_path / "sweep.png",
+        MEASURES.quality,
     )
     for name in STRANGE:
-        figures.draw_curves(metrics, name, tmp_path / "curves.png")
+        figures.draw_curves(metrics, name, tmp_path / "curves.png", MEASURES)
     assert all(
         is_picture(tmp_path / f"{name}.png") for name in ("partition", "comparison", "sweep", "curves")
     )
@@ -80,14 +90,14 @@ def test_a_picture_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
     def fail(*_):
         raise RuntimeError("no\nfont")
 
-    monkeypatch.setattr(runner, "draw_curves", fail)
+    monkeypatch.setattr(pictures, "draw_curves", fail)
     monkeypatch.setattr(partitioners, "draw", fail)
-    monkeypatch.setattr(runner.run_directory, "write_events", fail)
+    monkeypatch.setattr(tensorboard, "write", fail)
     pisa_fl.run(pisa_fl.compose(*QUICK, "rounds=2"), tmp_path)
     assert {"model.safetensors", "summary.json"} <= {path.name for path in tmp_path.iterdir()}
-    assert [message.partition(" is missing")[0] for message in caplog.messages] == [
+    assert [message.partition(" is left out from here on: ")[0] for message in caplog.messages] == [
         "partition.png",
-        "TensorBoard's file",
+        "TensorBoard",
         "curves.png",
     ], "each once"
 

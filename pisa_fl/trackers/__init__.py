@@ -1,0 +1,1 @@
+"""Trackers: where a run's metrics go beside its run directory, one file each; chosen by `tracker=`."""
