@@ -129,12 +129,13 @@ def test_workers_that_start_anew_give_the_same_bits(anew):
     assert_same((lines, federation.model.weights), alone)
 
 
-def test_what_cannot_be_sent_to_workers_that_start_anew(anew):
+def test_what_cannot_be_sent_to_workers_that_start_anew(anew, caplog):
     half = type("Mine", (PisaClient,), {"__module__": "__main__"})
     with pytest.raises(ConfigurationError, match=r"engine.workers=2: .*Mine is defined in the main program"):
         federate(sisa, 2, half)
     federation = federate(sisa, "auto", half)
     assert federation.grid._workers is None
+    assert "this process computes alone: Mine is defined in the main program" in caplog.text
     federation.grid.close()
 
 
