@@ -6,6 +6,7 @@ that may have no children, by this process, a stack at a time.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
@@ -22,6 +23,8 @@ from pisa_fl.engines.base import ClientGrid, cores
 from pisa_fl.engines.packing import PackingError
 from pisa_fl.engines.workers import Workers, start_method
 from strategies.base.messages import TensorArray
+
+log = logging.getLogger(__name__)
 
 READY = 2**30
 """Bytes that a training set may take, all processes together, to be made ready once instead of every time."""
@@ -84,6 +87,7 @@ def local_engine(
                 f"engine.workers={workers}: workers start anew here, and cannot be sent what they need ({error}): put"
                 " it into a module, or use engine.workers=0"
             ) from error
+        log.warning("workers cannot be sent what they need, so that this process computes alone: %s", error)
         workers, grid = 0, LocalGrid(host)
     grid.use_threads(1 if threads == "auto" and workers else threads)
     return grid

@@ -114,7 +114,7 @@ def anew():
     multiprocessing.set_start_method(before, force=True)
 
 
-def test_workers_that_start_anew_give_the_same_bits(anew):
+def test_workers_that_start_anew_give_the_same_bits(anew, caplog):
     alone = outcome(federate(sisa, 0))
     federation = federate(sisa, 2)
     rounds = federation.rounds(4)
@@ -127,14 +127,16 @@ def test_workers_that_start_anew_give_the_same_bits(anew):
     federation.load_weights()
     lines = [{k: v for k, v in m.items() if k != "seconds"} for m in lines]
     assert_same((lines, federation.model.weights), alone)
+    assert caplog.text.count("a worker process ended") == 1  # the one that was killed
 
 
-def test_what_cannot_be_sent_to_workers_that_start_anew(anew):
+def test_what_cannot_be_sent_to_workers_that_start_anew(anew, caplog):
     half = type("Mine", (PisaClient,), {"__module__": "__main__"})
     with pytest.raises(ConfigurationError, match=r"engine.workers=2: .*Mine is defined in the main program"):
         federate(sisa, 2, half)
     federation = federate(sisa, "auto", half)
     assert federation.grid._workers is None
+    assert "this process computes alone: Mine is defined in the main program" in caplog.text
     federation.grid.close()
 
 
