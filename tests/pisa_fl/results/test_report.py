@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from pisa_fl import compose
-from pisa_fl.results import report, run_directory
+from pisa_fl.results import figures, report, run_directory
 
 TARGET = 0.8
 
@@ -73,6 +73,13 @@ def cells_and_notes(folder):
 
 
 @pytest.fixture
+def no_pictures(monkeypatch):
+    """Reports of which only the table is looked at."""
+    for name in ("draw_comparison", "draw_sweep"):
+        monkeypatch.setattr(figures, name, lambda *given: given[-1].touch())
+
+
+@pytest.fixture
 def sweep(tmp_path):
     """Two methods, two alphas, three seeds; the directories are 0 to 11 in this order."""
     number = 0
@@ -114,6 +121,7 @@ def test_a_sweep_becomes_one_row_for_each_setting(sweep):
             assert len(picture.convert("L").getcolors()) > 10
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("runs", "names", "values"),
     [
@@ -190,6 +198,7 @@ def test_any_difference_but_the_seed_makes_a_row(tmp_path, runs, names, values):
     assert not [note for note in notes if "again" in note]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_cannot_matter_to_the_numbers_makes_no_row(tmp_path):
     others = [
         ["name=other", "progress=false", "targets=[0.5]", "checkpoint.every=1", "data.cache=null"],
@@ -208,6 +217,7 @@ def test_what_cannot_matter_to_the_numbers_makes_no_row(tmp_path):
     assert notes == []
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_that_do_not_tell_what_was_chosen(tmp_path):
     runs = (["partition=iid"], ["partition=shards"], ["strategy=nsisa", "partition=iid"], ["strategy=fedavg"])
     for number, overrides in enumerate(runs):
@@ -225,6 +235,7 @@ def test_runs_that_do_not_tell_what_was_chosen(tmp_path):
     ]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_same_seed_twice_is_not_two_seeds(sweep):
     shutil.copytree(sweep / "0", sweep / "20")
     shutil.copytree(sweep / "1", sweep / "21")
@@ -240,6 +251,7 @@ def test_the_same_seed_twice_is_not_two_seeds(sweep):
     ]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_that_are_missing_are_named(sweep):
     (sweep / "0" / "summary.json").unlink()
     for number in ("9", "10", "11"):
@@ -277,6 +289,7 @@ DAMAGED = [
 ]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_damaged_runs_are_named_and_left_out(tmp_path):
     for number in range(len(DAMAGED) + 1):
         write_run(tmp_path / str(number), chosen(seed=number), [0.1, 0.2, 0.3])
@@ -292,6 +305,7 @@ def test_damaged_runs_are_named_and_left_out(tmp_path):
     assert notes == [f"{tmp_path / str(i)} is left out: {why}" for i, (_, _, why) in enumerate(DAMAGED)]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_targets_that_some_runs_reached(tmp_path):
     ends = {"sisa": (0.9, 0.9, 0.3), "fedavg": (0.9, 0.3, 0.3), "nsisa": (0.9, 0.9, 0.9)}
     for strategy, finals in ends.items():

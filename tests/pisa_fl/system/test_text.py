@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from pictures import pictures
 from PIL import Image
 
 import partitioners
@@ -35,7 +36,8 @@ def is_picture(path):
 
 def test_pictures_show_any_text(tmp_path):
     labels = np.arange(len(STRANGE))
-    partitioners.draw([labels[:3], labels[3:]], labels, STRANGE, tmp_path / "partition.png")
+    with pictures(drawn=True):
+        partitioners.draw([labels[:3], labels[3:]], labels, STRANGE, tmp_path / "partition.png")
     line = {
         "passes": 0,
         "bytes_up": 0,
@@ -63,7 +65,7 @@ def test_a_run_of_any_name_in_any_terminal(tmp_path, monkeypatch, encoding):
     config = pisa_fl.compose(*QUICK)
     config.name = name
     shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    with monkeypatch.context() as there:
+    with monkeypatch.context() as there, pictures(drawn=True):
         there.setattr(sys, "stdout", shown)
         pisa_fl.run(config, tmp_path / "caf\udce9 [red]é :smile:")
     shown.flush()
