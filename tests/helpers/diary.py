@@ -128,3 +128,8 @@ def federate(engine=IN_PROCESS, participation=1.0):
     partition = np.split(np.arange(sum(SIZES)), np.cumsum(SIZES)[:-1])
     options = {"participation": participation, "max_update": None}
     return Federation(data, partition, model, server, Diary(Layout.of_parameters(model)), engine, **options)
+
+
+def remembered(state, round_number):
+    """What counts of a client's state after a round: the pending one if the round's reply was accepted."""
+    return state.pending if state.pending_round == round_number else state.accepted

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import tensorboard.compat.proto.summary_pb2
 import tensorboard.summary.writer.record_writer  # noqa: F401
+from pictures import blank
 
 import pisa_fl
 from pisa_fl import checkpoint
@@ -108,13 +109,9 @@ def outcome(folder):
     )
 
 
-def draw(*given):
-    Path(given[-1]).touch()  # pictures take long, and are written like everything else
-
-
 if __name__ == "__main__":
     base, keep, first, step = Path(sys.argv[1]), *map(int, sys.argv[2:])
-    pictures.draw_curves = pictures.partitioners.draw = draw
+    pictures.draw_curves = pictures.partitioners.draw = blank  # written like everything else
     Display.round = Display.finished = lambda *_: None
     config = pisa_fl.compose(
         *("model=logistic", f"clients={CLIENTS}", f"rounds={ROUNDS}", "partition.classes_per_client=4"),
@@ -125,14 +122,15 @@ if __name__ == "__main__":
     # a run that ends for want of replies, goes on, ends so again, and then comes to its end
     plan = [1, 1, 0]
     totals = []
-    for attempts, status in zip(plan, [SHORT, SHORT, ENDED], strict=True):
+    for stage, (attempts, status) in enumerate(zip(plan, [SHORT, SHORT, ENDED], strict=True)):
         assert process(whole, attempts) == status
+        shutil.copytree(whole, base / f"after-{stage}")
         totals.append(int(whole.with_suffix(".count").read_text()))
     operations = [(i, n) for i, total in enumerate(totals) for n in range(1, total + 1)]
     for stage, fatal in operations[first::step]:
         shutil.rmtree(killed, ignore_errors=True)
-        for attempts in plan[:stage]:
-            process(killed, attempts)
+        if stage:
+            shutil.copytree(base / f"after-{stage - 1}", killed)
         assert process(killed, plan[stage], fatal) == -signal.SIGKILL
         if process(killed, 0) != ENDED or outcome(killed) != outcome(whole):
             print(f"process {stage}, operation {fatal} of {totals[stage]}: not the same")

@@ -1,4 +1,4 @@
-"""What the tests of the command line share."""
+"""What the tests of the framework share: the command in this process, and pictures that nobody looks at."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -7,8 +7,16 @@ from dataclasses import dataclass
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from pictures import pictures
 
 from pisa_fl.cli.main import main
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blank_pictures() -> Iterator[None]:
+    """Pictures are blank, but where a test asks for them by `pictures`."""
+    with pictures(drawn=False):
+        yield
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Runs whose replies are lost, doubled, late and replayed, whose clients go away, and whose server is killed."""
+"""Runs whose replies are lost, doubled, late and replayed, and whose clients go away."""
 
 import copy
 import json
@@ -6,9 +6,6 @@ import logging
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from typing import ClassVar
 from zlib import crc32
@@ -109,7 +106,7 @@ def sigma_of(strategy, round_number):
 
 
 def test_sisa_keeps_its_books_and_its_accuracy_whatever_happens_to_the_replies():
-    rounds, overrides = 60, (*QUICK, "strategy=sisa", "strategy.lr=0.02", "partition.classes_per_client=2")
+    rounds, overrides = 40, (*QUICK, "strategy=sisa", "strategy.lr=0.02", "partition.classes_per_client=2")
     undisturbed = list(prepare(pisa_fl.compose(*overrides)).rounds(rounds))
     logging.getLogger("pisa_fl.server.gateway").setLevel(logging.CRITICAL)
     fed = prepare(pisa_fl.compose(*overrides), lambda c: Chaos(c.host(c.rows, "auto", 250), seed=0))
@@ -136,7 +133,7 @@ def test_sisa_keeps_its_books_and_its_accuracy_whatever_happens_to_the_replies()
             error, size = book.imbalance(now, sigma, strategy.lambda_)
             assert error <= 1e-6 * size
     logging.getLogger("pisa_fl.server.gateway").setLevel(logging.NOTSET)
-    assert min(grid.counts.values()) >= 20, grid.counts
+    assert min(grid.counts.values()) >= 15, grid.counts
     assert {f.reason for f in fed.gateway.failures} <= {
         "no reply",
         "a second reply to one message",
@@ -147,7 +144,7 @@ def test_sisa_keeps_its_books_and_its_accuracy_whatever_happens_to_the_replies()
 
 
 def test_pisa_keeps_its_books_and_its_accuracy_whatever_happens_to_the_replies():
-    rounds, overrides = 40, (*QUICK, "partition.classes_per_client=2")
+    rounds, overrides = 25, (*QUICK, "partition.classes_per_client=2")
     undisturbed = list(prepare(pisa_fl.compose(*overrides, f"rounds={rounds}")).rounds(rounds))
     logging.getLogger("pisa_fl.server.gateway").setLevel(logging.CRITICAL)
     chosen = pisa_fl.compose(*overrides, f"rounds={2 * rounds}")
@@ -196,16 +193,15 @@ class Lossy(LocalGrid):
         return kept
 
 
-@pytest.mark.parametrize("method", ["sisa", "pisa", "fedavg"])
-def test_stopped_after_each_of_its_rounds_a_lossy_run_ends_with_the_same_bits(method, tmp_path, monkeypatch):
+def test_stopped_after_each_of_its_rounds_a_lossy_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     def engine(clients):
         return Lossy(clients.host(clients.rows, "auto", 250))
 
-    local_epochs = ["strategy.local_epochs=1"] if method == "fedavg" else []
-    config = pisa_fl.compose(*QUICK, f"strategy={method}", "rounds=10", "participation=0.7", *local_epochs)
+    rounds = 6
+    config = pisa_fl.compose(*QUICK, "strategy=sisa", f"rounds={rounds}", "participation=0.7")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     result = pisa_fl.run(config, whole, engine)
-    assert sum(line["clients_failed"] for line in result.metrics) >= 10
+    assert sum(line["clients_failed"] for line in result.metrics) >= rounds
     show = Display.round
 
     def show_and_stop(display, metrics):
@@ -214,8 +210,8 @@ def test_stopped_after_each_of_its_rounds_a_lossy_run_ends_with_the_same_bits(me
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Display, "round", show_and_stop)
-    for last in range(10):
-        with pytest.raises(Interrupted, match=f"stopped after round {last} of 10"):
+    for last in range(rounds):
+        with pytest.raises(Interrupted, match=f"stopped after round {last} of {rounds}"):
             pisa_fl.resume(parts, engine) if last else pisa_fl.run(config, parts, engine)
     last = None
     ended = pisa_fl.resume(parts, engine)
@@ -225,48 +221,13 @@ def test_stopped_after_each_of_its_rounds_a_lossy_run_ends_with_the_same_bits(me
     ]
 
 
-# --- a server that is killed again and again
-
-
-def test_killed_again_and_again_a_server_ends_with_the_same_bits(tmp_path):
-    rounds, every = 30, 3
-    overrides = [
-        *QUICK,
-        "strategy=sisa",
-        f"rounds={rounds}",
-        "participation=0.5",
-        f"checkpoint.every={every}",
-    ]
-    pisa_fl.run(pisa_fl.compose(*overrides), tmp_path / "whole")
-    run, rng = tmp_path / "run", random.Random(0)
-    start, reached, command = (
-        [*overrides, "hydra.run.dir=run"],
-        every,
-        [sys.executable, "-m", "pisa_fl"],
-    )
-    for _ in range(3):
-        target = reached + rng.randint(1, 2 * every)
-        process = subprocess.Popen([*command, *start], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and lines_of(run) <= target:
-            time.sleep(0.002)
-        time.sleep(rng.random() / 50)  # anywhere in a round
-        process.kill()
-        _, err = process.communicate(timeout=300)
-        assert (process.returncode, err) == (-signal.SIGKILL, "")
-        assert not (run / "model.safetensors").exists()
-        start, reached = ["resume=run"], lines_of(run) - 1
-    assert reached < rounds
-    ended = subprocess.run([*command, *start], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert model_of(run) == model_of(tmp_path / "whole")
+# --- clients that go away, stay silent or err
 
 
 def lines_of(directory):
     metrics = directory / "metrics.jsonl"
     return metrics.read_text().count("\n") if metrics.is_file() else 0
 
-
-# --- clients that go away, stay silent or err
 
 SOME = frozenset({7, 8, 9})
 ROUNDS, REACHED = 4, 2
@@ -337,17 +298,10 @@ def overrides(*more):
 
 
 TOO_FEW = {
-    "away": (
-        Fault(away=SOME),
-        "clients that can be reached in round 3: 7, min_clients=8 are needed",
-    ),
-    "silent": (
-        Fault(silent=SOME),
-        "7 clients gave an acceptable reply in round 3, min_clients=8 are needed; client 7: no reply",
-    ),
+    "away": "clients that can be reached in round 3: 7, min_clients=8 are needed",
+    "silent": "7 clients gave an acceptable reply in round 3, min_clients=8 are needed; client 7: no reply",
     "erring": (
-        Fault(erring=SOME),
-        "7 clients gave an acceptable reply in round 3, min_clients=8 are needed; client 7: RuntimeError: broken",
+        "7 clients gave an acceptable reply in round 3, min_clients=8 are needed; client 7: RuntimeError: broken"
     ),
 }
 
@@ -363,12 +317,10 @@ def assert_ended_and_goes_on(ended, sentence, command, tmp_path, calm):
     assert model_of(tmp_path / "run") == model_of(calm)
 
 
-@pytest.mark.parametrize("kind", TOO_FEW)
-def test_with_too_few_clients_a_run_ends_and_goes_on_once_they_are_back(kind, tide, command, tmp_path, calm):
-    fault, sentence = TOO_FEW[kind]
-    tide(fault)
+def test_with_too_few_clients_a_run_ends_and_goes_on_once_they_are_back(tide, command, tmp_path, calm):
+    tide(Fault(silent=SOME))
     ended = command(*overrides("min_clients=8", "patience=0"))
-    assert_ended_and_goes_on(ended, sentence, command, tmp_path, calm)
+    assert_ended_and_goes_on(ended, TOO_FEW["silent"], command, tmp_path, calm)
 
 
 @pytest.mark.parametrize("accept", ["min_clients=8", "accept_failures=false"])
@@ -388,7 +340,7 @@ def test_patience_ends(tide, command, tmp_path, calm):
     tide(*[Fault(away=SOME)] * 10_000)
     ended = command(*overrides("min_clients=8", "patience=0.1"))
     assert len(Tidal.plan) < 10_000 - 1
-    assert_ended_and_goes_on(ended, TOO_FEW["away"][1], command, tmp_path, calm)
+    assert_ended_and_goes_on(ended, TOO_FEW["away"], command, tmp_path, calm)
 
 
 def test_nobody_waits_for_clients_that_err(tide, command, tmp_path, calm, monkeypatch):
@@ -399,7 +351,7 @@ def test_nobody_waits_for_clients_that_err(tide, command, tmp_path, calm, monkey
     with monkeypatch.context() as patch:
         patch.setattr(federation.time, "sleep", sleep)
         ended = command(*overrides("min_clients=8", "patience=3600"))
-    assert_ended_and_goes_on(ended, TOO_FEW["erring"][1], command, tmp_path, calm)
+    assert_ended_and_goes_on(ended, TOO_FEW["erring"], command, tmp_path, calm)
 
 
 @pytest.mark.parametrize("fault", [Fault(silent=frozenset({4})), Fault(erring=frozenset({4}))])

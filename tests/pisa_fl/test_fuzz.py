@@ -1,4 +1,4 @@
-"""Ten thousand mutated replies and as many mutated instructions: what is not valid changes nothing.
+"""Five thousand mutated replies and as many mutated instructions: what is not valid changes nothing.
 
 What is valid is decided a second time here, by `values_of`, `reply_meaning` and `instruction_meaning`: a mutation
 may hit what does not matter, or turn a message into another valid one; then it must count as exactly that message.
@@ -535,7 +535,7 @@ def is_one_line(text):
 # --- replies
 
 METHODS = ("sisa", "pisa", "fedavg", "fedavg by name")
-ROUNDS, BATCHES = (1, 2, 3, 4, 7), 140  # times four clients, times four methods
+ROUNDS, BATCHES = (1, 2, 3, 4, 7), 70  # times four clients, times four methods
 
 
 def honest_round(server, number):
@@ -610,9 +610,9 @@ def test_a_mutated_reply_changes_nothing_or_counts_as_the_reply_that_it_is(metho
         undisturbed.round(number)
         assert gateway.failures == []
         assert bits(server.holds()) == bits(undisturbed.holds()) != bits(held)
-    assert mutated >= 2500
-    assert unchanged >= 100
-    assert 50 <= accepted <= mutated / 3
+    assert mutated >= 1250
+    assert unchanged >= 50
+    assert 25 <= accepted <= mutated / 3
     assert growth(started) < 100 * MEBIBYTE
 
 
@@ -735,9 +735,9 @@ def test_a_mutated_instruction_changes_nothing_or_counts_as_the_instruction_that
         host.states = copy.deepcopy(remembered)
         server.round(number)
         assert server.gateway.failures == []
-    assert told.refused + told.followed >= 2500
-    assert told.refused >= 1250
-    assert told.followed >= 100
+    assert told.refused + told.followed >= 1250
+    assert told.refused >= 600
+    assert told.followed >= 50
     assert told.lost > 0
     assert growth(started) < 100 * MEBIBYTE
 
@@ -774,7 +774,7 @@ versions = st.sampled_from([(1, 0), (1, 0), (2, 0), (3, 0)])
 files = st.builds(numpy_bytes, texts, values | st.binary(max_size=40), versions)
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True, database=None)
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(data=files | st.binary(max_size=200))
 def test_bytes_are_refused_or_read_as_what_they_are(data):
     array = Array("float32", (5,), "numpy.ndarray", data)
@@ -785,7 +785,7 @@ def test_bytes_are_refused_or_read_as_what_they_are(data):
         assert vectors(arrays)["weights"].numpy().tobytes() == found.tobytes()
 
 
-@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(reason=st.none() | st.text(), code=st.integers(-(2**63), 2**63 - 1))
 def test_the_reason_of_a_failure_is_one_line_that_a_terminal_can_show(reason, code):
     server = Server("pisa")
@@ -800,7 +800,7 @@ def test_the_reason_of_a_failure_is_one_line_that_a_terminal_can_show(reason, co
 steps = st.lists(st.tuples(st.sampled_from(["ask", "forge"]), st.integers(0, 8), st.booleans()), max_size=12)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(history=steps)
 def test_a_client_whose_server_is_now_and_then_forged_keeps_what_its_server_accepted(history):
     """Forged instructions name any round as accepted but the start and the one that the client would believe."""

@@ -66,28 +66,33 @@ def reference(method, tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("last", range(ROUNDS))
-def test_stopped_after_any_round_it_ends_with_the_same_bits(method, reference, tmp_path, monkeypatch, last):
+def test_stopped_after_each_of_its_rounds_it_ends_with_the_same_bits(
+    method, reference, tmp_path, monkeypatch
+):
+    """By a signal, and by a file `stop`."""
     show = Display.round
 
     def show_and_stop(display, metrics):
         show(display, metrics)
         if metrics["round"] == last:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT) if last % 2 else (tmp_path / "stop").touch()
 
     monkeypatch.setattr(Display, "round", show_and_stop)
-    with pytest.raises(Interrupted) as stopped:
-        pisa_fl.run(pisa_fl.compose(*overrides(method)), tmp_path)
-    assert str(stopped.value) == (
-        f"stopped after round {last} of {ROUNDS}; go on with: pisa-fl resume={tmp_path}"
-    )
-    assert len(metrics_of(tmp_path)) == last + 1
-    assert not (tmp_path / "model.safetensors").exists()
-    monkeypatch.undo()
+    for last in range(ROUNDS):
+        with pytest.raises(Interrupted) as stopped:
+            pisa_fl.resume(tmp_path) if last else pisa_fl.run(pisa_fl.compose(*overrides(method)), tmp_path)
+        assert str(stopped.value) == (
+            f"stopped after round {last} of {ROUNDS}; go on with: pisa-fl resume={tmp_path}"
+        )
+        assert len(metrics_of(tmp_path)) == last + 1
+        assert not (tmp_path / "model.safetensors").exists()
+        assert not (tmp_path / "stop").exists()
+    last = None
     result = pisa_fl.resume(tmp_path)
     assert_same_end(tmp_path, reference)
     assert [line["round"] for line in result.metrics] == list(range(ROUNDS + 1))
-    assert result.metrics[-1]["seconds"] > result.metrics[last]["seconds"]
+    seconds = [line["seconds"] for line in result.metrics]
+    assert seconds == sorted(set(seconds))
 
 
 def test_a_client_whose_last_reply_was_lost_rolls_back_after_the_resume_too(tmp_path, monkeypatch):
@@ -133,57 +138,54 @@ main.main()
 """  # the command, with half a second a round for the signal to arrive in
 
 
-@pytest.fixture(scope="module")
-def long_reference(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("long")
-    pisa_fl.run(pisa_fl.compose(*overrides("own moments", f"rounds={LONG}")), directory)
-    return directory
-
-
-def start(tmp_path, *more):
-    arguments = overrides("own moments", f"rounds={LONG}", "hydra.run.dir=run", *more)
+def start(tmp_path, *arguments):
+    """The command in a process of its own, in the middle of a round."""
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    done = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
     line = [sys.executable, "-c", SLOWLY, *arguments]
     process = subprocess.Popen(
         line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") > 2):
+    while process.poll() is None and not (
+        metrics.is_file() and metrics.read_text().count("\n") > max(done, 2)
+    ):
         time.sleep(0.005)
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_a_process_that_is_asked_to_stop(tmp_path, command, long_reference, number):
-    process = start(tmp_path)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    directory = tmp_path / "run"
-    stopped = len(metrics_of(directory)) - 1
-    assert process.returncode == 130
-    assert 2 <= stopped < LONG
-    assert err == (
-        f"pisa-fl: stopped after round {stopped} of {LONG}; go on with: pisa-fl resume={directory}\n"
-    )
-    assert (directory / "checkpoint" / f"round-{stopped:06d}" / "state.json").is_file()
+def test_a_process_is_asked_to_stop_twice_and_killed_and_ends_with_the_same_bits(tmp_path, command):
+    chosen = overrides("own moments", f"rounds={LONG}", "checkpoint.every=5")
+    pisa_fl.run(pisa_fl.compose(*chosen), tmp_path / "reference")
+    directory, arguments = tmp_path / "run", [*chosen, "hydra.run.dir=run"]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start(tmp_path, *arguments)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        stopped = len(metrics_of(directory)) - 1
+        assert process.returncode == 130
+        assert 2 <= stopped < LONG
+        assert err == (
+            f"pisa-fl: stopped after round {stopped} of {LONG}; go on with: pisa-fl resume={directory}\n"
+        )
+        assert (directory / "checkpoint" / f"round-{stopped:06d}" / "state.json").is_file()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["reference", "run"]
+        arguments = [err.split()[-1]]
 
-    ended = command(err.split()[-1])
-    assert (ended.status, ended.err) == (0, "")
-    assert_same_end(directory, long_reference)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_a_process_that_is_killed(tmp_path, command, long_reference):
-    process = start(tmp_path, "checkpoint.every=1")
+    process = start(tmp_path, *arguments)
+    process.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
+    ended = command(*arguments)
+    assert ended.status == 2
+    assert ended.err.startswith(f"pisa-fl: {directory} is being written by a run that goes on")
     process.kill()
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "run" / "model.safetensors").exists()
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+    assert not (directory / "model.safetensors").exists()
+    with (directory / "metrics.jsonl").open("a") as file:
         file.write('{"round": 9')  # what a kill in the middle of a line leaves
+
     ended = command("resume=run")
     assert (ended.status, ended.err) == (0, "")
-    assert_same_end(tmp_path / "run", long_reference)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert_same_end(directory, tmp_path / "reference")
 
 
 # --- damaged and missing checkpoints
@@ -218,8 +220,10 @@ def test_as_many_checkpoints_are_kept_as_asked_for(finished):
     ]
 
 
-@pytest.mark.parametrize("name", ["server-0000.safetensors", "clients-0000.safetensors", "state.json", SUMS])
-@pytest.mark.parametrize("damage", [truncate, flip, os.remove, lambda path: path.write_text("null")])
+DAMAGES = (truncate, flip, os.remove, lambda path: path.write_text("null"))
+
+
+@pytest.mark.parametrize(("name", "damage"), [*zip((*NAMES, SUMS), DAMAGES, strict=True)])
 def test_a_damaged_checkpoint_is_passed_over(copy, finished, caplog, name, damage):
     damage(copy / "checkpoint" / "round-000004" / name)
     (copy / "model.safetensors").unlink()
@@ -238,6 +242,10 @@ def test_no_bit_of_a_checkpoint_changes_silently(copy):
             changed = bytearray(content)
             changed[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
             file.write_bytes(changed)
+            assert not _is_whole(checkpoint)
+        for damage in DAMAGES:
+            file.write_bytes(content)
+            damage(file)
             assert not _is_whole(checkpoint)
         file.write_bytes(content)
     assert _is_whole(checkpoint)
@@ -265,7 +273,7 @@ def test_checkpoints_are_in_the_order_of_their_rounds(tmp_path):
 
 def test_killed_before_any_of_its_file_operations_a_run_goes_on(tmp_path):
     """A cheap part of them; its rounds are also given up for want of replies, with a single checkpoint kept."""
-    line = [sys.executable, kills.__file__, str(tmp_path), "1", "5", "17"]
+    line = [sys.executable, kills.__file__, str(tmp_path), "1", "5", "23"]
     ended = subprocess.run(line, capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines()[:-1] == []
 
@@ -301,7 +309,7 @@ def test_a_run_that_fails_leaves_a_checkpoint_of_its_last_round(finished, tmp_pa
     assert_same_end(tmp_path, finished)
 
 
-@pytest.mark.parametrize("limit", [10_000, 40_000, 100_000, 400_000])
+@pytest.mark.parametrize("limit", [10_000, 40_000, 400_000])
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(command, tmp_path, finished, limit):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
@@ -354,30 +362,6 @@ def test_what_a_kill_left_of_a_checkpoint_is_not_looked_at(copy, finished):
     (copy / "checkpoint" / "round-000004").rename(copy / "checkpoint" / ".round-000004")
     pisa_fl.resume(copy)
     assert_same_end(copy, finished)
-
-
-def test_a_file_called_stop_stops_a_run_once(tmp_path, command, long_reference):
-    process = start(tmp_path)
-    directory = tmp_path / "run"
-    (directory / "stop").touch()
-    process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert len(metrics_of(directory)) - 1 < LONG
-    assert not (directory / "stop").exists()
-    assert command(f"resume={directory}").status == 0
-    assert_same_end(directory, long_reference)
-
-
-def test_two_processes_do_not_write_one_run_directory(tmp_path, command):
-    process = start(tmp_path)
-    directory = tmp_path / "run"
-    ended = command(f"resume={directory}")
-    assert ended.status == 2
-    assert ended.err.startswith(f"pisa-fl: {directory} is being written by a run that goes on")
-    assert process.poll() is None
-    process.kill()
-    process.communicate(timeout=60)
-    assert "is being written" not in command(f"resume={directory}").err
 
 
 def test_resuming_a_finished_run_changes_nothing(copy, finished, command):

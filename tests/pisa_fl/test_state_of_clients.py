@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from diary import CLIENTS, SIZES, Trouble, federate, troubled
+from diary import CLIENTS, SIZES, federate, remembered, troubled
 
 from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
 from pisa_fl.engines.workers import start_method
@@ -27,11 +27,6 @@ class Expected:
         for client, told in heard.items():
             count, sum_told = self.diaries[client]
             self.diaries[client] = count + 1, sum_told + told
-
-
-def remembered(state, round_number):
-    """What counts of a client's state after a round: the pending one if the round's reply was accepted."""
-    return state.pending if state.pending_round == round_number else state.accepted
 
 
 def rounds(federation, numbers, seen=None):
@@ -121,28 +116,3 @@ def test_a_round_that_is_undone_leaves_what_clients_remember(monkeypatch):
     list(federation.rounds(3))
     held = [federation.grid.host.states[client].pending["count"] for client in CLIENTS]
     assert [float(count) for count in held] == [3] * len(held)
-
-
-def test_ray_actors_remember_the_same(quiet):
-    ray_actors = pytest.importorskip("pisa_fl.engines.ray_actors")
-    if not ray_actors._INSTALLED:
-        pytest.skip("Ray is not installed")
-
-    class TroubledRay(Trouble, ray_actors.RayGrid):
-        """Ray's actors in trouble."""
-
-    federations = [federate(partial(TroubledRay, actors=2)), federate(partial(troubled, workers=0))]
-    ends = []
-    for federation in federations:
-        federation.grid.forgetful = False  # an actor's client cannot be made to from here
-        with closing(federation.grid):
-            rounds(federation, range(1, 9))
-            states = federation.grid.states()
-            ends.append(
-                (
-                    federation.gateway.accepted,
-                    vectors(federation.arrays)["weights"].tolist(),
-                    {c: {n: v.tolist() for n, v in remembered(states[c], 8).items()} for c in CLIENTS},
-                )
-            )
-    assert ends[0] == ends[1]

@@ -8,11 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from uuid import uuid4
 
 import pytest
 import torch
+from diary import CLIENTS, Trouble, federate, remembered, troubled
 from flwr.app import Message
 
 import pisa_fl
@@ -22,6 +25,7 @@ from pisa_fl.engines.local import LocalGrid
 from pisa_fl.engines.ray_actors import RayGrid, room, start_ray
 from pisa_fl.results.console import Display
 from pisa_fl.results.result import Interrupted
+from strategies.base.messages import vectors
 
 ray = pytest.importorskip("ray", reason="Ray runs the actors")
 
@@ -98,15 +102,21 @@ def after_round(monkeypatch, number, act):
 # --- the same bits
 
 
-@pytest.mark.parametrize(
-    "chosen",
-    [
-        ["strategy=fedavg", "strategy.local_epochs=1", "participation=0.5"],
-        ["strategy=sisa", "model=simple_cnn", "partition=quantity", "rounds=3"],
-    ],
-    ids=lambda chosen: " ".join(chosen),
-)
-def test_it_ends_with_the_bits_of_the_local_engine(two_processors, tmp_path, monkeypatch, chosen):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """PISA on the local engine."""
+    run(directory := tmp_path_factory.mktemp("undisturbed") / "local")
+    return directory
+
+
+def test_it_ends_with_the_bits_of_the_local_engine(two_processors, tmp_path, monkeypatch):
+    chosen = [
+        "strategy=fedavg",
+        "strategy.local_epochs=1",
+        "model=simple_cnn",
+        "participation=0.5",
+        "rounds=3",
+    ]
     stored, fetched = [], []
     put, get = ray.put, ray.get
 
@@ -127,10 +137,11 @@ def test_it_ends_with_the_bits_of_the_local_engine(two_processors, tmp_path, mon
 
 def test_stopped_and_resumed_it_ends_with_the_same_bits(two_processors, tmp_path, monkeypatch):
     """The official form's clients keep moments that the ledger does not have."""
-    run(tmp_path / "local", "strategy=sisa_official")
+    chosen = ["strategy=sisa_official", "partition=quantity"]
+    run(tmp_path / "local", *chosen)
     after_round(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted):
-        run(tmp_path / "ray", *RAY, "strategy=sisa_official")
+        run(tmp_path / "ray", *RAY, *chosen)
     assert len(metrics_of(tmp_path / "ray")) == 3
     pisa_fl.resume(tmp_path / "ray")
     assert_same_run(tmp_path / "ray", tmp_path / "local")
@@ -165,17 +176,19 @@ class Killed(PisaClient):
 
 class KilledTwice(PisaClient):
     def solve(self, stack, instruction, state):
-        if stack.clients == [4] and instruction.config["server-round"] == 1:
+        number = instruction.config["server-round"]
+        if stack.clients == [4] and number == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        if stack.clients == [5] and number in (2, 3):
+            raise ArithmeticError("no such thing")
         return super().solve(stack, instruction, state)
 """
 
 
 def test_no_client_is_lost_when_actors_are_killed(
-    two_processors, tmp_path, monkeypatch, own_module, caplog, capfd
+    two_processors, undisturbed, tmp_path, monkeypatch, own_module, caplog, capfd
 ):
     """One between two rounds, one in the middle of a client's solution."""
-    run(tmp_path / "local")
     capfd.readouterr()
 
     def kill_one():
@@ -188,9 +201,8 @@ def test_no_client_is_lost_when_actors_are_killed(
     assert [line["clients_failed"] for line in metrics_of(tmp_path / "ray")] == [0] * 6
     # those who lost their state were asked twice, so more was sent
     counted = [{k: v for k, v in m.items() if k != "bytes_down"} for m in metrics_of(tmp_path / "ray")]
-    undisturbed = [{k: v for k, v in m.items() if k != "bytes_down"} for m in metrics_of(tmp_path / "local")]
-    assert counted == undisturbed
-    assert weights_of(tmp_path / "ray") == weights_of(tmp_path / "local")
+    assert counted == [{k: v for k, v in m.items() if k != "bytes_down"} for m in metrics_of(undisturbed)]
+    assert weights_of(tmp_path / "ray") == weights_of(undisturbed)
     between, within = (record.getMessage() for record in caplog.records)
     numbers = {
         f"the actor of clients {', '.join(map(str, range(n, 10, 2)))} ended (its process died) and was replaced"
@@ -201,14 +213,23 @@ def test_no_client_is_lost_when_actors_are_killed(
     assert_not_rays_words(caplog.text, *capfd.readouterr())
 
 
-def test_a_client_that_kills_every_actor_is_left_out_alone(
+def test_a_client_that_kills_every_actor_or_errs_is_left_out_alone(
     two_processors, tmp_path, own_module, caplog, capfd
 ):
-    run(tmp_path, *RAY, "rounds=2", f"strategy.client._target_={own_module(KILLED)}.KilledTwice")
-    assert [(m["clients_ok"], m["clients_failed"]) for m in metrics_of(tmp_path)[1:]] == [(9, 1), (10, 0)]
+    """A client's error is reported once with its own traceback."""
+    run(tmp_path, *RAY, "rounds=4", f"strategy.client._target_={own_module(KILLED)}.KilledTwice")
+    counts = [(m["clients_ok"], m["clients_failed"]) for m in metrics_of(tmp_path)[1:]]
+    assert counts == [(9, 1), (9, 1), (9, 1), (10, 0)]
+    killed, first, second = lines_of(tmp_path / "failures.jsonl")
     reason = "its actor ended a second time: its process died"
-    assert lines_of(tmp_path / "failures.jsonl") == [{"round": 1, "client": 4, "reason": reason}]
-    assert_not_rays_words(caplog.text, *capfd.readouterr())
+    assert killed == {"round": 1, "client": 4, "reason": reason}
+    traceback = first.pop("traceback")
+    assert first == {"round": 2, "client": 5, "reason": "ArithmeticError: no such thing"}
+    assert second == first | {"round": 3}
+    assert 'raise ArithmeticError("no such thing")' in traceback
+    assert caplog.text.count("Traceback (most recent call last)") == 1
+    assert len([record for record in caplog.records if "ArithmeticError" in record.getMessage()]) == 2
+    assert_not_rays_words(traceback, caplog.text, *capfd.readouterr())
 
 
 MACHINES = """
@@ -240,7 +261,7 @@ cluster.shutdown()
 """
 
 
-def test_the_clients_of_a_lost_machine_move_to_the_others(tmp_path):
+def test_the_clients_of_a_lost_machine_move_to_the_others(undisturbed, tmp_path):
     """A cluster of two machines with a processor each, that was there before and is there afterwards."""
     line = [sys.executable, "-c", MACHINES, *COMMON, "round_timeout=60"]
     ended = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
@@ -249,37 +270,10 @@ def test_the_clients_of_a_lost_machine_move_to_the_others(tmp_path):
     mine = [line for line in ended.stderr.splitlines() if line.startswith("pisa_fl")]
     assert "no machine is left for the actor of clients" in mine[-1]
     assert [line["clients_failed"] for line in metrics_of(tmp_path / "run")] == [0] * 6
-    run(tmp_path / "local")
-    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "local")
+    assert weights_of(tmp_path / "run") == weights_of(undisturbed)
 
 
-# --- clients that err, and clients that are slow
-
-FAILING = """
-from strategies import PisaClient
-
-
-class Failing(PisaClient):
-    def solve(self, stack, instruction, state):
-        if instruction.config["server-round"] in (2, 3) and stack.clients == [5]:
-            raise ArithmeticError("no such thing")
-        return super().solve(stack, instruction, state)
-"""
-
-
-def test_a_clients_error_is_reported_once_with_its_own_traceback(
-    two_processors, tmp_path, own_module, caplog, capfd
-):
-    run(tmp_path, *RAY, f"strategy.client._target_={own_module(FAILING)}.Failing")
-    first, second = lines_of(tmp_path / "failures.jsonl")
-    traceback = first.pop("traceback")
-    assert first == {"round": 2, "client": 5, "reason": "ArithmeticError: no such thing"}
-    assert second == first | {"round": 3}
-    assert 'raise ArithmeticError("no such thing")' in traceback
-    assert [line["clients_failed"] for line in metrics_of(tmp_path)] == [0, 0, 1, 1, 0, 0]
-    assert len(caplog.records) == 2
-    assert_not_rays_words(traceback, caplog.text, *capfd.readouterr())
-
+# --- clients that are slow
 
 SLOW = """
 import time
@@ -326,6 +320,31 @@ def test_late_replies_count_as_none(two_processors, tmp_path, monkeypatch, own_m
     solved = {path.name for path in (tmp_path / "mine").glob("solved-*")}
     even = {f"solved-3-{client}" for client in late[3]}
     assert solved == {f"solved-{n}-{c}" for n in range(1, 6) for c in range(10)} - even
+
+
+def test_actors_remember_what_was_accepted(two_processors):
+    """For any algorithm, in any trouble: what the local engine's clients remember."""
+
+    class TroubledRay(Trouble, RayGrid):
+        """Ray's actors in trouble."""
+
+    ends = []
+    for engine in (partial(TroubledRay, actors=2), partial(troubled, workers=0)):
+        federation = federate(engine)
+        federation.grid.forgetful = False  # an actor's client cannot be made to from here
+        with closing(federation.grid):
+            for number in range(1, 9):
+                federation.grid.begin(number)
+                list(federation.rounds(number))
+            states = federation.grid.states()
+            ends.append(
+                (
+                    federation.gateway.accepted,
+                    vectors(federation.arrays)["weights"].tolist(),
+                    {c: {n: v.tolist() for n, v in remembered(states[c], 8).items()} for c in CLIENTS},
+                )
+            )
+    assert ends[0] == ends[1]
 
 
 # --- starting and ending

@@ -594,17 +594,14 @@ def in_new_processes(clock):
 
 
 METHODS = {
-    "sisa": ["label_skew", "strategy=sisa", "partition.classes_per_client=3"],
-    "sisa, half of the clients": ["shards", "strategy=sisa", "participation=0.5"],
     "sisa, each its own moments": ["quantity", "strategy=sisa_official"],
-    "nsisa, noisy pixels": ["feature_noise", "strategy=nsisa"],
     "pisa, half of the clients": [
         "label_skew",
         "strategy=pisa",
         "partition.classes_per_client=3",
         "participation=0.5",
     ],
-    "fedavg": ["iid", "strategy=fedavg", "strategy.local_epochs=1"],
+    "fedavg, noisy pixels": ["feature_noise", "strategy=fedavg", "strategy.local_epochs=1"],
 }
 
 
@@ -622,9 +619,7 @@ def test_client_apps_give_the_same_bits_as_the_local_engine(method, tmp_path, in
     assert_same_end(on_apps(config, None, in_new_processes), reference)
 
 
-@pytest.mark.parametrize(
-    "lost", [(), (1,), range(CLIENTS)], ids=["", "one lost its state", "all lost theirs"]
-)
+@pytest.mark.parametrize("lost", [(), (1,)], ids=["", "one lost its state"])
 def test_stopped_and_resumed_over_other_nodes_it_ends_with_the_same_bits(tmp_path, clock, local, lost):
     config = configure(tmp_path)
     directory = tmp_path / "flower"

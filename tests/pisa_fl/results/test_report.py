@@ -13,7 +13,7 @@ from PIL import Image
 
 from pisa_fl import compose
 from pisa_fl.metric import Measures
-from pisa_fl.results import report, run_directory
+from pisa_fl.results import figures, report, run_directory
 
 TARGET = 0.8
 
@@ -74,6 +74,13 @@ def cells_and_notes(folder):
 
 
 @pytest.fixture
+def no_pictures(monkeypatch):
+    """Reports of which only the table is looked at."""
+    for name in ("draw_comparison", "draw_sweep"):
+        monkeypatch.setattr(figures, name, lambda *given: given[-1].touch())
+
+
+@pytest.fixture
 def sweep(tmp_path):
     """Two methods, two alphas, three seeds; the directories are 0 to 11 in this order."""
     number = 0
@@ -115,6 +122,7 @@ def test_a_sweep_becomes_one_row_for_each_setting(sweep):
             assert len(picture.convert("L").getcolors()) > 10
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("runs", "names", "values"),
     [
@@ -191,6 +199,7 @@ def test_any_difference_but_the_seed_makes_a_row(tmp_path, runs, names, values):
     assert not [note for note in notes if "again" in note]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_cannot_matter_to_the_numbers_makes_no_row(tmp_path):
     others = [
         ["name=other", "progress=false", "targets=[0.5]", "checkpoint.every=1", "data.cache=null"],
@@ -209,6 +218,7 @@ def test_what_cannot_matter_to_the_numbers_makes_no_row(tmp_path):
     assert notes == []
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_that_do_not_tell_what_was_chosen(tmp_path):
     runs = (["partition=iid"], ["partition=shards"], ["strategy=nsisa", "partition=iid"], ["strategy=fedavg"])
     for number, overrides in enumerate(runs):
@@ -226,6 +236,7 @@ def test_runs_that_do_not_tell_what_was_chosen(tmp_path):
     ]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_same_seed_twice_is_not_two_seeds(sweep):
     shutil.copytree(sweep / "0", sweep / "20")
     shutil.copytree(sweep / "1", sweep / "21")
@@ -241,6 +252,7 @@ def test_the_same_seed_twice_is_not_two_seeds(sweep):
     ]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_that_are_missing_are_named(sweep):
     (sweep / "0" / "summary.json").unlink()
     for number in ("9", "10", "11"):
@@ -278,6 +290,7 @@ DAMAGED = [
 ]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_damaged_runs_are_named_and_left_out(tmp_path):
     for number in range(len(DAMAGED) + 1):
         write_run(tmp_path / str(number), chosen(seed=number), [0.1, 0.2, 0.3])
@@ -293,6 +306,7 @@ def test_damaged_runs_are_named_and_left_out(tmp_path):
     assert notes == [f"{tmp_path / str(i)} is left out: {why}" for i, (_, _, why) in enumerate(DAMAGED)]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_targets_that_some_runs_reached(tmp_path):
     ends = {"sisa": (0.9, 0.9, 0.3), "fedavg": (0.9, 0.3, 0.3), "nsisa": (0.9, 0.9, 0.9)}
     for strategy, finals in ends.items():

@@ -6,12 +6,14 @@ import sys
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from pictures import pictures
 from PIL import Image
 
 import partitioners
 import pisa_fl
 from pisa_fl.metric import Measures
-from pisa_fl.results import figures, pictures
+from pisa_fl.results import figures
+from pisa_fl.results import pictures as drawn_while_running
 from pisa_fl.trackers import tensorboard
 
 STRANGE = [
@@ -39,7 +41,8 @@ MEASURES = Measures.read(None)
 
 def test_pictures_show_any_text(tmp_path):
     labels = np.arange(len(STRANGE))
-    partitioners.draw([labels[:3], labels[3:]], labels, STRANGE, tmp_path / "partition.png")
+    with pictures(drawn=True):
+        partitioners.draw([labels[:3], labels[3:]], labels, STRANGE, tmp_path / "partition.png")
     line = {
         "passes": 0,
         "bytes_up": 0,
@@ -73,7 +76,7 @@ def test_a_run_of_any_name_in_any_terminal(tmp_path, monkeypatch, encoding):
     config = pisa_fl.compose(*QUICK)
     config.name = name
     shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    with monkeypatch.context() as there:
+    with monkeypatch.context() as there, pictures(drawn=True):
         there.setattr(sys, "stdout", shown)
         pisa_fl.run(config, tmp_path / "caf\udce9 [red]é :smile:")
     shown.flush()
@@ -90,7 +93,7 @@ def test_a_picture_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
     def fail(*_):
         raise RuntimeError("no\nfont")
 
-    monkeypatch.setattr(pictures, "draw_curves", fail)
+    monkeypatch.setattr(drawn_while_running, "draw_curves", fail)
     monkeypatch.setattr(partitioners, "draw", fail)
     monkeypatch.setattr(tensorboard, "write", fail)
     pisa_fl.run(pisa_fl.compose(*QUICK, "rounds=2"), tmp_path)

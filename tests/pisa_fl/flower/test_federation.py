@@ -1,8 +1,15 @@
-"""A federation on three hosts, over TLS with the keys that `pisa-fl-credentials` makes."""
+"""A federation on three hosts, over TLS with the keys that `pisa-fl-credentials` makes, and with kills.
+
+One federation for all tests, which leave it as they found it; the last one is a whole run on it.
+"""
 
 import json
+import os
 import shutil
+import signal
 import sqlite3
+import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +18,16 @@ from pathlib import Path
 
 import hosts
 import pytest
+import torch
 from hosts import Federation, federation_of_three, ip, wait_for, why_not
 from omegaconf import OmegaConf
+from safetensors.torch import load, load_file
 
 import pisa_fl
 from pisa_fl.config import resolve
 from pisa_fl.flower.bundle import BUNDLE
+from pisa_fl.flower.state_file import DIGEST_SIZE
+from strategies.base.messages import vectors
 
 ONLINE = {"client-0": "online", "client-1": "online"}
 HEALTH = """
@@ -50,38 +61,14 @@ def federation(tmp_path_factory) -> Iterator[Federation]:
         yield federation
 
 
-@pytest.fixture
-def strangers(federation, tmp_path) -> Federation:
+@pytest.fixture(scope="module")
+def strangers(federation, tmp_path_factory) -> Federation:
     """Credentials that others made for the same address."""
+    folder = tmp_path_factory.mktemp("strangers")
     hosts = federation.superlink, federation.clients, federation.stranger
-    others = Federation(tmp_path / "strangers", tmp_path, *hosts)
+    others = Federation(folder / "strangers", folder, *hosts)
     others.make(2)
     return others
-
-
-def supernode(federation, tmp_path, *options):
-    """What becomes of a SuperNode that is started with these options on a client's host."""
-    line = [
-        "flower-supernode",
-        "--superlink",
-        federation.address,
-        "--port",
-        "9199",
-        "--max-retries",
-        "1",
-        *options,
-    ]
-    quiet = {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_HOME": str(tmp_path / "flwr"),
-    }
-    ended = federation.clients[0].run(*line, timeout=90, **quiet)
-    return ended.returncode, ended.stdout + ended.stderr
-
-
-def test_registered_clients_get_online(federation):
-    assert federation.status() == ONLINE
 
 
 def test_registering_again_changes_nothing(federation):
@@ -93,45 +80,34 @@ def test_registering_again_changes_nothing(federation):
     assert (federation.home / "nodes.txt").read_text() == before
 
 
-def test_a_client_whose_key_is_not_registered_is_refused(federation, strangers, tmp_path):
-    ca = federation.credentials / "ca.crt"
-    key = strangers.credentials / "client-0" / "client-0"
-    status, said = supernode(
-        federation, tmp_path, "--root-certificates", ca, "--auth-supernode-private-key", key
-    )
-    assert (status, "Failed to activate SuperNode" in said) == (1, True), said
-    assert "SuperNode ID" not in said
+def test_supernodes_that_do_not_belong_are_refused(federation, strangers, tmp_path):
+    """An unregistered key, none, no TLS, and a client that trusts another authority; all start at once."""
+    ca, key = federation.credentials / "ca.crt", federation.credentials / "client-0" / "client-0"
+    trusted, keyed = "--root-certificates", "--auth-supernode-private-key"
+    other = strangers.credentials
+    tried = {
+        "Failed to activate SuperNode": (trusted, ca, keyed, other / "client-0" / "client-0"),
+        "SuperNode authentication is enabled": (trusted, ca),
+        "Failed to initialize the connection": ("--insecure",),
+        "CERTIFICATE_VERIFY_FAILED": (trusted, other / "ca.crt", keyed, key),
+    }
+
+    def refused(number, options):
+        line = ["flower-supernode", "--superlink", federation.address, "--port", str(9190 + number)]
+        quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+        home = {"FLWR_HOME": str(tmp_path / f"flwr-{number}")}
+        host = federation.clients[0]
+        return host.run(*line, "--max-retries", "1", *options, timeout=180, **quiet, **home)
+
+    with ThreadPoolExecutor() as pool:
+        ended = list(pool.map(refused, range(len(tried)), tried.values()))
+    for words, one in zip(tried, ended, strict=True):
+        said = one.stdout + one.stderr
+        assert (one.returncode, words in said, "SuperNode ID" in said) == (1, True, False), said
     log = (federation.disks / "superlink.log").read_text()
     assert "No SuperNode found with the given public key" in log
-    assert federation.status() == ONLINE
-
-
-def test_a_client_without_a_key_is_refused(federation, tmp_path):
-    ca = federation.credentials / "ca.crt"
-    status, said = supernode(federation, tmp_path, "--root-certificates", ca)
-    assert (status, "SuperNode authentication is enabled" in said) == (1, True), said
-    assert "SuperNode ID" not in said
-    assert federation.status() == ONLINE
-
-
-def test_nothing_is_said_without_tls(federation, tmp_path):
-    ca = str(federation.credentials / "ca.crt")
-    asked = federation.clients[0].run("python", "-c", HEALTH.format(address=federation.address, ca=ca))
+    asked = federation.clients[0].run("python", "-c", HEALTH.format(address=federation.address, ca=str(ca)))
     assert asked.stdout.split() == ["403", "refused"], asked.stderr
-    status, said = supernode(federation, tmp_path, "--insecure")
-    assert (status, "Failed to initialize the connection" in said) == (1, True), said
-    assert "SuperNode ID" not in said
-    assert federation.status() == ONLINE
-
-
-def test_a_client_speaks_to_no_superlink_of_another_authority(federation, strangers, tmp_path):
-    ca = strangers.credentials / "ca.crt"
-    key = federation.credentials / "client-0" / "client-0"
-    status, said = supernode(
-        federation, tmp_path, "--root-certificates", ca, "--auth-supernode-private-key", key
-    )
-    assert (status, "CERTIFICATE_VERIFY_FAILED" in said) == (1, True), said
-    assert "SuperNode ID" not in said
     assert federation.status() == ONLINE
 
 
@@ -140,10 +116,10 @@ def test_the_superlinks_user_alone_registers_keys_and_starts_runs(federation, st
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "pyproject.toml").write_text(BUNDLE.format(version="1.0.0"))
     key = strangers.credentials / "superlink" / "keys" / "client-0.pub"
-    lines = ["supernode", "register", key], ["run", tmp_path / "app"], ["ls"]
+    lines = ["supernode", "register", key], ["run", tmp_path / "app"]
     for host, address, tried in (
         (federation.clients[0], federation.address, lines),
-        (federation.superlink, f"127.0.0.1:{federation.port}", lines[:2]),
+        (federation.superlink, f"127.0.0.1:{federation.port}", lines[1:]),
     ):
         home = tmp_path / host.address
         home.mkdir()
@@ -240,26 +216,6 @@ def test_idle_connections_lock_nobody_out(federation, stranger):
     wait_for(lambda: all(lives(federation)[node] > before[node] for node in before if before[node]), str, 90)
 
 
-def test_a_client_that_is_added_joins_and_once_removed_never_returns(federation):
-    federation.make(3)
-    home = federation.copy("client-2")
-    key = "keys/client-2.pub"
-    shutil.copy(federation.credentials / "superlink" / key, federation.home / key)
-    added = federation.here(f"{federation.home}/register.sh")
-    assert added.stdout.startswith("registered client-2 as node "), added.stderr
-    node = added.stdout.split()[-1]
-    host, log = federation.clients[1], federation.disks / "client-2.log"
-    process = host.start(home / "start.sh", log=log)
-    wait_for(lambda: federation.status() == ONLINE | {"client-2": "online"}, log.read_text)
-
-    assert federation.flwr("supernode", "unregister", node, "three-hosts").returncode == 0
-    assert process.wait(60) == 0, "its next request is refused, and it ends"
-    federation.here(f"{federation.home}/register.sh")
-    host.start(home / "start.sh", log=log).wait(60)
-    assert "Failed to activate SuperNode" in log.read_text()
-    assert federation.status() == ONLINE | {"client-2": "unregistered"}
-
-
 def test_clients_come_back_to_a_superlink_that_was_killed(federation):
     before = federation.status()
     federation.superlink.kill()
@@ -283,29 +239,6 @@ def lives(federation):
         return {
             node: until or 0.0 for node, until in database.execute("select node_id, online_until from node")
         }
-
-
-def test_a_registered_client_is_not_given_the_number_of_another(federation, tmp_path):
-    host, log = federation.clients[1], federation.disks / "client-1.log"
-    host.stop()
-    wait_for(lambda: federation.status()["client-1"] == "offline", log.read_text, seconds=120)
-    start = federation.home.parent / "client-1" / "start.sh"
-    honest = start.read_text()
-    start.write_text(honest.replace("partition-id=1", "partition-id=0"))
-    try:
-        federation.start_client(1)
-        line = "pisa-fl engine=flower engine.connection=three-hosts hydra.run.dir=stolen clients=2 rounds=1"
-        ended = federation.here(
-            f"{line} model=logistic partition.classes_per_client=5 progress=false patience=15", cwd=tmp_path
-        )
-    finally:
-        start.write_text(honest)
-        host.stop()
-    assert ended.returncode == 1, ended.stdout + ended.stderr
-    assert "client 0 is not who it says: its key is client 1's" in ended.stderr
-    assert "1 of 2 clients are there after patience=15 seconds: not online: 1" in ended.stderr
-    wait_for(lambda: federation.status()["client-1"] == "offline", log.read_text, seconds=120)
-    federation.start_client(1)
 
 
 HOSTILE = """
@@ -358,36 +291,139 @@ def test_a_server_has_no_code_of_its_own_run_by_a_client(federation, tmp_path):
         assert list(bundles) == [], "nothing of it is on a client's disk"
 
 
-def test_it_gives_the_bits_of_the_local_engine(federation, tmp_path):
+# --- a run, from a client that is added to it to the removal of that client
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def wait_until(condition, run, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert run.is_alive(), "the run has ended"
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.05)
+
+
+def solving(host):
+    """Client processes on a host."""
+    found = []
+    for pid in ip("netns", "pids", host.namespace).split():
+        try:
+            if b"flwr-clientapp" in Path("/proc", pid, "cmdline").read_bytes():
+                found.append(int(pid))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def thief(federation):
+    """A third client, which is registered and online, and says that it is client 0; removed, it never returns."""
+    federation.make(3)
+    home, log = federation.copy("client-2"), federation.disks / "client-2.log"
+    start = home / "start.sh"
+    start.write_text(start.read_text().replace("partition-id=2", "partition-id=0"))
+    key = "keys/client-2.pub"
+    shutil.copy(federation.credentials / "superlink" / key, federation.home / key)
+    added = federation.here(f"{federation.home}/register.sh")
+    assert added.stdout.startswith("registered client-2 as node "), added.stderr
+    process = federation.stranger.start(start, log=log)
+    wait_for(lambda: federation.status() == ONLINE | {"client-2": "online"}, log.read_text)
+    yield
+    node = added.stdout.split()[-1]
+    assert federation.flwr("supernode", "unregister", node, "three-hosts").returncode == 0
+    assert process.wait(60) == 0, "its next request is refused, and it ends"
+    federation.here(f"{federation.home}/register.sh")
+    federation.stranger.start(start, log=log).wait(60)
+    assert "Failed to activate SuperNode" in log.read_text()
+    assert federation.status() == ONLINE | {"client-2": "unregistered"}
+
+
+def test_a_run_has_the_local_engines_bits_and_goes_on_without_clients_that_are_killed(
+    federation, thief, tmp_path
+):
+    """Undisturbed at first; then a client is killed in the middle of a solve, then another with its whole host."""
+    directory, sigma = tmp_path / "run", 20
     overrides = [
-        "clients=2",
-        "rounds=3",
-        "model=logistic",
-        "partition.classes_per_client=5",
-        "progress=false",
+        *("strategy=sisa", f"strategy.sigma={sigma}", "strategy.rho=200", "model=logistic", "clients=2"),
+        *("partition.classes_per_client=5", "rounds=100", "checkpoint.every=1", "checkpoint.keep=100"),
+        *("round_timeout=600", "patience=200", "progress=false"),
     ]
-    line = [
-        "pisa-fl",
-        "engine=flower",
-        "engine.connection=three-hosts",
-        "hydra.run.dir=federated",
-        *overrides,
-    ]
-    ended = federation.here(" ".join(line), cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    pisa_fl.run(pisa_fl.compose("engine.threads=1", *overrides), tmp_path / "local")
-    federated, local = metrics_of(tmp_path / "federated"), metrics_of(tmp_path / "local")
-    assert [line["clients_ok"] for line in federated] == [0, 2, 2, 2]
-    assert federated == local
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("federated", "local")]
-    assert weights[0] == weights[1]
-    states = [sorted((federation.disks / f"client-{k}" / "state").glob("*/*.safetensors")) for k in range(2)]
-    assert [[path.name for path in own] for own in states] == [
-        ["client-0.safetensors"],
-        ["client-1.safetensors"],
-    ]
+    line = ["pisa-fl", "engine=flower", "engine.connection=three-hosts", f"hydra.run.dir={directory}"]
+    ended: list[subprocess.CompletedProcess] = []
+    run = threading.Thread(
+        target=lambda: ended.append(federation.here(" ".join([*line, *overrides]), cwd=tmp_path))
+    )
+    run.start()
+    metrics, checkpoints = directory / "metrics.jsonl", directory / "checkpoint"
+    first, second = federation.clients
 
+    def in_a_solve(host):
+        wait_until(lambda: not solving(host), run)  # the one of the round before has gone
+        wait_until(lambda: solving(host), run)
+        time.sleep(2)  # into its start or its solve
 
-def metrics_of(directory):
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    wait_until(lambda: len(lines(metrics)) > 2, run)
+    in_a_solve(first)
+    killed = solving(first)
+    assert killed
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    before = len(lines(metrics))
+    # its SuperNode starts another within half a minute
+    wait_until(lambda: len(lines(metrics)) > before, run)
+    second.kill()
+    gone = len(lines(metrics))
+    # within a minute the SuperLink takes it for offline, and answers in its place
+    wait_until(lambda: any(one["clients_ok"] == 1 for one in lines(metrics)[gone:]), run)
+    # a node that was killed is refused until the SuperLink takes it for offline
+    wait_until(lambda: federation.status()["client-1"] == "offline", run)
+    federation.start_client(1)
+    back = len(lines(metrics))
+    wait_until(lambda: any(one["clients_ok"] == 2 for one in lines(metrics)[back:]), run)
+    in_a_solve(first)
+    (directory / "stop").touch()
+    run.join(300)
+    assert ended, "the run did not end"
+    assert ended[0].returncode == 130, ended[0].stderr
+
+    told = lines(metrics)
+    rounds = len(told) - 1
+    assert [one["round"] for one in told] == list(range(rounds + 1))
+    failures = lines(directory / "failures.jsonl")
+    assert failures[0] == {
+        "round": 0,
+        "client": 0,
+        "reason": "turned away: client 0 is not who it says: its key is client 2's",
+    }
+    assert {one["client"] for one in failures[1:]} >= {1}
+    assert all(one["clients_ok"] >= 1 for one in told[1:])
+    assert told[-1]["clients_ok"] == 2, "both are together again"
+    assert told[-1]["test_loss"] < told[0]["test_loss"]
+
+    # as long as nobody was killed, every bit is the local engine's
+    local = pisa_fl.prepare(pisa_fl.compose("engine.threads=1", *overrides))
+    for one, other in zip(told, list(local.rounds(2)), strict=False):
+        but = {"seconds", "run_id", "clients_turned_away"}
+        assert {k: v for k, v in one.items() if k not in but} == {
+            k: v for k, v in other.items() if k not in but
+        }
+    server = load_file(checkpoints / "round-000002" / "server-0000.safetensors")
+    assert torch.equal(server["arrays.weights"], vectors(local.arrays)["weights"])
+
+    # the ledger balances, and every client's replica of its dual is the ledger's
+    server = load_file(checkpoints / f"round-{rounds:06d}" / "server-0000.safetensors")
+    ledger = {name.removeprefix("strategy.ledger."): value for name, value in server.items()}
+    alpha = ledger["shares"].double() / ledger["shares"].sum()
+    left = server["arrays.weights"].double() * sigma
+    right = alpha @ (sigma * ledger["weights.0"].double() + ledger["duals.0"].double())
+    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+    for number in range(2):
+        (file,) = (federation.disks / f"client-{number}" / "state").glob("*/client-*.safetensors")
+        assert file.name == f"client-{number}.safetensors"
+        head, _, body = file.read_bytes().partition(b"\n")
+        assert json.loads(head)["pending_round"] == rounds
+        row = ledger["clients"].tolist().index(number)
+        assert torch.equal(load(body[:-DIGEST_SIZE])["pending.dual"], ledger["duals.0"][row])
