@@ -90,7 +90,7 @@ def test_flowers_clients_do_the_work(moved):
 def test_a_work_from_the_command_to_the_table(monkeypatch, tmp_path, capsys, moved):
     """pisa-fl does the work as well, and the floor sees every image once."""
     monkeypatch.setattr(works, "peers", lambda bench, task: [])
-    monkeypatch.setattr(works, "FLOOR_BATCHES", ("10", "20"))
+    monkeypatch.setattr(works, "FLOOR_BATCHES", ("20",))
     monkeypatch.setattr(command, "WORKS", {"silo": lambda bench: works.silo(bench, WHOLE)})
     command.main(["--repeats", "2", "--out", str(tmp_path)])
     (outcome,) = load(tmp_path / "silo.json")

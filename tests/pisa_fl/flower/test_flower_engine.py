@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import yaml
 
 import pisa_fl
 from pisa_fl import ConfigurationError
@@ -22,12 +21,6 @@ from pisa_fl.results import claim, run_directory
 if find_spec("ray") is None:  # imported here, it would not read what the ray engine has it read
     pytest.skip("Flower's simulation needs Ray", allow_module_level=True)
 
-ROUNDS = 5
-COMMON = (f"rounds={ROUNDS}", "engine.threads=1", "progress=false")
-METHODS = {
-    "pisa": ["strategy=pisa", "model=simple_cnn"],
-    "fedprox": ["strategy=fedprox", "strategy.local_epochs=1", "model=logistic"],
-}
 NOISE = {
     "http_proxy": "http://127.0.0.1:9",
     "HTTPS_PROXY": "127.0.0.1:9",
@@ -41,14 +34,21 @@ NOISE = {
 }
 """What companies, notebooks and small terminals set, and must not matter."""
 
-LONG = (
-    "strategy=sisa",
-    "model=logistic",
-    "rounds=12",
-    "participation=0.5",
-    "engine.threads=1",
-    "progress=false",
+ROUNDS = 10
+CHOSEN = (
+    *("strategy=sisa", "strategy.client._target_=moody.Moody", "model=logistic", f"rounds={ROUNDS}"),
+    *("clients=6", "participation=0.5", "checkpoint.every=2", "engine.threads=1", "progress=false"),
 )
+MODULE = """
+from strategies import PisaClient
+
+
+class Moody(PisaClient):
+    def solve(self, stack, instruction, state):
+        if UNWELL in stack.clients and instruction.config["server-round"] < 3:
+            raise ArithmeticError("that one is unwell")
+        return super().solve(stack, instruction, state)
+"""
 
 
 def lines(path):
@@ -57,11 +57,6 @@ def lines(path):
 
 def metrics_of(directory):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines(directory / "metrics.jsonl")]
-
-
-def assert_same_end(directory, reference):
-    assert metrics_of(directory) == metrics_of(reference)
-    assert (directory / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
 
 
 def start(folder, *arguments):
@@ -116,48 +111,44 @@ def port_of(process):
     return line[line.index("--port") + 1]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_same_configuration_gives_the_same_bits_as_the_local_engine(method, tmp_path, monkeypatch):
-    for name, value in NOISE.items():
-        monkeypatch.setenv(name, value)
-    chosen = (*METHODS[method], *COMMON)
-    local = pisa_fl.run(pisa_fl.compose(*chosen), tmp_path / "local")
-    flower = pisa_fl.run(pisa_fl.compose("engine=flower", *chosen), tmp_path / "flower")
-    assert_same_end(tmp_path / "flower", tmp_path / "local")
-    assert [line["round"] for line in flower.metrics] == list(range(ROUNDS + 1))
-    for name, tensor in local.model.state_dict().items():
-        assert (flower.model.state_dict()[name] == tensor).all()
-    for name in ("partition.json", "initial.safetensors"):
-        assert (tmp_path / "flower" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
-    assert {"summary.json", "curves.png", "checkpoint", "clients"} <= {
-        path.name for path in (tmp_path / "flower").iterdir()
-    }
+def test_stopped_resumed_killed_and_resumed_again_it_ends_with_the_bits_of_the_local_engine(
+    tmp_path, monkeypatch
+):
+    """With a strategy of the user's, one of whose clients errs in the first two rounds."""
+    mine, directory, unwell = tmp_path / "mine", tmp_path / "run", 0
+    mine.mkdir()
+    (mine / "moody.py").write_text(MODULE.replace("UNWELL", str(unwell)))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    local = pisa_fl.run(pisa_fl.compose(*CHOSEN, config_dir=mine), tmp_path / "local")
 
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("undisturbed")
-    pisa_fl.run(pisa_fl.compose(*LONG), directory)
-    return directory
-
-
-def test_stopped_resumed_killed_and_resumed_again_it_ends_with_the_same_bits(tmp_path, undisturbed):
-    directory = tmp_path / "run"
-    process = start(tmp_path, "engine=flower", "hydra.run.dir=run", *LONG, "checkpoint.every=2")
+    process = start(tmp_path, "--config-dir=mine", "engine=flower", "hydra.run.dir=run", *CHOSEN)
     wait_for_round(process, directory, 2)
     with pytest.raises(urllib.error.HTTPError, match="403"):  # the secret is with who started it
         urllib.request.urlopen(f"http://127.0.0.1:{port_of(process)}/v1/control/start-run", b"")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=120)
     stopped = len(metrics_of(directory)) - 1
     assert process.returncode == 130
     assert 2 <= stopped < 7
-    assert err.splitlines()[-1] == (
-        f"pisa-fl: stopped after round {stopped} of 12; go on with: pisa-fl resume={directory}"
-    )
+    go_on = f"pisa-fl --config-dir {mine} resume={directory}"
+    assert err.splitlines()[-1] == f"pisa-fl: stopped after round {stopped} of {ROUNDS}; go on with: {go_on}"
+    # the client's error is shown once with its own traceback
+    first, second = lines(directory / "failures.jsonl")
+    reason = "ArithmeticError: that one is unwell"
+    assert (first["round"], first["client"], first["reason"]) == (1, unwell, reason)
+    assert first["traceback"].startswith("Traceback (most recent call last):")
+    assert "moody.py" in first["traceback"]
+    assert second == {"round": 2, "client": unwell, "reason": reason}
+    shown = " ".join((out + err).split())
+    assert shown.count("Traceback (most recent call last)") == 1
+    assert f"round 1: client {unwell} failed: {reason}" in shown
+    assert f"round 2: client {unwell} failed" in shown
+    assert not any(word in shown.lower() for word in ("raylet", "grpc", "ray::"))
 
-    process = start(tmp_path, f"resume={directory}")
-    wait_for_round(process, directory, stopped + 3)
+    for name, value in NOISE.items():
+        monkeypatch.setenv(name, value)
+    process = start(tmp_path, "--config-dir=mine", f"resume={directory}")
+    wait_for_round(process, directory, stopped + 2)
     [server] = [p for p in descendants(process.pid) if p in processes("flwr-simulation")][:1]
     os.kill(server, signal.SIGKILL)
     _, err = process.communicate(timeout=180)
@@ -167,22 +158,17 @@ def test_stopped_resumed_killed_and_resumed_again_it_ends_with_the_same_bits(tmp
     assert f"pisa-fl resume={directory}" in said
     assert not (directory / "model.safetensors").exists()
 
-    pisa_fl.resume(directory)
-    assert_same_end(directory, undisturbed)
+    flower = pisa_fl.resume(directory)
+    assert metrics_of(directory) == metrics_of(tmp_path / "local")
+    assert [line["round"] for line in flower.metrics] == list(range(ROUNDS + 1))
+    assert [line["clients_failed"] for line in flower.metrics] == [0, 1, 1] + [0] * (ROUNDS - 2)
+    for name, tensor in local.model.state_dict().items():
+        assert (flower.model.state_dict()[name] == tensor).all()
+    for name in ("model.safetensors", "partition.json", "initial.safetensors"):
+        assert (directory / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    assert {"summary.json", "curves.png", "checkpoint", "clients"} <= {p.name for p in directory.iterdir()}
     assert not processes(str(directory))
     assert not (directory / "stop").exists()
-
-
-MODULE = """
-from strategies import LocalSgd
-
-
-class Moody(LocalSgd):
-    def solve(self, stack, instruction, state):
-        if 3 in stack.clients and instruction.config["server-round"] < 3:
-            raise ArithmeticError("number three is unwell")
-        return super().solve(stack, instruction, state)
-"""
 
 
 def test_rounds_and_failures_that_end_while_others_are_shown_are_shown_too(tmp_path, caplog):
@@ -244,29 +230,6 @@ def test_two_launchers_do_not_begin_in_one_directory(tmp_path, command):
     with claim.locked(directory / "flower.log"), pytest.raises(ConfigurationError, match="is being written"):
         _handed_on(directory, resume=True).__enter__()
     assert [path.name for path in directory.iterdir()] == ["flower.log"]
-
-
-def test_the_error_of_a_client_is_shown_once_with_its_own_traceback(tmp_path):
-    (tmp_path / "mine" / "strategy").mkdir(parents=True)
-    (tmp_path / "mine" / "moody.py").write_text(MODULE)
-    own = {"defaults": ["fedavg"], "client": {"_target_": "moody.Moody"}, "local_epochs": 1}
-    (tmp_path / "mine" / "strategy" / "moody.yaml").write_text(yaml.safe_dump(own))
-    chosen = ["engine=flower", "strategy=moody", "model=logistic", "rounds=4", "progress=false"]
-    process = start(tmp_path, "--config-dir", "mine", *chosen, "hydra.run.dir=run")
-    out, err = process.communicate(timeout=180)
-    assert process.returncode == 0, out + err
-    first, second = lines(tmp_path / "run" / "failures.jsonl")
-    reason = "ArithmeticError: number three is unwell"
-    assert (first["round"], first["client"], first["reason"]) == (1, 3, reason)
-    assert first["traceback"].startswith("Traceback (most recent call last):")
-    assert "moody.py" in first["traceback"]
-    assert second == {"round": 2, "client": 3, "reason": reason}
-    assert [line["clients_failed"] for line in metrics_of(tmp_path / "run")] == [0, 1, 1, 0, 0]
-    shown = " ".join((out + err).split())
-    assert shown.count("Traceback (most recent call last)") == 1
-    assert "round 1: client 3 failed: ArithmeticError: number three is unwell" in shown
-    assert "round 2: client 3 failed" in shown
-    assert not any(word in shown.lower() for word in ("raylet", "grpc", "ray::"))
 
 
 def test_what_is_impossible_is_said_before_anything_is_started(command, tmp_path):

@@ -186,7 +186,14 @@ def test_pisa_follows_the_plain_loop_with_its_own_numbers(problem, drawn, share,
 
 
 def test_whatever_the_skew_the_path_is_the_same():
-    small = ("clients=10", "rounds=50", "progress=false", "engine.threads=1", "strategy=pisa")
+    small = (
+        "clients=10",
+        "rounds=50",
+        "model=logistic",
+        "progress=false",
+        "engine.threads=1",
+        "strategy=pisa",
+    )
     losses = {}
     for classes in (1, 10):
         federation = prepare(compose(*small, f"partition.classes_per_client={classes}"))
@@ -195,10 +202,9 @@ def test_whatever_the_skew_the_path_is_the_same():
             == [classes] * 10
         )
         losses[classes] = [line["test_loss"] for line in federation.rounds(20)]
-    # rounding, in the order in which clients are summed, grows as any disturbance of a network's weights does
-    assert losses[1][:11] == pytest.approx(losses[10][:11], rel=2e-4)
-    assert losses[1] == pytest.approx(losses[10], rel=1e-2)
-    assert losses[1][-1] < 0.2 * losses[1][0]
+    # but for the order in which clients are summed; with a network, that rounding would grow to a percent by now
+    assert losses[1] == pytest.approx(losses[10], rel=1e-4)
+    assert losses[1][-1] < 0.4 * losses[1][0]
 
 
 def test_the_first_round_of_an_automatic_penalty_only_measures(problem):
@@ -279,15 +285,3 @@ def test_local_sgd_is_pytorchs(problem):
     federation.arrays = reply.content.array_records["arrays"]
     federation.load_weights()
     assert_moved_alike(federation, expected, problem.start)
-
-
-@pytest.mark.parametrize("strategy", [["fedavg", "local_epochs=1"], ["sisa", "gradient=batch"]])
-def test_same_seed_same_bits(problem, strategy):
-    def weights(*more):
-        name, option = strategy
-        overrides = [f"strategy={name}", f"strategy.{option}", "participation=0.5"]
-        return problem.run(3, *overrides, *more)[0].model.weights.clone()
-
-    first = weights()
-    assert torch.equal(first, weights())
-    assert not torch.equal(first, weights("seed=6"))

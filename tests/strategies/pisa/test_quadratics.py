@@ -44,8 +44,9 @@ def test_pisa_finds_the_optimum_of_different_clients(preconditioner, align_every
 
 
 @pytest.mark.parametrize(("wire", "share"), [("primal", 0.5), ("gradient", 0.5), ("gradient", 1.0)])
-@pytest.mark.parametrize("preconditioner", ["identity", "squares", "kronecker"])
-@pytest.mark.parametrize("friction", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("friction", "preconditioner"), [(0.0, "kronecker"), (0.1, "kronecker"), (0.1, "squares")]
+)
 def test_a_fresh_consensus_finds_the_optimum_whoever_answers(friction, preconditioner, wire, share):
     # the dual of an absent client is a gradient of the past, for which steps must be shorter than with everybody there
     problem, lag = Quadratics.draw(seed=4), 0 if wire == "gradient" else 1
