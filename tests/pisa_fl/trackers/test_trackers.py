@@ -151,7 +151,7 @@ def compose_and_launch(name):
         ("tracker=[csv,tensorboard]", ["Csv", "TensorBoard"]),
         ("+tracker=csv", ["TensorBoard", "Csv"]),
         ("tracker=none", []),
-        ("tracker=null", []),
+        ("tracker=[]", []),
     ],
 )
 def test_what_is_chosen(override, names):
