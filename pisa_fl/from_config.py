@@ -94,6 +94,7 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
     noise = {client: noise_std(client) for client in range(len(partition))} if noise_std else {}
     identity.note(of_deal(partition, noise))
     task = build(config.task, Task)
+    _check_targets(config, task)
     model, layout = _model(config, data)
     identity.note(of_tensors(model))
     if run is not None and (initial := run / "initial.safetensors").is_file():
@@ -221,6 +222,20 @@ def trackers(config: DictConfig) -> list[Observer]:
         if not isinstance(node, DictConfig):
             raise ConfigurationError(f"tracker.{name} must be keys with a _target_, got {node}")
     return [build(node, Observer) for node in config.tracker.values()]
+
+
+def _check_targets(config: DictConfig, task: Task) -> None:
+    """Check that targets can be reached.
+
+    Raises:
+        ConfigurationError: One is more than the task's first metric can be.
+    """
+    quality = task.measures.quality
+    if quality.most is not None and max(config.targets, default=0.0) > quality.most:
+        raise ConfigurationError(
+            f"targets must be values of {quality.name}, at most {quality.most:g}, in a list, such as"
+            f" [{0.9 * quality.most:g}], got {list(config.targets)}"
+        )
 
 
 def deals(config: DictConfig) -> bool:

@@ -20,6 +20,7 @@ class Metric:
         unit: Of the number that people see; empty for none.
         factor: That number over the one in files.
         digits: Of that number, after the point.
+        most: The most that it can be in files; None: as much as you like.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Metric:
     unit: str = ""
     factor: float = 1.0
     digits: int = 4
+    most: float | None = None
 
     @property
     def key(self) -> str:
@@ -93,6 +95,6 @@ class Measures:
             TypeError: It is something else.
         """
         if described is None:
-            return cls.of([Metric("accuracy", "higher", "%", 100, 2)], "nats")
+            return cls.of([Metric("accuracy", "higher", "%", 100, 2, 1)], "nats")
         *metrics, loss = (Metric(**one) for one in described)
         return cls(tuple(metrics), loss)

@@ -15,7 +15,7 @@ from pisa_fl.tasks.base import TARGETS, Batch, Task
 class Classification(Task):
     """Cross-entropy of logits (B, K) with class numbers (B,), and the share whose largest logit is right."""
 
-    metrics = (Metric("accuracy", "higher", "%", 100, 2),)
+    metrics = (Metric("accuracy", "higher", "%", 100, 2, most=1),)
     loss_unit = "nats"
 
     def losses(self, output: Tensor, batch: Batch) -> Tensor:

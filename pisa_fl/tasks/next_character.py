@@ -19,7 +19,7 @@ class NextCharacter(Task):
     Accuracy is the share of characters whose largest logit is right; perplexity e to the mean loss.
     """
 
-    metrics = (Metric("accuracy", "higher", "%", 100, 2), Metric("perplexity", "lower", "", 1, 3))
+    metrics = (Metric("accuracy", "higher", "%", 100, 2, most=1), Metric("perplexity", "lower", "", 1, 3))
     loss_unit = "nats a character"
 
     def losses(self, output: Tensor, batch: Batch) -> Tensor:

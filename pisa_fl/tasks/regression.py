@@ -18,7 +18,7 @@ class Regression(Task):
     root-mean-square error: one standard deviation of the target is 1.
     """
 
-    metrics = (Metric("r2", "higher"), Metric("rmse", "lower", "standard deviations"))
+    metrics = (Metric("r2", "higher", most=1), Metric("rmse", "lower", "standard deviations"))
     loss_unit = "squared standard deviations"
 
     def losses(self, output: Tensor, batch: Batch) -> Tensor:

@@ -37,21 +37,21 @@ EXPLAINED_BY_THEIR_NAME = {"defaults", "_target_", "_partial_", "_recursive_", "
 
 
 MANDATORY = {
-    "imagefolder": ["data.path=somewhere"],
-    "csv": ["data.path=somewhere", "data.target=one"],
-    "adult": ["data.root=somewhere"],
-    "shakespeare": ["data.path=somewhere"],
-    "from_file": ["partition.path=somewhere"],
-    "tabular_classification": ["data.path=somewhere", "data.target=one"],
-    "tabular_regression": ["data.path=somewhere", "data.target=one"],
-    "next_character": ["data.path=somewhere"],
+    "data/imagefolder": ["data.path=somewhere"],
+    "data/csv": ["data.path=somewhere", "data.target=one"],
+    "data/adult": ["data.root=somewhere"],
+    "data/shakespeare": ["data.path=somewhere"],
+    "partition/from_file": ["partition.path=somewhere"],
+    "task/tabular_classification": ["data.path=somewhere", "data.target=one"],
+    "task/tabular_regression": ["data.path=somewhere", "data.target=one"],
+    "task/next_character": ["data.path=somewhere"],
 }
 """Values for the keys that have no default."""
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)
 def test_every_option_composes(group, name):
-    mandatory = MANDATORY.get(name, [])
+    mandatory = MANDATORY.get(f"{group}/{name}", [])
     config = resolve(pisa_fl.compose(f"{group}={name}", *mandatory))
     assert "${" not in OmegaConf.to_yaml(config)
     assert not OmegaConf.missing_keys(config)
