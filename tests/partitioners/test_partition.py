@@ -97,7 +97,7 @@ assert not {"datasets", "flwr_datasets"} & set(sys.modules)
 names = [name for name in partitioners.__all__ if name.endswith("Partitioner")]
 classes = [getattr(partitioners, name) for name in names]
 from flwr_datasets.partitioner import Partitioner
-assert len(classes) == 8 and all(issubclass(each, Partitioner) for each in classes)
+assert len(classes) == 9 and all(issubclass(each, Partitioner) for each in classes)
 assert all(each.__name__ == name for each, name in zip(classes, names, strict=True))
 """
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -263,6 +263,7 @@ def test_configurations_are_all_there():
         "from_file",
         "iid",
         "label_skew",
+        "natural",
         "quantity",
         "shards",
     }

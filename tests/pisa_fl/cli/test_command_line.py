@@ -231,13 +231,13 @@ def test_models_that_do_not_fit(command, tmp_path, monkeypatch):
     (tmp_path / "own" / "model").mkdir(parents=True)
     (tmp_path / "own" / "models_of_mine.py").write_text(OWN_MODELS)
     (tmp_path / "own" / "model" / "mine.yaml").write_text("_target_: ???\n")
-    logits = "must give logits, one float tensor of (images, classes), and gives"
+    logits = "must give logits, one float tensor of (examples, classes), and gives"
     expected = {
         "Pair": f"Pair {logits} a tuple in training",
         "Named": f"Named {logits} a dict in evaluation",
-        "Label": f"Label {logits} torch.int64 of shape (4,) for 4 images",
+        "Label": f"Label {logits} torch.int64 of shape (4,) for 4 examples",
         "Infinite": f"Infinite {logits} numbers that are not finite",
-        "few": f"Linear {logits} 7 numbers an image for 10 classes",
+        "few": f"Linear {logits} 7 numbers an example for 10 classes",
         "other_size": "Linear cannot take images of (channels, height, width) (1, 28, 28): RuntimeError",
         "a_class": "must give a Module and gives the class Linear",
         "nothing": "must give a Module and gives a NoneType",
