@@ -364,8 +364,9 @@ class ClientHost:
             raise InstructionError(f"array records {sorted(content.array_records)}")
         arrays = content.array_records[ARRAYS]
         if WEIGHTS in arrays:
-            weights = {WEIGHTS: Field(self._model.layout.size)}
-            expected = self._half.instruction_fields(config_of(content)) if train else weights
+            expected = self._half.instruction_fields(config_of(content))
+            if not train:  # which takes the weights, and whatever is sent to train beside them
+                expected = {name: field for name, field in expected.items() if name in arrays}
             if self._model.buffer_layout.size:
                 expected |= {BUFFERS: Field(self._model.buffer_layout.size)}
         else:  # the model's tensors by name, as Flower's servers make them
