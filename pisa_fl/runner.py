@@ -221,9 +221,7 @@ def _gather(federation: Federation, watching: Observers, asked: Callable[[], boo
         TooFewClientsError: They do not come.
         Interrupted: The run was asked to stop meanwhile.
     """
-    try:
-        federation.gather(watching.waiting, asked)
-    finally:
-        watching.waiting(None)
+    federation.gather(watching.waiting, asked)
+    watching.waiting(None)
     if federation.round and asked():
         raise Interrupted(f"stopped after round {federation.round}, while clients were waited for")

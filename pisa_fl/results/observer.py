@@ -82,7 +82,7 @@ class Observer:
         """The run is about to begin, or to go on."""
 
     def waiting(self, line: str | None) -> None:
-        """Clients are waited for, as a line tells; None when that has come to an end."""
+        """Clients are waited for, as a line tells; None when they are there. Else the run is stopped."""
 
     def round(self, line: Metrics) -> None:
         """A round was measured, of which this is the line of metrics.jsonl; round 0 is the untrained model."""

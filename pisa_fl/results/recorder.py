@@ -91,6 +91,7 @@ class Recorder(Observer):
         Where it failed while a round's replies were taken in, there is no state to go on from but the checkpoint
         before.
         """
+        (self._directory / run_directory.WAITING).unlink(missing_ok=True)
         if self._run is None or not isinstance(reason, Exception):
             return
         federation = self._run.federation

@@ -120,7 +120,7 @@ def test_the_server_needs_test_images(tmp_path):
     link = SuperLink()
     with pytest.raises(ConfigurationError) as caught:
         run(config, tmp_path / "run", engine_on(link))
-    assert str(caught.value) == "data: there are no test images, which the server needs"
+    assert str(caught.value) == "data: there are no test examples, which the server needs"
     assert not (tmp_path / "run").exists()
 
 
