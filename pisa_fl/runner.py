@@ -106,7 +106,13 @@ def resume(directory: Path, engine: Engine | None = None, allow: Collection[str]
                 )
             last = federation.round or -1  # the untrained model is measured again
             metrics = run_directory.rewind(directory, last, config.run_id)
-            run_directory.check_numbers(directory, metrics, federation.task.measures.quality)
+            quality = federation.task.measures.quality
+            run_directory.check_numbers(directory, metrics, quality)
+            if config.rounds == federation.round and metrics and quality.key not in metrics[-1]:
+                raise ConfigurationError(
+                    f"resume: rounds={config.rounds} in {directory}/config.yaml ends with a round that was not"
+                    f" evaluated (evaluate_every={config.evaluate_every}): set it to {config.rounds + 1} or more"
+                )
         except BaseException:
             federation.grid.close()
             raise

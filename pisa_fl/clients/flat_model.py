@@ -145,11 +145,11 @@ class FlatModel:
     def ready(self, fields: Mapping[str, Tensor], data: DataSet) -> dict[str, Tensor]:
         """A whole set as the task takes it, in that order: more memory than what is stored, and no work later."""
         made: dict[str, Tensor] = {}
-        for start in range(0, len(next(iter(fields.values()))), 1000):
+        length = len(next(iter(fields.values())))
+        for start in range(0, length, 1000):
             part = {name: field[start : start + 1000] for name, field in fields.items()}
             for name, field in data.ready(part).items():
                 if start == 0:
-                    length = len(fields[name]) if name in fields else len(next(iter(fields.values())))
                     made[name] = self._empty(field, length)
                 made[name][start : start + 1000] = field
         return made

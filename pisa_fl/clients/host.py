@@ -26,6 +26,7 @@ from pisa_fl.clients.stack import ClientData, fitting_stack
 from pisa_fl.config import ConfigurationError
 from pisa_fl.data.data_set import DataSet
 from pisa_fl.models.examination import Findings, examine
+from pisa_fl.randomness import global_generators
 from pisa_fl.tasks import Task
 from strategies.base.client import ClientHalf
 from strategies.base.messages import (
@@ -98,6 +99,9 @@ class Clients:
             ConfigurationError: It cannot be trained, or not on these clients' examples.
         """
         found = examine(self.model, self.learnt, self.data)
+        if any(self.noise_std.values()):  # refused now, where there is none for such inputs
+            with global_generators(0):
+                self.data.noisy(self.data.trial(1), 0.0, torch.Generator())
         if not found.takes_one:
             remedy = (
                 "its normalisation needs two examples at least: give it more, or a model without (GroupNorm)"
