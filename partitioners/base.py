@@ -41,7 +41,7 @@ class IndexPartitioner(Partitioner):
         super().__init__()
         self._dataset: Dataset | None = None
         self._labels: NDArray[np.int64] | None = None
-        self._num_partitions = whole_number("clients", num_partitions, minimum=1)
+        self._num_partitions = whole_number("num_partitions", num_partitions, minimum=1)
         self._seed = whole_number("seed", seed, minimum=0)
 
     @property
@@ -80,7 +80,7 @@ class IndexPartitioner(Partitioner):
             labels = self.dataset.with_format("numpy")["label"][:]
         if len(labels) < self.num_partitions:
             raise ValueError(
-                f"clients={self.num_partitions} is more than the {len(labels)} examples: lower clients"
+                f"num_partitions={self.num_partitions} is more than the {len(labels)} examples: lower num_partitions"
             )
         rng = np.random.default_rng(self._seed)
         partition = self._deal(labels, rng)
@@ -107,15 +107,15 @@ def labelled(labels: NDArray[np.integer]) -> Dataset:
     return Dataset.from_dict({"index": np.arange(len(labels)), "label": labels.astype(np.int64)})
 
 
-def whole_number(key: str, value: int, minimum: int) -> int:
-    """`value`, or a ValueError that names the configuration key unless it is an int >= minimum."""
+def whole_number(name: str, value: int, minimum: int) -> int:
+    """`value`, or a ValueError that names the argument unless it is an int >= minimum."""
     if type(value) is not int or value < minimum:
-        raise ValueError(f"{key} must be a whole number of at least {minimum}, got {value!r}")
+        raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
     return value
 
 
-def positive(key: str, value: float) -> float:
-    """`value`, or a ValueError that names the configuration key unless it is a finite number > 0."""
+def positive(name: str, value: float) -> float:
+    """`value`, or a ValueError that names the argument unless it is a finite number > 0."""
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{key} must be positive, got {value!r}")
+        raise ValueError(f"{name} must be positive, got {value!r}")
     return value

@@ -36,10 +36,10 @@ class DirichletPartitioner(IndexPartitioner):
         max_redraws: int,
     ) -> None:
         super().__init__(num_partitions, seed)
-        self._alpha = positive("partition.alpha", alpha)
-        self._min_examples = whole_number("partition.min_examples", min_examples, minimum=1)
+        self._alpha = positive("alpha", alpha)
+        self._min_examples = whole_number("min_examples", min_examples, minimum=1)
         self._self_balancing = self_balancing
-        self._max_redraws = whole_number("partition.max_redraws", max_redraws, minimum=0)
+        self._max_redraws = whole_number("max_redraws", max_redraws, minimum=0)
 
     def _deal(self, labels: NDArray[np.int64], rng: np.random.Generator) -> Partition:
         classes, class_sizes = np.unique(labels, return_counts=True)
@@ -55,17 +55,17 @@ class DirichletPartitioner(IndexPartitioner):
         clients, examples = self.num_partitions, int(class_sizes.sum())
         if clients * self._min_examples > examples:
             raise ValueError(
-                f"clients={clients} with partition.min_examples={self._min_examples} need more than the "
-                f"{examples} examples there are: lower clients or partition.min_examples"
+                f"num_partitions={clients} with min_examples={self._min_examples} need more than the "
+                f"{examples} examples there are: lower num_partitions or min_examples"
             )
         for _ in range(1 + self._max_redraws):
             counts = self._draw_once(class_sizes, rng)
             if counts.sum(axis=0).min() >= self._min_examples:
                 return counts
         raise ValueError(
-            f"{1 + self._max_redraws} draws with partition.alpha={self._alpha} never gave each of "
-            f"clients={clients} {self._min_examples} examples: raise partition.alpha or "
-            "partition.max_redraws, or lower clients or partition.min_examples"
+            f"{1 + self._max_redraws} draws never gave each of num_partitions={clients} "
+            f"its min_examples={self._min_examples}: raise alpha={self._alpha} or max_redraws, or "
+            "lower num_partitions or min_examples"
         )
 
     def _draw_once(self, class_sizes: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ class FeatureNoisePartitioner(IidPartitioner):
     def __init__(self, num_partitions: int, seed: int, sigma: float) -> None:
         super().__init__(num_partitions, seed)
         if type(sigma) not in (int, float) or not 0 <= sigma < math.inf:
-            raise ValueError(f"partition.sigma must be zero or positive, got {sigma!r}")
+            raise ValueError(f"sigma must be zero or positive, got {sigma!r}")
         self._sigma = sigma
 
     def noise_std(self, partition_id: int) -> float:

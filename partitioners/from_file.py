@@ -31,8 +31,8 @@ class FromFilePartitioner(IndexPartitioner):
         dealt = load(self._path)
         if len(dealt) != self.num_partitions:
             raise ValueError(
-                f"{self._path} is a partition among {len(dealt)} clients but clients={self.num_partitions}: "
-                f"set clients={len(dealt)}"
+                f"path={self._path} is a partition among {len(dealt)} clients but num_partitions="
+                f"{self.num_partitions}: set num_partitions={len(dealt)}"
             )
-        check(dealt, len(labels), source=str(self._path))
+        check(dealt, len(labels), source=f"path={self._path}")
         return dealt

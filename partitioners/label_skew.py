@@ -26,7 +26,7 @@ class LabelSkewPartitioner(IndexPartitioner):
 
     def __init__(self, num_partitions: int, seed: int, classes_per_client: int) -> None:
         super().__init__(num_partitions, seed)
-        self._classes_per_client = whole_number("partition.classes_per_client", classes_per_client, minimum=1)
+        self._classes_per_client = whole_number("classes_per_client", classes_per_client, minimum=1)
 
     def _deal(self, labels: NDArray[np.int64], rng: np.random.Generator) -> Partition:
         classes, labels = np.unique(labels, return_inverse=True)
@@ -38,7 +38,7 @@ class LabelSkewPartitioner(IndexPartitioner):
             if len(indices) < len(holders):
                 raise ValueError(
                     f"class {name} has {len(indices)} examples but {len(holders)} clients hold it: "
-                    "lower clients or partition.classes_per_client"
+                    "lower num_partitions or classes_per_client"
                 )
             for client, share in zip(holders, np.array_split(indices, len(holders)), strict=True):
                 parts[client].append(share)
@@ -49,12 +49,12 @@ class LabelSkewPartitioner(IndexPartitioner):
         clients, k = self.num_partitions, self._classes_per_client
         if k > num_classes:
             raise ValueError(
-                f"partition.classes_per_client={k} is more than the {num_classes} classes there are: lower it"
+                f"classes_per_client={k} is more than the {num_classes} classes there are: lower it"
             )
         if clients * k < num_classes:
             raise ValueError(
-                f"clients={clients} with partition.classes_per_client={k} cannot hold all "
-                f"{num_classes} classes: raise clients or partition.classes_per_client"
+                f"num_partitions={clients} with classes_per_client={k} cannot hold all "
+                f"{num_classes} classes: raise num_partitions or classes_per_client"
             )
         unheld = rng.permutation(np.arange(clients, num_classes)).tolist()
         held = [{client % num_classes, *unheld[client::clients]} for client in range(clients)]

@@ -101,7 +101,7 @@ def load(path: str | Path) -> Partition:
         ValueError: the file cannot be read, or is not JSON of that shape with the keys 0..n-1.
     """
     if Path(path).is_fifo():  # it would be waited for
-        raise ValueError(f"partition.path={path} is a pipe: set it to a run's partition.json")
+        raise ValueError(f"path={path} is a pipe: set it to a run's partition.json")
     try:
         clients = json.loads(Path(path).read_text())
         lists = [clients[str(client)] for client in range(len(clients))]
@@ -109,9 +109,9 @@ def load(path: str | Path) -> Partition:
             raise TypeError
         return [np.array(indices, dtype=np.int64) for indices in lists]
     except OSError as error:
-        raise ValueError(f"cannot read partition.path={path}: {error.strerror}") from None
+        raise ValueError(f"path={path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise ValueError(
-            f'{path} is not a partition file, {{"0": [indices], "1": [indices], ...}} with the clients\' '
-            "numbers without a gap: set partition.path to a run's partition.json"
+            f'path={path} is not a partition file, {{"0": [indices], "1": [indices], ...}} with the clients\' '
+            "numbers without a gap: set it to a run's partition.json"
         ) from None

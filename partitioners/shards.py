@@ -23,14 +23,14 @@ class ShardsPartitioner(IndexPartitioner):
 
     def __init__(self, num_partitions: int, seed: int, shards_per_client: int) -> None:
         super().__init__(num_partitions, seed)
-        self._shards_per_client = whole_number("partition.shards_per_client", shards_per_client, minimum=1)
+        self._shards_per_client = whole_number("shards_per_client", shards_per_client, minimum=1)
 
     def _deal(self, labels: NDArray[np.int64], rng: np.random.Generator) -> Partition:
         clients, each = self.num_partitions, self._shards_per_client
         if clients * each > len(labels):
             raise ValueError(
-                f"clients={clients} with partition.shards_per_client={each} need more than the "
-                f"{len(labels)} examples there are: lower clients or partition.shards_per_client"
+                f"num_partitions={clients} with shards_per_client={each} need more than the "
+                f"{len(labels)} examples there are: lower num_partitions or shards_per_client"
             )
         shards = np.array_split(np.argsort(labels, kind="stable"), clients * each)
         dealt = rng.permutation(clients * each).reshape(clients, each)

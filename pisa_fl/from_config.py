@@ -20,7 +20,7 @@ import partitioners
 from partitioners import Partition
 from pisa_fl.checkpoint import known_identity
 from pisa_fl.clients.host import Clients
-from pisa_fl.config import ConfigurationError, build, resolve, settle
+from pisa_fl.config import ConfigurationError, blaming, build, resolve, settle
 from pisa_fl.config.explain import explain
 from pisa_fl.data.data_set import DataSet
 from pisa_fl.data.hold_out import hold_out
@@ -84,7 +84,7 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
             with expected("deal"):
                 partition = partitioners.load(dealt)
         else:
-            partition = partitioners.deal(partitioner, data.groups)
+            partition = _deal(config, partitioner, data)
         if len(partition) != config.clients:
             raise ConfigurationError(
                 f"partition deals to {len(partition)} clients but clients={config.clients}:"
@@ -105,7 +105,8 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
     identity.note(of_weights(model))
     device = _device(str(config.device))
     server = build(config.strategy.server, Strategy, layout=layout, seed=config.seed, device=device)
-    checks.flowers_own(server)
+    with blaming(config.strategy.server):
+        checks.flowers_own(server)
     federation = Federation(
         data,
         partition,
@@ -164,7 +165,7 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: StateF
             partitioner = build(config.partition, Partitioner)
             labels = hashlib.sha256(data.groups.tobytes()).hexdigest()
             source = OmegaConf.to_yaml(config.data) + OmegaConf.to_yaml(config.partition) + labels
-            rows = file.rows(source, lambda: _share(partitioners.deal(partitioner, data.groups), number))
+            rows = file.rows(source, lambda: _share(_deal(config, partitioner, data), number))
             if hasattr(partitioner, "noise_std"):
                 noise = {number: partitioner.noise_std(number)}
         model, layout = _model(config, data)
@@ -255,6 +256,11 @@ def _folder_key(config: DictConfig) -> str:
     raise ConfigurationError(
         "data has neither path nor root, so partition=own cannot put the node's folder there"
     )
+
+
+def _deal(config: DictConfig, partitioner: Any, data: DataSet) -> Partition:
+    with blaming(config.partition):
+        return partitioners.deal(partitioner, data.groups)
 
 
 def _share(partition: Partition, number: int) -> NDArray[np.integer]:

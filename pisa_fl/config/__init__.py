@@ -1,6 +1,6 @@
 """Configuration: composed, checked, explained, and built from."""
 
-from pisa_fl.config.builder import build
+from pisa_fl.config.builder import blaming, build
 from pisa_fl.config.composer import (
     CONF,
     PATHS,
@@ -18,6 +18,7 @@ __all__ = [
     "CONF",
     "PATHS",
     "ConfigurationError",
+    "blaming",
     "build",
     "compose",
     "explain_composition",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import math
+import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from pisa_fl.config import own_code
 from pisa_fl.config.error import ConfigurationError
+from pisa_fl.config.explain import shown
+from pisa_fl.config.hints import fits, hints, words
+from pisa_fl.config.typed import typed
 
 
 def build(node: DictConfig, kind: type = object, **available: Any) -> Any:
@@ -37,17 +40,29 @@ def build(node: DictConfig, kind: type = object, **available: Any) -> Any:
         )
     target = _target(node)
     _check_values(node)
-    named = f"{node._get_full_key('_target_')}={node._target_}"
-    try:
+    with blaming(node):
         parameters = _parameters(target)
         extra = {key: value for key, value in available.items() if key in parameters and key not in node}
         built = instantiate(node, _partial_=True, _convert_="all")(**extra)
-    except (Exception, SystemExit) as error:
-        raise ConfigurationError(_cause(error, named)) from error
     if not isinstance(built, kind):
         what = f"the class {built.__name__}" if inspect.isclass(built) else f"a {type(built).__name__}"
-        raise ConfigurationError(f"{named} must give a {kind.__name__} and gives {what}")
+        raise ConfigurationError(f"{_named(node)} must give a {kind.__name__} and gives {what}")
     return built
+
+
+@contextmanager
+def blaming(node: DictConfig) -> Iterator[None]:
+    """Say what goes wrong with what a node names in one sentence about the keys that were typed.
+
+    So a class knows its arguments by their names alone: `beta must be below 1`.
+
+    Raises:
+        ConfigurationError: Something did.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise ConfigurationError(_sentence(error, node)) from error
 
 
 def makes(node: DictConfig, kind: type) -> bool:
@@ -76,8 +91,7 @@ def _target(node: DictConfig) -> Any:
     """
     from hydra.utils import get_object
 
-    name = node._target_
-    named = f"{node._get_full_key('_target_')}={name}"
+    name, named = node._target_, _named(node)
     if not isinstance(name, str) or not name:
         raise ConfigurationError(f"{named} is no name: name a class or a function")
     try:
@@ -105,68 +119,18 @@ def _check_values(node: DictConfig) -> None:
     Raises:
         ConfigurationError: Something else is there.
     """
-    hints = _annotations(_target(node)) if "_target_" in node else {}
+    allowed = hints(_target(node)) if "_target_" in node else {}
     for key in node:
         value = None if OmegaConf.is_missing(node, key) else node[key]
-        if key in hints and not any(_fits(value, kind) for kind in _members(hints[key])):
-            words = [_words(kind) for kind in _members(hints[key])]
-            *others, last = dict.fromkeys(words)
-            listed = f"{', '.join(others)} or {last}" if others else last
-            raise ConfigurationError(f"{_origin(node, str(key))} must be {listed}, got {value}")
+        if key in allowed and not fits(value, allowed[key]):
+            raise ConfigurationError(
+                f"{typed(node, str(key))} must be {words(allowed[key])}, got {shown(value)}"
+            )
         if isinstance(value, DictConfig):
             _check_values(value)
 
 
-def _annotations(target: Any) -> dict[Any, Any]:
-    """Types of a target's parameters, as far as they can be read."""
-    try:
-        return get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (NameError, TypeError, AttributeError):
-        return {}
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    """The kinds that a type allows; a literal's values are kinds of their own."""
-    if get_origin(hint) in (Union, UnionType):
-        return tuple(kind for member in get_args(hint) for kind in _members(member))
-    return get_args(hint) if get_origin(hint) is Literal else (hint,)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind; of others than those named here any."""
-    if get_origin(kind) is Sequence:
-        (inner,) = get_args(kind)
-        return isinstance(value, ListConfig) and all(any(_fits(v, k) for k in _members(inner)) for v in value)
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    if kind in (int, bool, NoneType):
-        return type(value) is kind
-    if kind in (str, Path):
-        return type(value) in (str, int, float)  # YAML takes some names for numbers
-    if get_origin(kind) is Callable:
-        return isinstance(value, DictConfig) and "_target_" in value
-    return value == kind if isinstance(kind, str) else True
-
-
-def _words(kind: Any) -> str:
-    if get_origin(kind) is Sequence:
-        return f"a list with {_words(get_args(kind)[0])} in each place"
-    if get_origin(kind) is Callable:
-        return "keys with a _target_"
-    names = {float: "a number", int: "a whole number", bool: "true or false", NoneType: "null"}
-    names |= {str: "a text", Path: "a text"}
-    return kind if isinstance(kind, str) else names.get(kind, getattr(kind, "__name__", str(kind)))
-
-
-def _origin(node: DictConfig, key: str) -> str:
-    """The key that a user sets for this one: the shortest with its value when parts of its path are left out."""
-    root, parts = node._get_root(), str(node._get_full_key(key)).split(".")
-    cuts = [(i, j) for i in range(len(parts)) for j in range(i, len(parts))]
-    names = [".".join(parts[:i] + parts[j:]) for i, j in cuts]
-    return min((n for n in names if OmegaConf.select(root, n, default=...) == node[key]), key=len)
-
-
-def _cause(error: BaseException, named: str) -> str:
+def _sentence(error: BaseException, node: DictConfig) -> str:
     """The sentence of the exception that made a target fail; what it raised by mistake has its name before it."""
     from hydra.errors import InstantiationException
 
@@ -174,6 +138,41 @@ def _cause(error: BaseException, named: str) -> str:
     while isinstance(cause, InstantiationException | KeyError) and cause.__cause__ is not None:
         cause = cause.__cause__
     text = " ".join(str(cause).split())
-    if isinstance(cause, ValueError | OSError) and text:
+    if isinstance(cause, ConfigurationError):
         return text
-    return f"{named}: {f'{type(cause).__name__}: {text}' if text else type(cause).__name__}"
+    if isinstance(cause, ValueError | OSError) and text:
+        said, place = _with_keys(text, node), str(node._get_full_key(None))
+        # another library's, of what it calls by names of its own
+        foreign = said == text and place not in text and isinstance(cause, ValueError)
+        return f"{place}: {text}" if foreign else said
+    return f"{_named(node)}: {f'{type(cause).__name__}: {text}' if text else type(cause).__name__}"
+
+
+def _with_keys(sentence: str, node: DictConfig) -> str:
+    """A sentence about arguments, such as `beta must be below 1` or `set lag=0`, as one about the keys typed for them.
+
+    A name is an argument's where it begins the sentence, is followed by `=`, or holds a dot or an underscore.
+    """
+
+    def key(found: re.Match[str]) -> str:
+        name, marked = found[0], not found.start() or sentence[found.end() :].startswith("=")
+        if not marked and not re.search("[._]", name):
+            return name
+        places = [group for group in _groups(node) if OmegaConf.select(group, name, default=...) is not ...]
+        # two of this name, one below the other: the one whose value is shown
+        places.sort(key=lambda group: not sentence.endswith(f" {OmegaConf.select(group, name)}"))
+        return typed(places[0], name) if places else name
+
+    return re.sub(r"(?<![\w./-])[A-Za-z_]\w*(?:\.\w+)*", key, sentence)
+
+
+def _groups(node: DictConfig) -> Iterator[DictConfig]:
+    """A node and those below it."""
+    yield node
+    for value in node.values():
+        if isinstance(value, DictConfig):
+            yield from _groups(value)
+
+
+def _named(node: DictConfig) -> str:
+    return f"{node._get_full_key('_target_')}={node._target_}"

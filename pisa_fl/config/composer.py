@@ -16,6 +16,7 @@ from pisa_fl.config.error import ConfigurationError
 from pisa_fl.config.explain import explain, first_line, mistake_in
 from pisa_fl.config.own_code import import_from
 from pisa_fl.config.root_keys import fault
+from pisa_fl.config.typed import remember
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
@@ -136,6 +137,7 @@ def resolve(config: DictConfig) -> DictConfig:
         if missing := sorted(OmegaConf.missing_keys(own)):
             raise ConfigurationError(f"{missing[0]} has no default: give it as {missing[0]}=...")
         OmegaConf.resolve(own)
+        remember(own, config)
         return own
     except OmegaConfBaseException as error:
         raise ConfigurationError(f"{error.full_key or 'configuration'}: {first_line(error)}") from error

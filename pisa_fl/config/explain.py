@@ -71,6 +71,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def shown(value: Any) -> str:
+    """A value in a sentence: one line, and not too long."""
+    said = (
+        "null"
+        if value is None
+        else str(OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value)
+    )
+    return repr(said)[1:-1][:100] or "an empty text"
+
+
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:
     """Every key of a configuration, dotted, without Hydra's own."""
     if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():

@@ -10,6 +10,9 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pisa_fl.config.explain import shown
+from pisa_fl.config.typed import typed
+
 Check = Callable[[Any], str | None]
 """What a value must be if it is not that; None if it is."""
 
@@ -140,14 +143,14 @@ def fault(config: DictConfig) -> str | None:
     """The first thing that is wrong with a resolved configuration, in one sentence; None if there is none."""
     for key, remedy in GROUPS.items():
         if not isinstance(_select(config, key, None), DictConfig):
-            return f"{key} must be a group of keys, got {_value(config, key)}: {remedy}"
+            return f"{typed(config, key)} must be a group of keys, got {_value(config, key)}: {remedy}"
     for key, check in {**ROOT, **ENGINE}.items():
         value = _select(config, key, _ABSENT)
         if value is _ABSENT and key in ENGINE:
             continue
         words = check(None if value is _ABSENT else value)
         if words is not None:
-            return f"{key} must be {words}, got {_value(config, key)}"
+            return f"{typed(config, key)} must be {words}, got {_value(config, key)}"
     drawn = max(1, round(config.participation * config.clients))
     if config.min_clients is not None and config.min_clients > drawn:
         return f"min_clients={config.min_clients} is more than the {drawn} drawn for a round"
@@ -167,6 +170,4 @@ def _select(config: DictConfig, key: str, default: Any) -> Any:
 
 
 def _value(config: DictConfig, key: str) -> str:
-    value = _select(config, key, "nothing")
-    said = "null" if value is None else str(value)
-    return repr(said)[1:-1][:100] or "an empty text"
+    return shown(_select(config, key, "nothing"))

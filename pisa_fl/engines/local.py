@@ -22,6 +22,7 @@ from pisa_fl.config import ConfigurationError
 from pisa_fl.engines.base import ClientGrid, cores
 from pisa_fl.engines.packing import PackingError
 from pisa_fl.engines.workers import Workers, start_method
+from strategies.base import checks
 from strategies.base.messages import TensorArray
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ READY = 2**30
 """Bytes that a training set may take, all processes together, to be made ready once instead of every time."""
 
 
+@checks.literals
 def local_engine(
     clients: Clients,
     workers: int | Literal["auto"] = "auto",
@@ -56,7 +58,7 @@ def local_engine(
         state: Where what clients remember is kept: in `memory`, or on `disk` (`strategies.base.rows.zeros`).
 
     Raises:
-        ConfigurationError: The workers are impossible here.
+        ValueError: The workers are impossible here, or another value is.
     """
     on_cpu = clients.device.type == "cpu"
     auto, method = workers == "auto", start_method()
@@ -71,8 +73,6 @@ def local_engine(
             f"engine.workers={workers} needs device=cpu, and a process that may have children, which one of"
             " multiprocessing.Pool may not: use engine.workers=0"
         )
-    if state not in ("memory", "disk"):
-        raise ConfigurationError(f"state must be memory or disk, got {state}")
     if state == "disk" and not (workers and method == "fork"):
         raise ConfigurationError(
             "state=disk needs worker processes that are forked, which device=cpu on Linux has: engine.workers=1"

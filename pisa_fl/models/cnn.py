@@ -36,15 +36,15 @@ class SimpleCNN(nn.Module):
         hidden: Sequence[int],
     ) -> None:
         super().__init__()
-        check_widths("model.channels", channels, places=2)
-        check_widths("model.kernel", [kernel])
-        check_widths("model.hidden", hidden, places=2)
+        check_widths("channels", channels, places=2)
+        check_widths("kernel", [kernel])
+        check_widths("hidden", hidden, places=2)
         depth, height, width = shape
         for _ in channels:
             height, width = (height - kernel + 1) // POOL, (width - kernel + 1) // POOL
         if min(height, width) < 1:
             raise ValueError(
-                f"model.kernel={kernel} leaves nothing of {shape[1]} x {shape[2]} images after two pools;"
+                f"kernel={kernel} leaves nothing of {shape[1]} x {shape[2]} images after two pools;"
                 " use larger images, a smaller kernel or model=mlp"
             )
         self.conv1 = nn.Conv2d(depth, channels[0], kernel)

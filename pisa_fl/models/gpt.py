@@ -29,9 +29,9 @@ class GPT(nn.Module):
     def __init__(self, shape: tuple[int], classes: int, layers: int, heads: int, width: int) -> None:
         super().__init__()
         for key, value in (("layers", layers), ("heads", heads), ("width", width)):
-            check_widths(f"model.{key}", [value])
+            check_widths(key, [value])
         if width % heads:
-            raise ValueError(f"model.width={width} must be a multiple of model.heads={heads}")
+            raise ValueError(f"width={width} must be a multiple of heads={heads}")
         self.embedding = nn.Embedding(classes, width)
         self.position = nn.Parameter(torch.empty(shape[0], width))
         self.blocks = nn.Sequential(*(_Block(heads, width) for _ in range(layers)))

@@ -25,9 +25,9 @@ class LSTM(nn.Module):
 
     def __init__(self, shape: tuple[int], classes: int, embedding: int, hidden: int, layers: int) -> None:
         super().__init__()
-        check_widths("model.embedding", [embedding])
-        check_widths("model.hidden", [hidden])
-        check_widths("model.layers", [layers])
+        check_widths("embedding", [embedding])
+        check_widths("hidden", [hidden])
+        check_widths("layers", [layers])
         self.embedding = nn.Embedding(classes, embedding)
         self.lstm = nn.LSTM(embedding, hidden, layers, batch_first=True)
         self.out = nn.Linear(hidden, classes)

@@ -23,7 +23,7 @@ def mlp(shape: tuple[int, ...], classes: int, hidden: Sequence[int]) -> nn.Seque
     Raises:
         ValueError: if a width is impossible.
     """
-    check_widths("model.hidden", hidden)
+    check_widths("hidden", hidden)
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise([math.prod(shape), *hidden, classes]):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]

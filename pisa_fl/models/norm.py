@@ -1,11 +1,17 @@
 """Normalisation layers, by name."""
 
 from collections.abc import Callable
+from typing import Literal
 
 from torch import nn
 
+from strategies.base import checks
 
-def norm_layer(norm: str, group_channels: int) -> Callable[[int], nn.Module]:
+Norm = Literal["none", "batch", "group"]
+
+
+@checks.literals
+def norm_layer(norm: Norm, group_channels: int) -> Callable[[int], nn.Module]:
     """Return what builds the normalisation of a number of channels.
 
     Batch normalisation is troublesome where clients hold different classes, since each normalises by
@@ -23,9 +29,7 @@ def norm_layer(norm: str, group_channels: int) -> Callable[[int], nn.Module]:
 
     def group(channels: int) -> nn.Module:
         if group_channels < 1 or channels % group_channels:
-            raise ValueError(
-                f"model.group_channels={group_channels} must divide a layer's {channels} channels"
-            )
+            raise ValueError(f"group_channels={group_channels} must divide a layer's {channels} channels")
         return nn.GroupNorm(channels // group_channels, channels)
 
     kinds: dict[str, Callable[[int], nn.Module]] = {
@@ -33,6 +37,4 @@ def norm_layer(norm: str, group_channels: int) -> Callable[[int], nn.Module]:
         "batch": nn.BatchNorm2d,
         "group": group,
     }
-    if norm not in kinds:
-        raise ValueError(f"model.norm={norm} must be one of {', '.join(kinds)}")
     return kinds[norm]

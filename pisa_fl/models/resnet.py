@@ -3,11 +3,11 @@
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from pisa_fl.models.norm import norm_layer
+from pisa_fl.models.norm import Norm, norm_layer
 
 
 def resnet18(
-    shape: tuple[int, int, int], classes: int, norm: str, group_channels: int, small_below: int
+    shape: tuple[int, int, int], classes: int, norm: Norm, group_channels: int, small_below: int
 ) -> ResNet:
     """Return torchvision's ResNet-18 (He et al. 2016, arXiv 1512.03385) for images of this shape.
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import nn
 
 from pisa_fl.models.mlp import mlp
-from pisa_fl.models.norm import norm_layer
+from pisa_fl.models.norm import Norm, norm_layer
 from pisa_fl.models.widths import check_widths
 
 POOL = 2
@@ -17,7 +17,7 @@ def vgg9(
     classes: int,
     channels: Sequence[int],
     hidden: Sequence[int],
-    norm: str,
+    norm: Norm,
     group_channels: int,
 ) -> nn.Sequential:
     """Return the VGG-9 of NIID-Bench (Li et al. 2022, arXiv 2102.02079; from FedMA, arXiv 2002.06440).
@@ -36,9 +36,9 @@ def vgg9(
     Raises:
         ValueError: if the images are too small, or a width, `norm` or `group_channels` is impossible.
     """
-    check_widths("model.channels", channels)
+    check_widths("channels", channels)
     if not channels:
-        raise ValueError("model.channels is empty: give a number for each convolution, or use model=mlp")
+        raise ValueError("channels=[] is empty: give a number for each convolution, or use model=mlp")
     depth, height, width = shape
     normalise = norm_layer(norm, group_channels)
     layers: list[nn.Module] = []
@@ -49,7 +49,7 @@ def vgg9(
             height, width = height // POOL, width // POOL
     if min(height, width) < 1:
         raise ValueError(
-            f"model.channels: {len(channels) // 2} pools leave nothing of {shape[1]} x {shape[2]} images;"
+            f"channels: {len(channels) // 2} pools leave nothing of {shape[1]} x {shape[2]} images;"
             " use larger images or model=mlp"
         )
     return nn.Sequential(*layers, *mlp((channels[-1], height, width), classes, hidden))

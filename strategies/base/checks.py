@@ -1,86 +1,117 @@
-"""Ranges of the numbers that algorithms are given; each check names the key and what it may be."""
+"""Ranges of the numbers that algorithms are given; each check names the argument and what it may be."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 GREATEST = 1e12
 """No number of an algorithm is greater: sums and squares of such stay finite in single precision."""
 
+Made = TypeVar("Made", bound=Callable[..., Any])
 
-def positive(key: str, value: Any) -> None:
-    """A number above 0.
+
+def literals(made: Made) -> Made:
+    """Decorator of a class or function: refuse an argument that is none of the values which its `Literal` lists.
+
+    What a configuration gives is checked by the hints anyway; this is for who writes Python.
+
+    Raises:
+        ValueError: When it is called with such an argument.
+    """
+    call: Any = vars(made)["__init__"] if inspect.isclass(made) else made
+    signature = inspect.signature(call)
+
+    @wraps(call)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        hints = get_type_hints(call)  # which may be of what is defined below it
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            if get_origin(hint := hints.get(name)) is Literal:
+                one_of(name, value, get_args(hint))
+        return call(*args, **kwargs)
+
+    if not inspect.isclass(made):
+        return cast(Made, checked)
+    made.__init__ = checked  # type: ignore[method-assign]
+    return made
+
+
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """One of two or more values.
 
     Raises:
         ValueError: It is none; so for the others.
     """
-    _number(key, value)
+    if not any(type(value) is type(one) and value == one for one in allowed):
+        *others, last = map(str, allowed)
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value}")
+
+
+def positive(name: str, value: Any) -> None:
+    """A number above 0."""
+    _number(name, value)
     if value <= 0:
-        raise ValueError(f"strategy.{key} must be positive, got {value}")
+        raise ValueError(f"{name} must be positive, got {value}")
 
 
-def not_negative(key: str, value: Any) -> None:
+def not_negative(name: str, value: Any) -> None:
     """A number of 0 or more."""
-    _number(key, value)
+    _number(name, value)
     if value < 0:
-        raise ValueError(f"strategy.{key} must not be negative, got {value}")
+        raise ValueError(f"{name} must not be negative, got {value}")
 
 
-def decay(key: str, value: Any) -> None:
+def decay(name: str, value: Any) -> None:
     """A number of 0 or more and below 1, as of a moving average."""
-    _number(key, value)
+    _number(name, value)
     if not 0 <= value < 1:
-        raise ValueError(f"strategy.{key} must be at least 0 and below 1, got {value}")
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
 
 
-def share(key: str, value: Any) -> None:
+def share(name: str, value: Any) -> None:
     """A number above 0 and at most 1."""
-    _number(key, value)
+    _number(name, value)
     if not 0 < value <= 1:
-        raise ValueError(f"strategy.{key} must be above 0 and at most 1, got {value}")
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
 
 
-def whole(key: str, value: Any, least: int) -> None:
+def fraction(name: str, value: Any) -> None:
+    """A number from 0 to 1."""
+    _number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be from 0 to 1, got {value}")
+
+
+def whole(name: str, value: Any, least: int) -> None:
     """A whole number of at least so much."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= GREATEST:
-        raise ValueError(f"strategy.{key} must be a whole number of {least} or more, got {value}")
-
-
-def one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """One of some words."""
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"strategy.{key} must be one of {', '.join(allowed)}, got {value}")
+        raise ValueError(f"{name} must be a whole number of {least} or more, got {value}")
 
 
 _FLOWERS = {
-    "eta": ("eta", positive),
-    "eta_l": ("lr", positive),
-    "tau": ("tau", positive),
-    "beta_1": ("beta_1", decay),
-    "beta_2": ("beta_2", decay),
-    "server_learning_rate": ("server_lr", positive),
-    "server_momentum": ("server_momentum", decay),
-    "proximal_mu": ("mu", not_negative),
+    "eta": positive,
+    "eta_l": positive,
+    "tau": positive,
+    "beta_1": decay,
+    "beta_2": decay,
+    "server_learning_rate": positive,
+    "server_momentum": decay,
+    "proximal_mu": not_negative,
 }
-"""Attributes of Flower's strategies -> their keys in conf/strategy, and what they may be."""
+"""Arguments and attributes of Flower's strategies, and what they may be."""
 
 
 def flowers_own(strategy: object) -> None:
     """Check the numbers of a strategy of Flower's, which takes whatever it is given."""
     if type(strategy).__module__.startswith("flwr."):
-        for attribute, (key, check) in _FLOWERS.items():
-            if hasattr(strategy, attribute):
-                check(key, getattr(strategy, attribute))
+        for name, check in _FLOWERS.items():
+            if hasattr(strategy, name):
+                check(name, getattr(strategy, name))
 
 
-def fraction(key: str, value: Any) -> None:
-    """A number from 0 to 1."""
-    _number(key, value)
-    if not 0 <= value <= 1:
-        raise ValueError(f"strategy.{key} must be from 0 to 1, got {value}")
-
-
-def _number(key: str, value: Any) -> None:
+def _number(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and abs(value) <= GREATEST):
-        raise ValueError(f"strategy.{key} must be a number of at most {GREATEST:g}, got {value}")
+        raise ValueError(f"{name} must be a number of at most {GREATEST:g}, got {value}")

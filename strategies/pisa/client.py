@@ -15,11 +15,13 @@ from strategies.base.messages import GRADIENT, MEASURE, ROUND, WEIGHTS, Field, i
 from strategies.base.threads import one_thread
 from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
-from strategies.pisa.wire import DUAL, KNOWN, OFFSET, Wire, by_gradient, check_alignment, check_lag, measures
+from strategies.pisa.wire import DUAL, KNOWN, OFFSET, Wire, by_gradient, check_alignment, measures
 from strategies.preconditioners import Preconditioner
+from strategies.transforms.compression import SchemeName
 from strategies.transforms.compression import compression as compression_of
 
 
+@checks.literals
 class PisaClient(ClientHalf):
     """Client half: the gradient and, on the wire `primal`, the preconditioned local steps and the replica of the dual.
 
@@ -50,16 +52,14 @@ class PisaClient(ClientHalf):
         align_every: int,
         local_steps: int,
         gradient: Literal["mean", "sum", "batch"],
-        lag: int = 1,
+        lag: Literal[0, 1] = 1,
         wire: Wire = "primal",
-        compression: str = "none",
+        compression: SchemeName = "none",
         keep: float = 0.1,
         friction: float = 0.0,
     ) -> None:
         checks.whole("local_steps", local_steps, 1)
         checks.whole("align_every", align_every, 0)
-        checks.one_of("gradient", gradient, ("mean", "sum", "batch"))
-        check_lag(lag)
         self.layout, self.preconditioner, self.penalty = layout, preconditioner(layout), penalty
         self.align_every, self.local_steps, self.gradient, self.lag = align_every, local_steps, gradient, lag
         self.friction = friction

@@ -62,7 +62,7 @@ class PisaLocalClient(LocalSgd):
         self, layout: Layout, penalty: Penalty, momentum: float, weight_decay: float, local_epochs: int
     ) -> None:
         super().__init__(layout, penalty.lr, momentum, weight_decay, local_epochs)
-        checks.positive("sigma", penalty.sigma)
+        checks.positive("penalty.sigma", penalty.sigma)
         self.penalty = penalty
 
     def state_sizes(self) -> dict[str, int]:

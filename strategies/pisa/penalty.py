@@ -42,6 +42,7 @@ QUIET = 1e-8
 """The least q: less counts as nothing observed. What SISA's authors add to Q."""
 
 
+@checks.literals
 @dataclass(frozen=True)
 class Penalty:
     """How sigma and rho are found; immutable, the same on the server and every client.
@@ -85,9 +86,7 @@ class Penalty:
         checks.decay("momentum", self.momentum)
         checks.share("gamma", self.gamma)
         checks.whole("grow_every", self.grow_every, 1)
-        checks.share("penalty.participation", self.participation)
-        checks.one_of("consensus", self.consensus, ("all", "fresh"))
-        checks.one_of("schedule", self.schedule, ("constant", "linear", "cosine"))
+        checks.share("participation", self.participation)
         checks.whole("warmup", self.warmup, 0)
         checks.whole("horizon", self.horizon, 0)
         checks.share("final", self.final)

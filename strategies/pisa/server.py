@@ -36,10 +36,11 @@ from strategies.pisa.bound import bounded
 from strategies.pisa.ledger import Ledger, Observed
 from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
-from strategies.pisa.wire import DUAL, KNOWN, OFFSET, Wire, by_gradient, check_alignment, check_lag, measures
+from strategies.pisa.wire import DUAL, KNOWN, OFFSET, Wire, by_gradient, check_alignment, measures
 from strategies.preconditioners import Preconditioner
 
 
+@checks.literals
 class Pisa(ServerHalf):
     """Server half: the ledger's steps, the consensus, and the clients' common Q.
 
@@ -76,7 +77,7 @@ class Pisa(ServerHalf):
         alpha: Literal["examples", "uniform"],
         state: Literal["memory", "disk"] = "memory",
         forget_after: int | None = None,
-        lag: int = 1,
+        lag: Literal[0, 1] = 1,
         local_steps: int = 1,
         wire: Wire = "primal",
         consensus: Literal["all", "fresh"] = "all",
@@ -84,12 +85,8 @@ class Pisa(ServerHalf):
         friction: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> None:
-        checks.not_negative("lambda", lambda_)
+        checks.not_negative("lambda_", lambda_)
         checks.whole("align_every", align_every, 0)
-        check_lag(lag)
-        checks.one_of("alpha", alpha, ("examples", "uniform"))
-        checks.one_of("consensus", consensus, ("all", "fresh"))
-        checks.one_of("state", state, ("memory", "disk"))
         checks.decay("friction", friction)
         if bound is not None:
             checks.positive("bound", bound)

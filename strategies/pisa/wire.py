@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from strategies.base import checks
 from strategies.pisa.penalty import Penalty
 from strategies.preconditioners import Preconditioner
 
@@ -30,27 +29,19 @@ def by_gradient(wire: Wire, align_every: int, local_steps: int, preconditioner: 
     Raises:
         ValueError: They are to, and that is impossible.
     """
-    checks.one_of("wire", wire, ("auto", "primal", "gradient"))
     common = align_every > 0 or not preconditioner.state_fields()
     if wire == "gradient" and (local_steps > 1 or not common):
         raise ValueError(
-            "strategy.wire=gradient needs one local step and a common Q: set strategy.wire=primal, or"
-            f" strategy.{'local_steps=1' if local_steps > 1 else 'align_every=1'}"
+            "wire=gradient needs one local step and a common Q: set wire=primal, or"
+            f" {'local_steps=1' if local_steps > 1 else 'align_every=1'}"
         )
     return wire != "primal" and local_steps == 1 and common
-
-
-def check_lag(lag: int) -> None:
-    """Refuse a lag that is neither 0 nor 1."""
-    checks.whole("lag", lag, 0)
-    if lag > 1:
-        raise ValueError(f"strategy.lag must be 0 or 1, got {lag}")
 
 
 def check_alignment(align_every: int, penalty: Penalty, preconditioner: Preconditioner) -> None:
     """Refuse an automatic penalty where every client has its own Q."""
     if not align_every and penalty.sigma is None and preconditioner.state_fields():
         raise ValueError(
-            "strategy.align_every=0 gives every client its own Q, for which there is no common automatic penalty:"
-            " set strategy.sigma and strategy.rho by hand, or strategy.align_every=1"
+            "align_every=0 gives every client its own Q, for which there is no common automatic penalty:"
+            " set penalty.sigma and penalty.rho by hand, or align_every=1"
         )

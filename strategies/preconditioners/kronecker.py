@@ -81,11 +81,11 @@ class Kronecker(Preconditioner):
     def __init__(
         self, layout: Layout, beta: float, eps: float, max_side: int, refresh: int, factored: float
     ) -> None:
-        checks.decay("preconditioner.beta", beta)
-        checks.not_negative("preconditioner.eps", eps)
-        checks.whole("preconditioner.max_side", max_side, 1)
-        checks.whole("preconditioner.refresh", refresh, 1)
-        checks.fraction("preconditioner.factored", factored)
+        checks.decay("beta", beta)
+        checks.not_negative("eps", eps)
+        checks.whole("max_side", max_side, 1)
+        checks.whole("refresh", refresh, 1)
+        checks.fraction("factored", factored)
         self.layout, self.beta, self.eps, self.refresh, self._share = layout, beta, eps, refresh, factored
         self._sides: dict[str, tuple[_Side, _Side]] = {}
         bases = spectra = 0

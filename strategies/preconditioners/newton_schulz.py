@@ -26,6 +26,7 @@ Tensors of fewer than two dimensions follow SISA in both.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -69,9 +70,9 @@ class NewtonSchulz(Preconditioner):
     def __init__(
         self, layout: Layout, mu: float, steps: int, eps: float, others: Callable[[Layout], SecondMoment]
     ) -> None:
-        checks.decay("preconditioner.mu", mu)
-        checks.whole("preconditioner.steps", steps, 1)
-        checks.not_negative("preconditioner.eps", eps)
+        checks.decay("mu", mu)
+        checks.whole("steps", steps, 1)
+        checks.not_negative("eps", eps)
         self.layout = layout
         self.mu, self.steps, self.eps = mu, steps, eps
         self._others = others(layout)
@@ -122,6 +123,7 @@ class NewtonSchulz(Preconditioner):
         return step
 
 
+@checks.literals
 class Spectral(Preconditioner):
     """NSISA as a curvature preconditioner; see the module's second equations.
 
@@ -136,10 +138,13 @@ class Spectral(Preconditioner):
     """
 
     def __init__(
-        self, layout: Layout, beta: float, moment_of: str, others: Callable[[Layout], SecondMoment]
+        self,
+        layout: Layout,
+        beta: float,
+        moment_of: Literal["residual", "gradient"],
+        others: Callable[[Layout], SecondMoment],
     ) -> None:
-        checks.decay("preconditioner.beta", beta)
-        checks.one_of("preconditioner.moment_of", moment_of, ("residual", "gradient"))
+        checks.decay("beta", beta)
         self.layout, self.beta = layout, beta
         self._of_gradient = moment_of == "gradient"
         self._others = others(layout)

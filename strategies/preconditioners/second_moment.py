@@ -22,6 +22,7 @@ from strategies.base.messages import Field, averaged, squared
 from strategies.preconditioners.base import Preconditioner, State
 
 
+@checks.literals
 class SecondMoment(Preconditioner):
     """Element-wise adaptive steps.
 
@@ -50,12 +51,9 @@ class SecondMoment(Preconditioner):
         average: Literal["vector", "square"],
         bias_correction: Literal["exact", "first_step"],
     ) -> None:
-        checks.one_of("preconditioner.moment_of", moment_of, ("residual", "gradient"))
-        checks.one_of("preconditioner.average", average, ("vector", "square"))
-        checks.one_of("preconditioner.bias_correction", bias_correction, ("exact", "first_step"))
-        checks.decay("preconditioner.beta", beta)
-        checks.not_negative("preconditioner.eps", eps)
-        checks.not_negative("preconditioner.floor", floor)
+        checks.decay("beta", beta)
+        checks.not_negative("eps", eps)
+        checks.not_negative("floor", floor)
         self.layout = layout
         self.beta, self.eps, self.floor = beta, eps, floor
         self._of_gradient = moment_of == "gradient"

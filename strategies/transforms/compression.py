@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ from strategies.base import checks
 from strategies.base.layout import Layout
 from strategies.base.messages import GRADIENT, Field, squared
 from strategies.base.transform import Transform
+
+SchemeName = Literal["none", "bfloat16", "int8", "topk"]
 
 ERROR, SCALE, INDEX = "error", "scale", "index"
 
@@ -185,7 +187,7 @@ class ErrorFeedback(Transform):
         return others | {GRADIENT: self.scheme.decode(arrays)}
 
 
-def compression(name: str, keep: float, layout: Layout, by_gradient: bool) -> list[Transform]:
+def compression(name: SchemeName, keep: float, layout: Layout, by_gradient: bool) -> list[Transform]:
     """Error feedback with the scheme of that name; nothing if gradients are sent as they are.
 
     Args:
@@ -195,16 +197,14 @@ def compression(name: str, keep: float, layout: Layout, by_gradient: bool) -> li
         by_gradient: Whether gradients are what clients send.
 
     Raises:
-        ValueError: There is none, a value is outside its range, or no gradients are sent.
+        ValueError: A value is outside its range, or no gradients are sent.
     """
-    checks.one_of("compression", name, ("none", "bfloat16", "int8", "topk"))
     checks.share("keep", keep)
     if name == "none":
         return []
     if not by_gradient:
         raise ValueError(
-            f"strategy.compression={name} needs clients that send gradients: set strategy.wire=gradient, or"
-            " strategy.compression=none"
+            f"compression={name} needs clients that send gradients: set wire=gradient, or compression=none"
         )
     if name == "topk":
         return [ErrorFeedback(TopK(layout, keep), layout)]

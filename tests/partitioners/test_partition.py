@@ -181,24 +181,24 @@ def test_a_file_that_is_no_partition(tmp_path, text):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         p.deal(p.FromFilePartitioner(1, path), LABELS)
     assert str(error.value) == (
-        f'{path} is not a partition file, {{"0": [indices], "1": [indices], ...}} with the clients\' numbers '
-        "without a gap: set partition.path to a run's partition.json"
+        f'path={path} is not a partition file, {{"0": [indices], "1": [indices], ...}} with the clients\' numbers '
+        "without a gap: set it to a run's partition.json"
     )
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"^cannot read partition.path=.*none.json: No such file or directory$"
-    ):
+    with pytest.raises(ValueError, match=r"^path=.*none.json cannot be read: No such file or directory$"):
         p.deal(p.FromFilePartitioner(1, tmp_path / "none.json"), LABELS)
-    with pytest.raises(ValueError, match=r"^cannot read partition.path=.*: Is a directory$"):
+    with pytest.raises(ValueError, match=r"^path=.* cannot be read: Is a directory$"):
         p.deal(p.FromFilePartitioner(1, tmp_path), LABELS)
 
 
 def test_a_file_for_other_clients(tmp_path):
     path = tmp_path / "partition.json"
     path.write_text('{"0": [0], "1": [1]}')
-    with pytest.raises(ValueError, match=r"partition among 2 clients but clients=3: set clients=2$"):
+    with pytest.raises(
+        ValueError, match=r"partition among 2 clients but num_partitions=3: set num_partitions=2$"
+    ):
         p.deal(p.FromFilePartitioner(3, path), LABELS)
 
 

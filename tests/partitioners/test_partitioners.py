@@ -106,7 +106,9 @@ def test_the_global_random_state_stays_as_it_is(name):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_more_clients_than_examples(name):
-    with pytest.raises(ValueError, match=r"clients=11 is more than the 10 examples: lower clients"):
+    with pytest.raises(
+        ValueError, match=r"num_partitions=11 is more than the 10 examples: lower num_partitions"
+    ):
         p.deal(MAKERS[name](11, 0), np.arange(10))
 
 
@@ -185,17 +187,17 @@ def test_label_skew_takes_any_labels():
 @pytest.mark.parametrize(
     ("clients", "classes_per_client", "sentence"),
     [
-        (10, 11, r"partition.classes_per_client=11 is more than the 10 classes there are: lower it"),
+        (10, 11, r"classes_per_client=11 is more than the 10 classes there are: lower it"),
         (
             4,
             2,
-            r"clients=4 with partition.classes_per_client=2 cannot hold all 10 classes: "
-            r"raise clients or partition.classes_per_client",
+            r"num_partitions=4 with classes_per_client=2 cannot hold all 10 classes: "
+            r"raise num_partitions or classes_per_client",
         ),
         (
             10,
             10,
-            r"class 0 has 5 examples but 10 clients hold it: lower clients or partition.classes_per_client",
+            r"class 0 has 5 examples but 10 clients hold it: lower num_partitions or classes_per_client",
         ),
     ],
 )
@@ -292,22 +294,20 @@ def test_quantity_has_dirichlet_sizes_and_iid_labels():
     ids=["dirichlet", "quantity"],
 )
 def test_dirichlet_and_quantity_refuse(make):
-    with pytest.raises(ValueError, match=r"^partition.alpha must be positive, got -1$"):
+    with pytest.raises(ValueError, match=r"^alpha must be positive, got -1$"):
         make(10, -1, **REDRAW)
-    with pytest.raises(
-        ValueError, match=r"^partition.min_examples must be a whole number of at least 1, got 0$"
-    ):
+    with pytest.raises(ValueError, match=r"^min_examples must be a whole number of at least 1, got 0$"):
         make(10, 0.5, min_examples=0, max_redraws=1)
     with pytest.raises(
         ValueError,
-        match=r"^clients=1001 with partition.min_examples=10 need more than the 10000 examples there are: "
-        r"lower clients or partition.min_examples$",
+        match=r"^num_partitions=1001 with min_examples=10 need more than the 10000 examples there are: "
+        r"lower num_partitions or min_examples$",
     ):
         p.deal(make(1001, 0.5, min_examples=10, max_redraws=10**9), TEN_CLASSES)
     with pytest.raises(
         ValueError,
-        match=r"^101 draws with partition.alpha=0.01 never gave each of clients=100 10 examples: raise "
-        r"partition.alpha or partition.max_redraws, or lower clients or partition.min_examples$",
+        match=r"^101 draws never gave each of num_partitions=100 its min_examples=10: raise "
+        r"alpha=0.01 or max_redraws, or lower num_partitions or min_examples$",
     ):
         p.deal(make(100, 0.01, min_examples=10, max_redraws=100), TEN_CLASSES)
 
@@ -346,8 +346,8 @@ def test_shards_are_flowers_where_all_are_equal():
 def test_shards_refuse():
     with pytest.raises(
         ValueError,
-        match=r"^clients=5 with partition.shards_per_client=3 need more than the 10 examples there are: "
-        r"lower clients or partition.shards_per_client$",
+        match=r"^num_partitions=5 with shards_per_client=3 need more than the 10 examples there are: "
+        r"lower num_partitions or shards_per_client$",
     ):
         p.deal(p.ShardsPartitioner(5, 0, 3), np.zeros(10, dtype=int))
 
@@ -368,34 +368,34 @@ def test_feature_noise_grows_linearly_in_standard_deviation():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: p.IidPartitioner(0, 0), "clients must be a whole number of at least 1, got 0"),
-        (lambda: p.IidPartitioner(2.5, 0), "clients must be a whole number of at least 1, got 2.5"),
-        (lambda: p.IidPartitioner(True, 0), "clients must be a whole number of at least 1, got True"),
+        (lambda: p.IidPartitioner(0, 0), "num_partitions must be a whole number of at least 1, got 0"),
+        (lambda: p.IidPartitioner(2.5, 0), "num_partitions must be a whole number of at least 1, got 2.5"),
+        (lambda: p.IidPartitioner(True, 0), "num_partitions must be a whole number of at least 1, got True"),
         (lambda: p.IidPartitioner(2, -1), "seed must be a whole number of at least 0, got -1"),
         (
             lambda: p.LabelSkewPartitioner(2, 0, 0),
-            "partition.classes_per_client must be a whole number of at least 1, got 0",
+            "classes_per_client must be a whole number of at least 1, got 0",
         ),
         (
             lambda: p.ShardsPartitioner(2, 0, 0),
-            "partition.shards_per_client must be a whole number of at least 1, got 0",
+            "shards_per_client must be a whole number of at least 1, got 0",
         ),
         (
             lambda: p.DirichletPartitioner(2, 0, 0, **REDRAW, self_balancing=True),
-            "partition.alpha must be positive, got 0",
+            "alpha must be positive, got 0",
         ),
         (
             lambda: p.DirichletPartitioner(2, 0, "many", **REDRAW, self_balancing=True),
-            "partition.alpha must be positive, got 'many'",
+            "alpha must be positive, got 'many'",
         ),
-        (lambda: p.QuantityPartitioner(2, 0, np.nan, **REDRAW), "partition.alpha must be positive, got nan"),
+        (lambda: p.QuantityPartitioner(2, 0, np.nan, **REDRAW), "alpha must be positive, got nan"),
         (
             lambda: p.QuantityPartitioner(2, 0, 1.0, min_examples=1, max_redraws=-1),
-            "partition.max_redraws must be a whole number of at least 0, got -1",
+            "max_redraws must be a whole number of at least 0, got -1",
         ),
         (
             lambda: p.FeatureNoisePartitioner(2, 0, -0.1),
-            "partition.sigma must be zero or positive, got -0.1",
+            "sigma must be zero or positive, got -0.1",
         ),
     ],
 )

@@ -195,7 +195,7 @@ def test_build_hands_over_only_what_is_asked_for():
     [
         ({"count": "abc"}, "model.count must be a whole number, got abc"),
         ({"count": 1.5}, "model.count must be a whole number, got 1.5"),
-        ({"count": None}, "model.count must be a whole number, got None"),
+        ({"count": None}, "model.count must be a whole number, got null"),
         ({"count": 1, "ratio": "x"}, "model.ratio must be a number or null, got x"),
         ({"count": 1, "ratio": [1.0]}, r"model.ratio must be a number or null, got \[1.0\]"),
         ({}, "missing 1 required positional argument: 'count'"),

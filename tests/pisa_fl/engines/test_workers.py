@@ -396,5 +396,5 @@ def test_slots():
     ],
 )
 def test_impossible_options(options, sentence):
-    with pytest.raises(ConfigurationError, match=sentence):
+    with pytest.raises(ValueError, match=sentence):
         federate(fedavg, **options)

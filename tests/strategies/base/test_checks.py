@@ -71,9 +71,7 @@ MAKE = {
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0, 1e13, True, "1"])
 @pytest.mark.parametrize(("make", "key"), [(make, key) for make, keys in MAKE.values() for key in keys])
 def test_impossible_numbers_are_refused_in_one_sentence(make, key, value):
-    with pytest.raises(
-        ValueError, match=r"^strategy\.[\w.]+ must be|^strategy\.[\w.]+ must not be"
-    ) as refused:
+    with pytest.raises(ValueError, match=rf"^(penalty\.)?{key} must (not )?be ") as refused:
         make(**{key: value})
     assert str(value) in str(refused.value)
 

@@ -170,5 +170,5 @@ def test_small_singular_values_are_told_from_rounding():
 )
 def test_impossible_numbers(key, value):
     options = {"beta": 0.9, "eps": 1e-8, "max_side": 8, "refresh": 1, "factored": 0.5, key: value}
-    with pytest.raises(ValueError, match=rf"strategy\.preconditioner\.{key} must"):
+    with pytest.raises(ValueError, match=rf"^{key} must"):
         Kronecker(SMALL, **options)

@@ -233,14 +233,14 @@ def test_clients_of_a_stack_do_not_mix(name):
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (second_moment(beta=1.0), "preconditioner.beta must be at least 0 and below 1, got 1.0"),
+        (second_moment(beta=1.0), "beta must be at least 0 and below 1, got 1.0"),
         (partial(SecondMoment, beta=0.9, eps=-1.0, floor=0.0, moment_of="residual", average="square",
-                 bias_correction="exact"), "preconditioner.eps must not be negative"),
-        (second_moment("median"), "preconditioner.average must be one of vector, square, got median"),
+                 bias_correction="exact"), "eps must not be negative"),
+        (second_moment("median"), "average must be vector or square, got median"),
         (partial(Spectral, beta=-0.1, moment_of="gradient", others=second_moment()),
-         "preconditioner.beta must be at least 0"),
-        (partial(NewtonSchulz, mu=1.0, steps=5, eps=0.0, others=second_moment()), "preconditioner.mu must be"),
-        (partial(NewtonSchulz, mu=0.9, steps=0, eps=0.0, others=second_moment()), "preconditioner.steps must"),
+         "beta must be at least 0"),
+        (partial(NewtonSchulz, mu=1.0, steps=5, eps=0.0, others=second_moment()), "mu must be"),
+        (partial(NewtonSchulz, mu=0.9, steps=0, eps=0.0, others=second_moment()), "steps must"),
     ],
 )  # fmt: skip
 def test_impossible_numbers_are_refused(make, sentence):

@@ -218,7 +218,7 @@ def test_an_update_is_as_long_as_what_it_stands_for(name):
 @pytest.mark.parametrize("options", [{"wire": "primal"}, {"wire": "auto", "local_steps": 2}])
 @pytest.mark.parametrize("name", NAMES)
 def test_only_gradients_are_compressed(name, options):
-    with pytest.raises(ValueError, match=rf"strategy.compression={name} needs .* strategy.wire=gradient"):
+    with pytest.raises(ValueError, match=rf"^compression={name} needs .* wire=gradient"):
         pisa_bench("kronecker", compression=name, **options)
     assert not pisa_bench("kronecker", compression="none", **options).half.transforms
 
@@ -226,9 +226,8 @@ def test_only_gradients_are_compressed(name, options):
 @pytest.mark.parametrize(
     ("name", "keep", "sentence"),
     [
-        ("zip", 0.1, "strategy.compression must be one of none, bfloat16, int8, topk, got zip"),
-        ("topk", 0, "strategy.keep must be above 0 and at most 1, got 0"),
-        ("none", 1.5, "strategy.keep must be above 0 and at most 1, got 1.5"),
+        ("topk", 0, "keep must be above 0 and at most 1, got 0"),
+        ("none", 1.5, "keep must be above 0 and at most 1, got 1.5"),
     ],
 )
 def test_impossible_values_are_named(name, keep, sentence):
