@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -98,14 +99,6 @@ class Host:
                 process.wait(30)
         self.started.clear()
 
-    def stop(self) -> None:
-        """End what was started, as Ctrl-C would: a client takes its leave, and need not be waited for."""
-        for process in self.started:
-            process.terminate()
-        for process in self.started:
-            process.wait(60)
-        self.kill()
-
     def remove(self) -> None:
         """Take the host away, and all that runs there."""
         self.kill()
@@ -180,9 +173,12 @@ class Federation:
 
     def start_superlink(self) -> subprocess.Popen:
         """Start the SuperLink, and wait until it has registered all keys that it has."""
-        process = self.superlink.start(self.home / "start.sh", log=self.disks / "superlink.log")
+        log, table = self.disks / "superlink.log", self.home / "nodes.txt"
+        process = self.superlink.start(self.home / "start.sh", log=log)
         keys = len(list((self.home / "keys").iterdir()))
-        wait_for(lambda: len(self.status()) == keys, lambda: (self.disks / "superlink.log").read_text())
+        wait_for(lambda: "Application startup complete" in log.read_text(), log.read_text)
+        wait_for(lambda: table.exists() and len(table.read_text().splitlines()) == keys, log.read_text)
+        wait_for(lambda: len(self.status()) == keys, log.read_text)
         return process
 
     def start_client(self, number: int, *arguments: str) -> subprocess.Popen:
@@ -190,8 +186,14 @@ class Federation:
         log = self.disks / f"client-{number}.log"
         start = self.disks / f"client-{number}" / "start.sh"
         process = self.clients[number].start(start, *arguments, log=log)
-        wait_for(lambda: self.status().get(f"client-{number}") == "online", log.read_text)
+        self.wait_for_client(number)
         return process
+
+    def wait_for_client(self, number: int) -> None:
+        """Wait until a client that was started is online."""
+        log = self.disks / f"client-{number}.log"
+        wait_for(lambda: "SuperNode ID" in log.read_text(), log.read_text)
+        wait_for(lambda: self.status().get(f"client-{number}") == "online", log.read_text)
 
     def flwr(self, *line: str) -> subprocess.CompletedProcess:
         """One of Flower's commands on the SuperLink's host."""
@@ -220,13 +222,13 @@ def federation_of_three(folder: Path) -> Iterator[Federation]:
         for name in ("superlink", "client-0", "client-1"):
             federation.copy(name)
         federation.start_superlink()
-        for number in range(2):
-            federation.start_client(number)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(federation.start_client, range(2)))
         yield federation
 
 
 def wait_for(condition: Callable[[], bool], explain: Callable[[], str], seconds: float = 180) -> None:
-    """Wait until something is so; otherwise fail with an explanation."""
+    """Wait until something is so; otherwise fail with an explanation. Flower's commands take seconds each."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, explain()

@@ -330,7 +330,8 @@ def thief(federation):
     added = federation.here(f"{federation.home}/register.sh")
     assert added.stdout.startswith("registered client-2 as node "), added.stderr
     process = federation.stranger.start(start, log=log)
-    wait_for(lambda: federation.status() == ONLINE | {"client-2": "online"}, log.read_text)
+    federation.wait_for_client(2)
+    assert federation.status() == ONLINE | {"client-2": "online"}
     yield
     node = added.stdout.split()[-1]
     assert federation.flwr("supernode", "unregister", node, "three-hosts").returncode == 0
@@ -378,8 +379,7 @@ def test_a_run_has_the_local_engines_bits_and_goes_on_without_clients_that_are_k
     gone = len(lines(metrics))
     # within a minute the SuperLink takes it for offline, and answers in its place
     wait_until(lambda: any(one["clients_ok"] == 1 for one in lines(metrics)[gone:]), run)
-    # a node that was killed is refused until the SuperLink takes it for offline
-    wait_until(lambda: federation.status()["client-1"] == "offline", run)
+    assert federation.status()["client-1"] == "offline", "else it would be refused"
     federation.start_client(1)
     back = len(lines(metrics))
     wait_until(lambda: any(one["clients_ok"] == 2 for one in lines(metrics)[back:]), run)
