@@ -126,7 +126,7 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
         accept_failures=config.accept_failures,
         max_update=config.max_update,
         task=task,
-        client_test=config.data.client_test,
+        client_test=config.data.get("client_test", 0),
         evaluate_every=config.evaluate_every,
         evaluate_clients_every=config.evaluate_clients_every,
     )
@@ -172,7 +172,7 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: StateF
         half = build(config.strategy.client, ClientHalf, layout=layout, seed=config.seed)
         device = _device(str(config.device))
         task = build(config.task, Task)
-        rows, tests = hold_out(rows, data.groups, config.data.client_test, config.seed, number)
+        rows, tests = hold_out(rows, data.groups, config.data.get("client_test", 0), config.seed, number)
         return Clients(
             *(data, {number: rows}, model, half, config.seed, config.batch_size, device, noise, task),
             {number: tests},
@@ -185,7 +185,7 @@ def _data(config: DictConfig) -> DataSet:
     """The data set; what is said there of clients is not for its loader."""
     node = config.data.copy()
     with open_dict(node):
-        del node.client_test
+        node.pop("client_test", None)
     data: DataSet = build(node, DataSet)
     return data
 

@@ -102,7 +102,6 @@ ROOT: Mapping[str, Check] = {
     "patience": _SECONDS,
     "accept_failures": one_of(True, False),
     "batch_size": whole(1),
-    "data.client_test": number("at least 0 and below 1", lambda v: 0 <= v < 1),
     "evaluate_every": whole(1),
     "evaluate_clients_every": whole(1, null=True),
     "device": text("auto, cpu, cuda or another device of PyTorch's"),
@@ -118,7 +117,8 @@ ROOT: Mapping[str, Check] = {
 }
 """What every configuration has."""
 
-ENGINE: Mapping[str, Check] = {
+OPTIONAL: Mapping[str, Check] = {
+    "data.client_test": number("at least 0 and below 1", lambda v: 0 <= v < 1),
     "engine.workers": whole(0, 1024, auto=True),
     "engine.actors": whole(1, 100_000, auto=True),
     "engine.stack": whole(1, auto=True),
@@ -128,7 +128,7 @@ ENGINE: Mapping[str, Check] = {
     "engine.precision": one_of("float32", "bfloat16"),
     "engine.gpus": number("a number of at least 0", lambda v: 0 <= v <= 1024),
 }
-"""What an engine may have."""
+"""What data and engine may have."""
 
 SAME: Mapping[str, str] = {
     "partition.num_partitions": "clients",
@@ -144,9 +144,9 @@ def fault(config: DictConfig) -> str | None:
     for key, remedy in GROUPS.items():
         if not isinstance(_select(config, key, None), DictConfig):
             return f"{typed(config, key)} must be a group of keys, got {_value(config, key)}: {remedy}"
-    for key, check in {**ROOT, **ENGINE}.items():
+    for key, check in {**ROOT, **OPTIONAL}.items():
         value = _select(config, key, _ABSENT)
-        if value is _ABSENT and key in ENGINE:
+        if value is _ABSENT and key in OPTIONAL:
             continue
         words = check(None if value is _ABSENT else value)
         if words is not None:
