@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: help install run compare test lint bench clean
+.PHONY: help install run compare test lint docs bench clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ lint: install  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install  ## pages of the API from the docstrings: build/api/index.html
+	$(BIN)/python docs/api.py build/api
 
 bench: install  ## speed and memory: experiments/benchmarks/README.md
 	$(BIN)/python -m experiments.benchmarks $(ARGS)
