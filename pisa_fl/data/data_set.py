@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pisa_fl.tasks import Task
-from pisa_fl.tasks.base import TARGETS
+from pisa_fl.tasks.base import INPUTS, TARGETS
 
 Fields = Mapping[str, NDArray]
 """Arrays by name, `inputs` and `targets` at least, each with a row an example."""
@@ -50,9 +50,9 @@ class DataSet(ABC):
         """Names of the groups, by number."""
 
     @property
-    @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Shape of one example's input."""
+        """Shape of one example's input; by default, as it is stored."""
+        return self.train[INPUTS].shape[1:]
 
     @property
     @abstractmethod
@@ -60,9 +60,11 @@ class DataSet(ABC):
         """What each of the numbers stands for that a model gives, for each example or for each place of it."""
 
     @property
-    @abstractmethod
     def digest(self) -> str:
         """SHA-256 of everything that training and evaluation read, in hexadecimal: by it a data set is known again."""
+        fields = [*sorted(self.train.items()), *sorted(self.test.items())]
+        known = repr(([name for name, _ in fields], self.output_names, self.group_names))
+        return digest_of(known, self.groups, *(field for _, field in fields))
 
     @abstractmethod
     def usual_task(self) -> Task:

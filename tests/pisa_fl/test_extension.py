@@ -1,4 +1,4 @@
-"""A user's own model, data, partitioner, strategy, preconditioner and tracker, from a folder outside the repository."""
+"""A user's own model, data, partitioner and strategy, from a folder outside the repository."""
 
 import json
 import subprocess
@@ -20,10 +20,9 @@ from flwr.serverapp.strategy import FedAvg
 from flwr_datasets.partitioner import Partitioner
 from torch import nn
 
-from pisa_fl import ImageData, Observer
+from pisa_fl import ImageData
 from strategies import ClientHalf, Update
 from strategies.base.messages import WEIGHTS
-from strategies.preconditioners import Identity
 
 
 class Net(nn.Module):
@@ -84,43 +83,6 @@ class SignStep(ClientHalf):
         weights = instruction.arrays[WEIGHTS]
         gradient, loss = stack.full_gradient(weights, "mean")
         return Update({WEIGHTS: weights - self.step * gradient.sign()}, loss)
-
-
-class Twice(Identity):
-    """Q = 2 I."""
-
-    def scale(self, state):
-        return 2 * super().scale(state)
-
-    def solve(self, state, residual, sigma, rho):
-        return super().solve(state, residual, sigma, 2 * rho)
-
-
-class Notes(Observer):
-    """Writes down what it is told, and has the run stop after a round."""
-
-    def __init__(self, path, last):
-        self.path, self.last, self.seen = path, last, None
-
-    def note(self, *words):
-        with open(self.path, "a") as file:
-            print(*words, file=file)
-
-    def started(self, run):
-        self.note("started", run.name, run.directory.name, len(run.metrics))
-
-    def round(self, line):
-        self.seen = line["round"]
-        self.note("round", self.seen, line["clients_ok"])
-
-    def asks_to_stop(self):
-        return self.seen == self.last
-
-    def finished(self, summary):
-        self.note("finished", summary["rounds"])
-
-    def stopped(self, reason):
-        self.note("stopped", type(reason).__name__)
 '''
 
 GROUPS = {
@@ -137,8 +99,6 @@ GROUPS = {
         },
         "client": {"_target_": "{module}.SignStep", "step": "${..step}"},
     },
-    "tracker/mine": {"mine": {"_target_": "{module}.Notes", "path": "notes", "last": 1}},
-    "strategy/preconditioner/mine": {"_target_": "{module}.Twice", "_partial_": True},
 }
 CHOSEN = ["model=mine", "data=mine", "partition=mine", "clients=4", "rounds=30", "engine.threads=1"]
 
@@ -193,16 +153,6 @@ def test_a_relative_folder(folder, command, tmp_path):
     assert (ended.status, ended.err) == (0, "")
 
 
-def test_a_preconditioner_of_ones_own(folder, command, tmp_path):
-    chosen = [*CHOSEN, "strategy=pisa", "strategy.sigma=1", "strategy.align_every=0", "rounds=2"]
-    for name, rho, run in (("mine", 3, "own"), ("identity", 6, "same"), ("identity", 3, "other")):
-        more = [f"strategy/preconditioner={name}", f"strategy.rho={rho}", f"hydra.run.dir={run}"]
-        ended = command(f"--config-dir={folder}", *chosen, *more)
-        assert (ended.status, ended.err) == (0, "")
-    own, same, other = (metrics_of(tmp_path / run)[-1]["test_loss"] for run in ("own", "same", "other"))
-    assert own == same != other
-
-
 def test_the_users_strategy_resumes_with_the_folder_that_the_user_trusts(
     folder, command, tmp_path, monkeypatch
 ):
@@ -222,17 +172,6 @@ def test_the_users_strategy_resumes_with_the_folder_that_the_user_trusts(
     ended = command(f"--config-dir={folder}", "resume=run")
     assert (ended.status, ended.err) == (0, "")
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == whole
-
-
-def test_a_tracker_of_ones_own_is_told_everything_and_may_stop_the_run(folder, command, tmp_path):
-    more = ["strategy=mine", "rounds=3", "tracker=[csv,mine]", "name=n", "hydra.run.dir=run"]
-    assert command(f"--config-dir={folder}", *CHOSEN, *more).status == 130
-    assert command(f"--config-dir={folder}", "resume=run").status == 0
-    assert (tmp_path / "notes").read_text().splitlines() == [
-        *("started n run 0", "round 0 0", "round 1 4", "stopped Interrupted"),
-        *("started n run 2", "round 2 4", "round 3 4", "finished 3"),
-    ]
-    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + 4
 
 
 def test_from_python(folder, tmp_path):

@@ -210,19 +210,3 @@ def test_a_table_learns_and_its_run_speaks_of_its_own_metrics(table, tmp_path):
     assert result.summary["clients"]["rmse"]["mean"] == pytest.approx(np.mean(own))
     assert result.summary["clients"]["rmse"]["worst_10_percent"] == max(own)
     assert sum(one["examples"] for one in clients[-1]["clients"].values()) == 5 * round(0.2 * 64)
-
-
-def test_the_task_of_the_documentation_is_one_file_and_one_yaml(table, tmp_path):
-    page = (Path(__file__).parents[3] / "docs" / "extending.md").read_text()
-    (tmp_path / "mine" / "task").mkdir(parents=True)
-    (tmp_path / "mine" / "own_tasks.py").write_text(page.split("```python\n")[1].split("```")[0])
-    (tmp_path / "mine" / "task" / "median.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
-    config = compose(
-        *("task=median", "data=csv", f"data.path={table / 'train.csv'}", "data.target=price"),
-        *("data.target_is=number", "data.ignore=[dear]", "model=logistic", "clients=5", "rounds=2"),
-        *("engine.workers=1", "progress=false"),
-        config_dir=tmp_path / "mine",
-    )
-    summary = run(config).summary
-    assert summary["compared_by"] == "within"
-    assert 0 < summary["final_within"] <= 1
