@@ -106,6 +106,7 @@ def resume(directory: Path, engine: Engine | None = None, allow: Collection[str]
                 )
             last = federation.round or -1  # the untrained model is measured again
             metrics = run_directory.rewind(directory, last, config.run_id)
+            federation.of_clients = run_directory.of_clients(directory, federation.round)
             quality = federation.task.measures.quality
             run_directory.check_numbers(directory, metrics, quality)
             if config.rounds == federation.round and metrics and quality.key not in metrics[-1]:

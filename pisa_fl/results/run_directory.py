@@ -137,6 +137,15 @@ def rewind(directory: Path, last: int, run_id: str) -> list[Metrics]:
     return kept.get(metrics, [])
 
 
+def of_clients(directory: Path, round_number: int) -> dict[int, dict[str, float]] | None:
+    """What clients.jsonl tells of a round, as `Federation.of_clients`; None if nothing was measured then."""
+    path = directory / "clients.jsonl"
+    for line in read_lines(path) if path.exists() else ():
+        if line["round"] == round_number:
+            return {int(client): own for client, own in line["clients"].items()}
+    return None
+
+
 def check_numbers(directory: Path, metrics: Sequence[Metrics], quality: Metric) -> None:
     """Check that lines of metrics.jsonl hold what a summary is made of.
 
