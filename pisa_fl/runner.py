@@ -172,7 +172,7 @@ def _check_begun_lately(federation: Federation, config: DictConfig, directory: P
 
 @contextmanager
 def _begun(path: Path | None, config: DictConfig) -> Iterator[None]:
-    """What the system refuses to a run that has begun is no fault of its configuration.
+    """An error of the system in a run that has begun, for which the configuration is not to blame, as one of the run.
 
     Raises:
         RunError: In place of an OSError.
