@@ -17,10 +17,10 @@ from pisa_fl.engines.base import Launcher
 from pisa_fl.federation import Federation, RunError
 from pisa_fl.from_config import Engine, deals, observers, prepare
 from pisa_fl.identity import run_id
+from pisa_fl.metric import Metrics
 from pisa_fl.results import claim, run_directory
 from pisa_fl.results.observer import Observers, Run
 from pisa_fl.results.result import Interrupted, Result
-from pisa_fl.results.run_directory import Metrics
 from pisa_fl.system.signals import stop_signals
 
 

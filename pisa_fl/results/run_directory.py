@@ -32,15 +32,12 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from pisa_fl.config import ConfigurationError, literal, located, own_folders
-from pisa_fl.metric import Measures, Metric
+from pisa_fl.metric import Measures, Metric, Metrics
 from pisa_fl.system.files import append, write
 from pisa_fl.system.resources import peak_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Metrics = dict[str, Any]
-"""One line of metrics.jsonl: numbers, and the run's id."""
 
 OUTCOME = ".outcome.json"
 """Name of a file in the run directory by which a run elsewhere tells why it ended before its time."""
