@@ -26,9 +26,8 @@ from pisa_fl.data.data_set import DataSet
 from pisa_fl.data.hold_out import hold_out
 from pisa_fl.engines.base import ClientGrid
 from pisa_fl.engines.local import local_engine
-from pisa_fl.metric import TRAIN_LOSS
+from pisa_fl.metric import TRAIN_LOSS, Metrics
 from pisa_fl.randomness import global_generators, numpy_generator
-from pisa_fl.results.run_directory import Metrics
 from pisa_fl.server.flowers_own import server_half
 from pisa_fl.server.gateway import Gateway
 from pisa_fl.system.surroundings import own_surroundings

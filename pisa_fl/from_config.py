@@ -26,7 +26,6 @@ from pisa_fl.data.data_set import DataSet
 from pisa_fl.data.hold_out import hold_out
 from pisa_fl.engines.base import ClientGrid, is_child
 from pisa_fl.federation import Federation, seeded
-from pisa_fl.flower.state_file import StateFile
 from pisa_fl.identity import Identity, expected, of_deal, of_settings, of_tensors, of_weights
 from pisa_fl.results.console import Display
 from pisa_fl.results.observer import Observer, Observers
@@ -47,6 +46,13 @@ class Partitioner(Protocol):
 
     def load_partition(self, partition_id: int) -> Any:
         """The examples of a client."""
+
+
+class Kept(Protocol):
+    """Where a client keeps which part of a data set it has, as `flower.state_file.StateFile` does."""
+
+    def rows(self, source: str, deal: Callable[[], NDArray[np.integer]]) -> NDArray[np.integer]:
+        """Positions of the client's examples in what `source` tells of, dealt once."""
 
 
 @own_surroundings()
@@ -135,7 +141,7 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
 
 
 @own_surroundings()
-def one_client(config: DictConfig, number: int, folder: str | None, file: StateFile) -> Clients:
+def one_client(config: DictConfig, number: int, folder: str | None, file: Kept) -> Clients:
     """What one client of a real federation is made of, on its own machine.
 
     Args:

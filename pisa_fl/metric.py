@@ -9,6 +9,9 @@ from typing import Any, Literal
 TRAIN_LOSS = "train_loss"
 """Key of the loss of the weights that a round began with, on what its clients trained on."""
 
+Metrics = dict[str, Any]
+"""One line of metrics.jsonl: numbers, and the run's id."""
+
 
 @dataclass(frozen=True)
 class Metric:

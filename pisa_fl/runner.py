@@ -17,10 +17,10 @@ from pisa_fl.engines.base import Launcher
 from pisa_fl.federation import Federation, RunError
 from pisa_fl.from_config import Engine, deals, observers, prepare
 from pisa_fl.identity import run_id
+from pisa_fl.metric import Metrics
 from pisa_fl.results import claim, run_directory
 from pisa_fl.results.observer import Observers, Run
 from pisa_fl.results.result import Interrupted, Result
-from pisa_fl.results.run_directory import Metrics
 from pisa_fl.system.signals import stop_signals
 
 
@@ -106,6 +106,7 @@ def resume(directory: Path, engine: Engine | None = None, allow: Collection[str]
                 )
             last = federation.round or -1  # the untrained model is measured again
             metrics = run_directory.rewind(directory, last, config.run_id)
+            federation.of_clients = run_directory.of_clients(directory, federation.round)
             quality = federation.task.measures.quality
             run_directory.check_numbers(directory, metrics, quality)
             if config.rounds == federation.round and metrics and quality.key not in metrics[-1]:
@@ -171,7 +172,7 @@ def _check_begun_lately(federation: Federation, config: DictConfig, directory: P
 
 @contextmanager
 def _begun(path: Path | None, config: DictConfig) -> Iterator[None]:
-    """What the system refuses to a run that has begun is no fault of its configuration.
+    """An error of the system in a run that has begun, for which the configuration is not to blame, as one of the run.
 
     Raises:
         RunError: In place of an OSError.

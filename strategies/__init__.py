@@ -1,5 +1,6 @@
 """Federated algorithms: server halves are Flower strategies, client halves solve a stack's local problems."""
 
+from strategies.base.beyond_gradients import Forward, Probe, Term
 from strategies.base.client import Batch, ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.server import ServerHalf
@@ -10,6 +11,7 @@ from strategies.pisa import Ledger, Penalty, Pisa, PisaClient, PisaLocalClient
 __all__ = [
     "Batch",
     "ClientHalf",
+    "Forward",
     "Instruction",
     "Layout",
     "Ledger",
@@ -18,8 +20,10 @@ __all__ = [
     "Pisa",
     "PisaClient",
     "PisaLocalClient",
+    "Probe",
     "ServerHalf",
     "Stack",
+    "Term",
     "Transform",
     "Update",
 ]

@@ -27,7 +27,7 @@ from pisa_fl.system.text import tolerate_any_text, visible
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM)
-"""Errors of the system that are no fault of the configuration."""
+"""Errors of the system, for which the configuration is not to blame."""
 
 
 class SweepError(Exception):

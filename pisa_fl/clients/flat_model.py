@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_map
 
+from pisa_fl.clients.layers import watched
 from pisa_fl.data.data_set import DataSet
 from pisa_fl.models.examination import Findings
 from pisa_fl.tasks import Task
 from pisa_fl.tasks.base import LOSS
+from strategies.base.beyond_gradients import Forward, Term
 from strategies.base.layout import Layout
+
+Fields = Mapping[str, Tensor]
+"""Named tensors of a batch."""
+
+GRADIENT_BYTES = 2**28
+"""Bytes that gradients of single examples may take at once."""
 
 
 class FlatModel:
@@ -58,7 +68,7 @@ class FlatModel:
         convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
         self._channels_last = convolves and device.type == "cpu"
         self._mixed, self._compiled = precision == "bfloat16", compiled
-        self._losses = _Losses(self)
+        self._shell = _Shell(self.module)
 
     def __reduce__(self) -> tuple[type[FlatModel], tuple[Any, ...]]:
         """In another process: a model of its own, from a copy whose parameters are no views."""
@@ -73,31 +83,98 @@ class FlatModel:
         """The context in which losses are computed."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed)
 
-    @cached_property
-    def gradients(self) -> dict[bool, Callable[..., tuple[Tensor, Tensor]]]:
-        """Gradients and summed losses of a stack's batches: at one point for all (True), or each at its own (False).
+    def gradients(self, shared: bool, term: Term | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Gradients (C, d) and summed losses (C,) of a stack's batches.
 
-        They take weights (d,) or (C, d), and a batch and its examples' weights with a leading client axis.
+        They take weights, (d,) for all where they are `shared`, else (C, d), and with a leading client axis a batch,
+        its examples' weights, and what the term is given.
         """
-        of_one = grad(self._weighted_loss, has_aux=True)
-        of_all = {
-            shared: vmap(of_one, in_dims=(None if shared else 0, 0, 0), randomness="different")
-            for shared in (True, False)
-        }
-        return {shared: torch.compile(f) for shared, f in of_all.items()} if self._compiled else of_all
+        return self._plain_gradients[shared] if term is None else self._vectorised(shared, term)
 
-    def _weighted_loss(
-        self, weights: Tensor, batch: Mapping[str, Tensor], shares: Tensor
+    @cached_property
+    def _plain_gradients(self) -> dict[bool, Callable[..., tuple[Tensor, Tensor]]]:
+        made = {shared: self._vectorised(shared) for shared in (True, False)}
+        return {shared: torch.compile(f) for shared, f in made.items()} if self._compiled else made
+
+    def _vectorised(self, shared: bool, term: Term | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
+        of_one = grad(partial(self.weighted_loss, term), has_aux=True)
+        return vmap(of_one, in_dims=(None if shared else 0, 0, 0, 0), randomness="different")
+
+    def weighted_loss(
+        self, term: Term | None, weights: Tensor, batch: Fields, shares: Tensor, given: Fields
     ) -> tuple[Tensor, Tensor]:
-        own = {f"model.{name}": value for name, value in self.layout.views(weights).items()}
-        loss = functional_call(self._losses, own, (batch,))
-        return (shares * loss).sum(), torch.where(shares > 0, loss, 0.0).sum()
+        """What training lowers, weighted and summed over a batch's examples, and the plain sum of their losses."""
+        objective, losses = self.at(weights, self.objective, batch, term, given)
+        return (shares * objective).sum(), torch.where(shares > 0, losses, 0.0).sum()
 
-    def losses(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Losses of a batch's examples at the present weights, (B,), as training has them."""
-        with self.autocast():
-            output = self.task.output(self.module, batch)
-        return self.task.losses(output, batch)
+    def at(self, weights: Tensor, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function of the model gives at other weights (d,) than the present ones."""
+        own = {f"model.{name}": value for name, value in self.layout.views(weights).items()}
+        return functional_call(self._shell, own, (function, *arguments))
+
+    def objective(self, batch: Fields, term: Term | None, given: Fields) -> tuple[Tensor, Tensor]:
+        """What training lowers, and the losses in it, of a batch's examples at the present weights, (B,) each."""
+        forward = self.forward(batch, term.layers if term else ())
+        losses = self.task.losses(forward.output, batch)
+        return losses if term is None else losses + term.of(forward, given), losses
+
+    def forward(self, batch: Fields, layers: Iterable[str] = ()) -> Forward:
+        """Output of a batch at the present weights, and what went into some layers when they were last called."""
+        inputs: dict[str, Tensor] = {}
+
+        def on_call(layer: str, given: Tensor, output: Tensor) -> None:
+            inputs[layer] = given
+
+        with watched(self.module, layers, on_call), self.autocast():
+            return Forward(self.task.output(self.module, batch), inputs)
+
+    @torch.no_grad()
+    def outputs(self, weights: Tensor, batches: Fields, layers: Sequence[str]) -> Forward:
+        """`forward` of a stack's batches, (C, B, ...), at (d,) or (C, d), as an evaluation has it."""
+
+        def of_one(weights: Tensor, batch: Fields) -> tuple[Any, Mapping[str, Tensor]]:
+            forward = self.at(weights, self.forward, batch, layers)
+            return forward.output, forward.inputs
+
+        of_all = vmap(of_one, in_dims=(None if weights.dim() == 1 else 0, 0))
+        with self.evaluating():
+            if any(len(field) > 1 for field in batches.values()):
+                return Forward(*of_all(weights, batches))
+            # alone, without what vectorising demands of a model
+            alone = of_one(weights.reshape(-1), {name: field[0] for name, field in batches.items()})
+            return Forward(*tree_map(lambda tensor: tensor.unsqueeze(0), alone))
+
+    def example_norms(self, weights: Tensor, batches: Fields, shares: Tensor) -> Tensor:
+        """Norms of the gradients of examples' own losses, (C, B), at (d,) or (C, d).
+
+        Raises:
+            ValueError: The model keeps running statistics.
+        """
+        if self.buffer_layout.size:
+            raise ValueError("an example alone has no gradient in a model with running statistics")
+
+        def loss(weights: Tensor, example: Fields) -> Tensor:
+            alone = {name: field.unsqueeze(0) for name, field in example.items()}
+            objective, _ = self.at(weights, self.objective, alone, None, {})
+            return objective[0]
+
+        def norm(weights: Tensor, example: Fields) -> Tensor:
+            return torch.linalg.vector_norm(grad(loss)(weights, example))
+
+        at_once = max(1, GRADIENT_BYTES // (4 * self.layout.size * len(shares)))
+        of_one = vmap(norm, in_dims=(None, 0), randomness="different", chunk_size=at_once)
+        of_all = vmap(of_one, in_dims=(None if weights.dim() == 1 else 0, 0), randomness="different")
+        return torch.where(shares > 0, of_all(weights, batches), 0.0)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Meanwhile, the model is as an evaluation has it."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.module.train(training)
 
     def example_bytes(self, example: Mapping[str, Tensor]) -> int:
         """Bytes that a pass over one example, a batch of one, keeps for the way back."""
@@ -108,11 +185,10 @@ class FlatModel:
             kept += tensor.nbytes if tensor.untyped_storage().data_ptr() != own else 0
             return tensor
 
-        own, training = self.weights.untyped_storage().data_ptr(), self.module.training
-        self.module.eval()  # running statistics stay as they are
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        own = self.weights.untyped_storage().data_ptr()
+        saving = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+        with self.evaluating(), saving:  # running statistics stay as they are
             self.task.output(self.module, example)
-        self.module.train(training)
         return kept
 
     @torch.no_grad()
@@ -180,15 +256,15 @@ class FlatModel:
         return {name: float(total) for name, total in sums.items()}
 
 
-class _Losses(nn.Module):
-    """The losses as a module, whose weights can be given from outside."""
+class _Shell(nn.Module):
+    """A module around the model that runs functions of it, so that its weights can be given from outside."""
 
-    def __init__(self, flat: FlatModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self._of = flat.module, flat.losses
+        self.model = model
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return self._of(batch)
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
 
 
 def measured(task: Task, parts: Iterable[Mapping[str, float]], examples: int) -> dict[str, float]:

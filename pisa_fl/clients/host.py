@@ -41,8 +41,8 @@ from strategies.base.messages import (
     Field,
     TensorArray,
     config_of,
-    fault,
     integer,
+    problem,
     record,
     vectors,
 )
@@ -377,7 +377,7 @@ class ClientHost:
             types = ("float32", "float64", "int64")
             own = self._model.module.state_dict()
             expected = {name: Field(tuple(t.shape), types=types) for name, t in own.items()}
-        if reason := fault(arrays, expected):
+        if reason := problem(arrays, expected):
             raise InstructionError(reason)
 
     def _check_rounds(self, content: RecordDict) -> None:
@@ -395,7 +395,7 @@ class ClientHost:
         if STATE in content.array_records:
             supplied, sizes = content.array_records[STATE], self._half.kept_sizes()
             expected = {name: Field(sizes[name]) for name in supplied if name in sizes}
-            if reason := fault(supplied, expected) if expected else "a state without vectors":
+            if reason := problem(supplied, expected) if expected else "a state without vectors":
                 raise InstructionError(reason)
 
     def _settle(self, client: int, instruction: _Received) -> bool:

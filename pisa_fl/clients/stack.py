@@ -8,6 +8,7 @@ vectorised over the client axis, which is the fastest on a GPU.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -17,8 +18,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pisa_fl.clients.flat_model import FlatModel
+from pisa_fl.clients.probing import Sums, probed_gradients, probing
 from pisa_fl.data.data_set import DataSet
 from pisa_fl.randomness import numpy_generator, torch_generator
+from strategies.base.beyond_gradients import Forward, Probe, Term
 from strategies.base.client import Batch
 
 _NOTHING = torch.empty(0, dtype=torch.int64)
@@ -90,6 +93,7 @@ class LocalStack:
             torch_generator(seed, "augmentation", round_number, c) if self._disturbed else None
             for c in examples
         ]
+        self._probe: tuple[Probe, Sums] | None = None
         if not model.module.training:  # walking through the modules takes as long as a small client's step
             model.module.train()
         model.load_buffers(buffers)
@@ -114,10 +118,29 @@ class LocalStack:
         total, loss = self._differentiate(weights, batches)
         return total, loss / torch.tensor(lengths, device=loss.device)
 
-    def gradient(self, weights: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Gradient (C, d) and mean loss (C,) of each client's batch."""
-        gradient, loss = self._differentiate(weights, [batch])
+    def gradient(self, weights: Tensor, batch: Batch, term: Term | None = None) -> tuple[Tensor, Tensor]:
+        """Gradient (C, d) of each client's batch, with a term added to the losses, and mean loss (C,) without it."""
+        gradient, loss = self._differentiate(weights, [batch], term)
         return gradient, loss / torch.tensor(batch.examples, device=loss.device).clamp(min=1)
+
+    def outputs(self, weights: Tensor, batch: Batch, layers: Sequence[str] = ()) -> Forward:
+        """Outputs (C, B, ...) of each client's batch, and what went into some layers, as an evaluation has them."""
+        return self._model.outputs(weights, batch.data, layers)
+
+    def example_norms(self, weights: Tensor, batch: Batch) -> Tensor:
+        """Norms of the gradients of examples' own losses, (C, B); zero for padding."""
+        return self._model.example_norms(weights, batch.data, batch.weights)
+
+    @contextmanager
+    def probed(self, probe: Probe) -> Iterator[Mapping[str, Tensor]]:
+        """Have a probe see all that is differentiated meanwhile; gives the sums of what it makes, (C, size)."""
+        device, count = self._model.device, len(self.clients)
+        sums = {layer: torch.zeros(count, size, device=device) for layer, size in probe.sizes().items()}
+        self._probe = probe, sums
+        try:
+            yield sums
+        finally:
+            self._probe = None
 
     def batches(self, epochs: int) -> Iterator[Batch]:
         """Shuffled mini-batches; each client's order is drawn from (seed, "batches", round, client)."""
@@ -183,26 +206,44 @@ class LocalStack:
             batch = self._data.ready(batch)
         return {name: field.unflatten(0, rows.shape) for name, field in batch.items()}
 
-    def _differentiate(self, weights: Tensor, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    def _differentiate(
+        self, weights: Tensor, batches: Iterable[Batch], term: Term | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Sums over batches of the gradients (C, d) of the weighted losses, and of the plain losses (C,)."""
         if len(self.clients) == 1:
-            return self._backward(weights.reshape(-1), batches)
-        gradients_of = self._model.gradients[weights.dim() == 1]
+            return self._backward(weights.reshape(-1), batches, term)
         total = torch.zeros(len(self.clients), self.layout.size, device=self._model.device)
         losses = total.new_zeros(len(self.clients))
         for batch in batches:
-            gradients, loss = gradients_of(weights, batch.data, batch.weights)
+            gradients, loss = self._vectorised(weights, batch, term)
             total += gradients
             losses += loss
         return total, losses
 
-    def _backward(self, weights: Tensor, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    def _vectorised(self, weights: Tensor, batch: Batch, term: Term | None) -> tuple[Tensor, Tensor]:
+        if self._probe is None:
+            gradients_of = self._model.gradients(weights.dim() == 1, term)
+            return gradients_of(weights, batch.data, batch.weights, term.given if term else {})
+        probe, sums = self._probe
+        gradients, loss, made = probed_gradients(self._model, weights, batch.data, batch.weights, term, probe)
+        for layer, vectors in made.items():
+            sums[layer] += vectors
+        return gradients, loss
+
+    def _backward(
+        self, weights: Tensor, batches: Iterable[Batch], term: Term | None
+    ) -> tuple[Tensor, Tensor]:
         self._model.load(weights)
         self._model.gradient.zero_()
         total = weights.new_zeros(1)
+        given = {name: values[0] for name, values in term.given.items()} if term else {}
         for batch in batches:
-            loss = self._model.losses({name: field[0] for name, field in batch.data.items()})
-            (batch.weights[0] * loss).sum().backward()
+            shares = batch.weights[0]
+            with probing(self._model, *self._probe, shares) if self._probe else nullcontext():
+                objective, loss = self._model.objective(
+                    {name: field[0] for name, field in batch.data.items()}, term, given
+                )
+                (shares * objective).sum().backward()
             total += loss.detach().sum()
         return self._model.gradient.clone().unsqueeze(0), total
 

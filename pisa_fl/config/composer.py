@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pisa_fl.config.error import ConfigurationError
 from pisa_fl.config.explain import explain, first_line, mistake_in
 from pisa_fl.config.own_code import import_from
-from pisa_fl.config.root_keys import fault
+from pisa_fl.config.root_keys import problem
 from pisa_fl.config.typed import remember
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -121,7 +121,7 @@ def settle(config: DictConfig) -> DictConfig:
         ConfigurationError: It is not.
     """
     config = resolve(config)
-    if (words := fault(config)) is not None:
+    if (words := problem(config)) is not None:
         raise ConfigurationError(words)
     return config
 

@@ -139,7 +139,7 @@ SAME: Mapping[str, str] = {
 _ABSENT = object()
 
 
-def fault(config: DictConfig) -> str | None:
+def problem(config: DictConfig) -> str | None:
     """The first thing that is wrong with a resolved configuration, in one sentence; None if there is none."""
     for key, remedy in GROUPS.items():
         if not isinstance(_select(config, key, None), DictConfig):

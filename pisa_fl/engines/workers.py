@@ -52,7 +52,7 @@ STOPPED = 5
 """Looks in a row after which a stopped worker is replaced; one that was stopped with this process goes on at once."""
 
 FROM_OUTSIDE = {signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)}
-"""Signals that are no fault of the job at which a worker was when they ended it."""
+"""Signals that come from outside: the job at which they ended a worker has not caused them."""
 
 
 def start_method() -> Literal["fork", "spawn"] | None:
@@ -79,7 +79,7 @@ class _Worker:
 
 
 @dataclass
-class _Strikes:
+class _Crashes:
     """How many workers ended at a job, by its position, and the jobs at which one did so by itself."""
 
     count: Counter[int] = field(default_factory=Counter)
@@ -127,13 +127,13 @@ class Workers:
         examples = [self._solver.executor.examples(job) for job in jobs]
         # the largest first, so that no worker is left with a large one in the end
         waiting = sorted(range(len(jobs)), key=lambda position: examples[position])
-        strikes = _Strikes()
+        crashes = _Crashes()
         looked = time.monotonic()
         try:
             while waiting or any(worker.tasks for worker in self._workers):
                 for worker in self._workers:
                     while waiting and len(worker.tasks) < QUEUED:
-                        self._send(worker, self._cut(waiting, examples, alone=bool(strikes.count)), lent)
+                        self._send(worker, self._cut(waiting, examples, alone=bool(crashes.count)), lent)
                 if not self._workers:
                     position = waiting.pop()
                     yield position, self._here(lent[position])
@@ -147,7 +147,7 @@ class Workers:
                     try:
                         results = worker.connection.recv()
                     except (EOFError, OSError):
-                        yield from self._replace(worker, waiting, strikes, lent)
+                        yield from self._replace(worker, waiting, crashes, lent)
                         continue
                     worker.tasks.pop(0)
                     for position, result in results:
@@ -157,7 +157,7 @@ class Workers:
                     looked = time.monotonic()
                     for worker in self._stopped():
                         worker.process.kill()
-                        yield from self._replace(worker, waiting, strikes, lent)
+                        yield from self._replace(worker, waiting, crashes, lent)
             if finish:
                 for position in waiting + self._end_busy():
                     yield position, self._here(lent[position])
@@ -298,7 +298,7 @@ class Workers:
         self._workers.remove(worker)
 
     def _replace(
-        self, worker: _Worker, waiting: list[int], strikes: _Strikes, lent: Sequence[Lent]
+        self, worker: _Worker, waiting: list[int], crashes: _Crashes, lent: Sequence[Lent]
     ) -> Iterator[tuple[int, Outcome | str]]:
         """Replace a worker that died; its jobs are done again, each alone.
 
@@ -313,12 +313,12 @@ class Workers:
         tasks = worker.tasks or [[]]
         waiting += [position for task in tasks[1:] for position in task]  # nothing was done of them
         for position in tasks[0]:
-            strikes.count[position] += 1
+            crashes.count[position] += 1
             if -code not in FROM_OUTSIDE:
-                strikes.own.add(position)
-            if strikes.count[position] < 2:
+                crashes.own.add(position)
+            if crashes.count[position] < 2:
                 waiting.append(position)
-            elif position in strikes.own:
+            elif position in crashes.own:
                 yield position, f"the worker process that computed it ended {why}, twice"
             else:
                 yield position, self._here(lent[position])

@@ -21,7 +21,7 @@ import tempfile
 import time
 import tomllib
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -130,7 +130,7 @@ class FlowerRun(Launcher):
             _check_connection(self.connection)
         trackers(
             config
-        )  # the server's process has its own; a mistake is to be told before anything is started
+        )  # the server's process has its own; here, a mistake is told before anything is started
         origin = directory if resume else None
         federation = prepare(config, lambda clients: LocalGrid(clients.host([], 1, self.chunk)), origin)
         with ExitStack() as stack:
@@ -191,7 +191,7 @@ class FlowerRun(Launcher):
                 time.sleep(LOOK)
             status = _status(number, connection, environment)
         (directory / STOP).unlink(missing_ok=True)
-        _conclude(directory, status)
+        _conclude(directory, status, config.imports)
 
     def _submit(self, config: DictConfig, connection: str, work: Path, environment: dict[str, str]) -> int:
         """Hand the run to the SuperLink; the run's number there."""
@@ -358,7 +358,7 @@ def _status(number: int, connection: str, environment: dict[str, str]) -> str:
     return str(runs[0].get("status", f"unknown, for the SuperLink does not answer ({said})"))
 
 
-def _conclude(directory: Path, status: str) -> None:
+def _conclude(directory: Path, status: str, folders: Sequence[str]) -> None:
     """Raise what the server's side ended with."""
     outcome = directory / OUTCOME
     if outcome.is_file():
@@ -369,7 +369,7 @@ def _conclude(directory: Path, status: str) -> None:
     if status != "finished:completed" or not (directory / "summary.json").is_file():
         raise FlowerError(
             f"Flower's run ended as {status}: see {directory}/{FLOWER_LOG}; if there is a checkpoint, go on with:"
-            f" {claim.resume_command(directory)}"
+            f" {claim.resume_command(directory, folders)}"
         )
 
 

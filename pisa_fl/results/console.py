@@ -19,9 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from pisa_fl.metric import Measures
+from pisa_fl.metric import Measures, Metrics
 from pisa_fl.results.observer import Observer, Run
-from pisa_fl.results.run_directory import Metrics
 from pisa_fl.system.text import visible
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pisa_fl.metric import TRAIN_LOSS, Measures
-from pisa_fl.results.run_directory import Metrics, read_metrics
+from pisa_fl.metric import TRAIN_LOSS, Measures, Metrics
+from pisa_fl.results.run_directory import read_metrics
 
 COUNTS = ("round", "passes", "bytes_up", "bytes_down")
 """What every line of metrics.jsonl has as a number; metrics and losses may be null."""

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from omegaconf import DictConfig
 
 from pisa_fl.config.explain import explain
-from pisa_fl.metric import Measures
-from pisa_fl.results.run_directory import Metrics
+from pisa_fl.metric import Measures, Metrics
 from pisa_fl.system.text import visible
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import partitioners
+from pisa_fl.metric import Metrics
 from pisa_fl.results.figures import draw_curves
 from pisa_fl.results.observer import Observer, Run
-from pisa_fl.results.run_directory import Metrics
 
 
 class Picture(Observer):

@@ -12,10 +12,10 @@ import partitioners
 from pisa_fl.checkpoint import save_checkpoint
 from pisa_fl.config.explain import explain
 from pisa_fl.federation import DivergedError, TooFewClientsError
+from pisa_fl.metric import Metrics
 from pisa_fl.results import run_directory
 from pisa_fl.results.observer import Observer, Run
 from pisa_fl.results.result import Interrupted
-from pisa_fl.results.run_directory import Metrics
 from pisa_fl.system import files
 
 log = logging.getLogger(__name__)

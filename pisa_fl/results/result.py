@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pisa_fl.results.run_directory import Metrics
+from pisa_fl.metric import Metrics
 
 
 @dataclass(frozen=True)

@@ -32,15 +32,12 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from pisa_fl.config import ConfigurationError, literal, located, own_folders
-from pisa_fl.metric import Measures, Metric
+from pisa_fl.metric import Measures, Metric, Metrics
 from pisa_fl.system.files import append, write
 from pisa_fl.system.resources import peak_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Metrics = dict[str, Any]
-"""One line of metrics.jsonl: numbers, and the run's id."""
 
 OUTCOME = ".outcome.json"
 """Name of a file in the run directory by which a run elsewhere tells why it ended before its time."""
@@ -135,6 +132,15 @@ def rewind(directory: Path, last: int, run_id: str) -> list[Metrics]:
     for path, left in kept.items():
         write(path, "".join(json.dumps(line) + "\n" for line in left))
     return kept.get(metrics, [])
+
+
+def of_clients(directory: Path, round_number: int) -> dict[int, dict[str, float]] | None:
+    """What clients.jsonl tells of a round, as `Federation.of_clients`; None if nothing was measured then."""
+    path = directory / "clients.jsonl"
+    for line in read_lines(path) if path.exists() else ():
+        if line["round"] == round_number:
+            return {int(client): own for client, own in line["clients"].items()}
+    return None
 
 
 def check_numbers(directory: Path, metrics: Sequence[Metrics], quality: Metric) -> None:

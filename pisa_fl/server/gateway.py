@@ -47,10 +47,10 @@ from strategies.base.messages import (
     arrays_of,
     averaged,
     config_of,
-    fault,
     integer,
     metrics_of,
     payload,
+    problem,
     real,
     record,
     tensor,
@@ -385,7 +385,7 @@ class Gateway(Grid):
                 return f"impossible number of examples: {name} {metrics[name]}"
         if id(instruction.content) not in self._asked:
             self._asked[id(instruction.content)] = self._expected(instruction.content)
-        return fault(arrays_of(content), self._asked[id(instruction.content)])
+        return problem(arrays_of(content), self._asked[id(instruction.content)])
 
     def _too_long(self, sent: Mapping[int, Message], replies: Mapping[int, Message]) -> dict[int, str]:
         """Those whose update is out of all proportion to the others', and why they are refused."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import Any
 
+from pisa_fl.metric import Metrics
 from pisa_fl.results.observer import Observer, Run
-from pisa_fl.results.run_directory import Metrics
 from pisa_fl.system.files import append, write
 
 

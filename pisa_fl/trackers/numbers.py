@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pisa_fl.results.run_directory import Metrics
+from pisa_fl.metric import Metrics
 
 
 def numbers(line: Metrics) -> dict[str, float]:

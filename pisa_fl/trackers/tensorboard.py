@@ -9,8 +9,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from pisa_fl.metric import Metrics
 from pisa_fl.results.observer import Observer, Run
-from pisa_fl.results.run_directory import Metrics
 from pisa_fl.system.files import write
 from pisa_fl.trackers.numbers import numbers
 

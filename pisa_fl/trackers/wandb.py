@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import OmegaConf
 
+from pisa_fl.metric import Metrics
 from pisa_fl.results.observer import Observer, Run
-from pisa_fl.results.run_directory import Metrics
 from pisa_fl.trackers.elsewhere import need, note, recall
 from pisa_fl.trackers.numbers import numbers
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from strategies.base.beyond_gradients import Forward, Probe, Term
 from strategies.base.layout import Layout
 from strategies.base.messages import WEIGHTS, Field
 from strategies.base.transform import Transform
@@ -63,8 +65,30 @@ class Stack(Protocol):
         """
         ...
 
-    def gradient(self, weights: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Gradient (C, d) and loss (C,) of every client's batch at its own weights (C, d)."""
+    def gradient(self, weights: Tensor, batch: Batch, term: Term | None = None) -> tuple[Tensor, Tensor]:
+        """Gradient (C, d) and loss (C,) of every client's batch at its own weights (C, d).
+
+        The gradient is that of the losses and the term; the loss is without it.
+        """
+        ...
+
+    def outputs(self, weights: Tensor, batch: Batch, layers: Sequence[str] = ()) -> Forward:
+        """Outputs of a batch, (C, B, ...), and inputs of layers, at (d,) or (C, d), as an evaluation has them."""
+        ...
+
+    def example_norms(self, weights: Tensor, batch: Batch) -> Tensor:
+        """Norm of the gradient of each example's own loss, (C, B), at (d,) or (C, d); zero for padding.
+
+        Raises:
+            ValueError: The model keeps running statistics, so that an example alone has no gradient.
+        """
+        ...
+
+    def probed(self, probe: Probe) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """Have a probe see all that is differentiated meanwhile.
+
+        The sums over examples and batches are added up in what it gives: the vector of every layer, (C, size).
+        """
         ...
 
     def batches(self, epochs: int) -> Iterator[Batch]:

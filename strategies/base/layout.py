@@ -84,6 +84,11 @@ class Layout:
         return spans
 
     @cached_property
+    def modules(self) -> list[str]:
+        """Names of the modules that the tensors belong to, in their order."""
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in self.shapes))
+
+    @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Tensors of two or more dimensions -> (rows, columns), convolutions as out x in*kh*kw."""
         return {name: (shape[0], prod(shape[1:])) for name, shape in self.shapes.items() if len(shape) >= 2}

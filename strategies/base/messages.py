@@ -208,7 +208,7 @@ def real(values: Mapping[str, Any], key: str, default: float | None = None) -> f
     return float(values[key] if default is None else values.get(key, default))
 
 
-def fault(arrays: ArrayRecord, expected: Mapping[str, Field]) -> str | None:
+def problem(arrays: ArrayRecord, expected: Mapping[str, Field]) -> str | None:
     """Why a message's arrays must be refused, or None if they are as expected."""
     if set(arrays) != set(expected):
         return f"arrays {sorted(arrays)} where {sorted(expected)} were expected"

@@ -31,7 +31,7 @@ from pisa_fl.engines.local import LocalGrid
 from pisa_fl.server.flowers_own import server_half
 from pisa_fl.server.gateway import Gateway
 from strategies import Layout, LocalSgd, Penalty, Pisa, PisaClient
-from strategies.base.messages import STATE_LOST, Field, fault, record, vectors
+from strategies.base.messages import STATE_LOST, Field, problem, record, vectors
 from strategies.preconditioners import Identity, SecondMoment
 
 SIZES = (3, 5, 4, 6)
@@ -779,7 +779,7 @@ files = st.builds(numpy_bytes, texts, values | st.binary(max_size=40), versions)
 def test_bytes_are_refused_or_read_as_what_they_are(data):
     array = Array("float32", (5,), "numpy.ndarray", data)
     arrays, found = ArrayRecord({"weights": array}), values_of(array, (5,), least=-2.0)
-    reason = fault(arrays, EXPECTED)
+    reason = problem(arrays, EXPECTED)
     assert (reason is None) == (found is not None)
     if found is not None:
         assert vectors(arrays)["weights"].numpy().tobytes() == found.tobytes()
@@ -827,7 +827,7 @@ def test_a_forged_header_makes_nobody_allocate(shape, descr):
     for dimensions in said:
         arrays = ArrayRecord({"weights": Array("float32", dimensions, "numpy.ndarray", data)})
         tracemalloc.start()
-        reason = fault(arrays, {"weights": Field(dimensions)})
+        reason = problem(arrays, {"weights": Field(dimensions)})
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert reason

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import partitioners
-from pisa_fl import compose, run
+from pisa_fl import compose, resume, run
 from pisa_fl.clients.flat_model import FlatModel
 from pisa_fl.clients.stack import ClientData, LocalStack
 from pisa_fl.data.hold_out import hold_out
@@ -210,3 +210,6 @@ def test_a_table_learns_and_its_run_speaks_of_its_own_metrics(table, tmp_path):
     assert result.summary["clients"]["rmse"]["mean"] == pytest.approx(np.mean(own))
     assert result.summary["clients"]["rmse"]["worst_10_percent"] == max(own)
     assert sum(one["examples"] for one in clients[-1]["clients"].values()) == 5 * round(0.2 * 64)
+    # as after a kill between its last checkpoint and its end
+    (tmp_path / "run" / "summary.json").unlink()
+    assert resume(tmp_path / "run").summary["clients"] == result.summary["clients"]

@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from quadratics import EXAMPLES, LAYOUT, Quadratics, pisa_bench, solving
 
-from strategies.base.messages import ARRAYS, TensorArray, arrays_of, fault, payload, sendable, tensor
+from strategies.base.messages import ARRAYS, TensorArray, arrays_of, payload, problem, sendable, tensor
 from strategies.transforms.compression import ErrorFeedback, compression
 
 D, T = LAYOUT.size, len(LAYOUT.shapes)
@@ -93,7 +93,7 @@ def test_what_is_sent_is_what_was_agreed_however_it_travels(name):
         arrays = ArrayRecord({key: TensorArray(stack[row]) for key, stack in sent.items()})
         far = recorddict_from_proto(recorddict_to_proto(RecordDict({ARRAYS: arrays})))[ARRAYS]
         for record in (arrays, far, pickle.loads(pickle.dumps(arrays))):
-            assert fault(record, made.fields()) is None
+            assert problem(record, made.fields()) is None
             assert payload(record) == sum(len(a.data) for a in record.values()) == BYTES[name]
             assert torch.equal(
                 made.decode({key: tensor(a) for key, a in record.items()}),
@@ -181,7 +181,9 @@ def test_no_client_sends_more_than_may_be_sent_without_being_refused(name, value
     gradient = samples()[:1].clone()
     gradient[0, 4] = value
     arrays = {key: TensorArray(sendable(stack)[0]) for key, stack in scheme(name).encode(gradient).items()}
-    assert "NaN or infinite values, or some beyond" in str(fault(ArrayRecord(arrays), scheme(name).fields()))
+    assert "NaN or infinite values, or some beyond" in str(
+        problem(ArrayRecord(arrays), scheme(name).fields())
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
