@@ -61,10 +61,16 @@ class DataSet(ABC):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that training and evaluation read, in hexadecimal: by it a data set is known again."""
+        """SHA-256 of everything that training and evaluation read, in hexadecimal: by it a data set is known again.
+
+        By default, of the arrays and names, and of the first examples made `ready`: for what that depends on. A class
+        of which something does not show there adds it.
+        """
         fields = [*sorted(self.train.items()), *sorted(self.test.items())]
-        known = repr(([name for name, _ in fields], self.output_names, self.group_names))
-        return digest_of(known, self.groups, *(field for _, field in fields))
+        first = self.ready({name: torch.tensor(field[:64]) for name, field in self.train.items()})
+        known = repr(([name for name, _ in fields], sorted(first), self.output_names, self.group_names))
+        arrays = [field for _, field in fields] + [first[name].numpy() for name in sorted(first)]
+        return digest_of(known, self.groups, *arrays)
 
     @abstractmethod
     def usual_task(self) -> Task:

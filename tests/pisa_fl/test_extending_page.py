@@ -102,6 +102,9 @@ def test_the_data_set_is_dealt_by_person_and_learnt(example, tmp_path):
     partition = json.loads((tmp_path / "run" / "partition.json").read_text())
     trained = person[np.arange(600) % 4 > 0]
     assert [set(trained[rows]) for rows in partition.values()] == [{number} for number in range(6)]
+    recordings = importlib.import_module("own_data").Recordings
+    digests = [recordings(tmp_path / "RECORDINGS.npz", unit).digest for unit in (0.001, 0.001, 0.002)]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_the_tracker_is_told_everything_and_may_stop_the_run(example, command, tmp_path):
