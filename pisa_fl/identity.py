@@ -107,7 +107,7 @@ def of_settings(config: DictConfig) -> dict[str, str]:
 
 
 def of_deal(partition: Partition, noise: Mapping[int, float]) -> dict[str, str]:
-    """The part of the deal and of the noise on each client's images; none if clients bring their data."""
+    """The part of the deal and of the noise on each client's inputs; none if clients bring their data."""
     if not partition:
         return {}
     known = hashlib.sha256(json.dumps([[len(rows) for rows in partition], sorted(noise.items())]).encode())

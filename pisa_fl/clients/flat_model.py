@@ -64,7 +64,7 @@ class FlatModel:
         values, gradients = self.layout.views(self.weights), self.layout.views(self.gradient)
         for name, parameter in parameters.items():
             parameter.data, parameter.grad = values[name], gradients[name]
-        # oneDNN's convolutions, and PyTorch's pooling even more, are faster on images with channels last
+        # oneDNN's convolutions, and PyTorch's pooling even more, are faster on inputs with channels last
         convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
         self._channels_last = convolves and device.type == "cpu"
         self._mixed, self._compiled = precision == "bfloat16", compiled

@@ -126,7 +126,7 @@ def configuration(context: Context) -> DictConfig:
 def client_configuration(context: Context) -> DictConfig:
     """The run's configuration as a client may use it: no more is built, read and written than its owner allows.
 
-    The server's word for where the client keeps its state and its decoded images counts in Flower's simulation alone.
+    The server's word for where the client keeps its state and its decoded data counts in Flower's simulation alone.
 
     Raises:
         ConfigurationError: It has something built that is not allowed.
