@@ -117,7 +117,7 @@ def refused(command, tmp_path, *arguments):
         ("model=simple_cnn model.hidden=[10]", ["model.hidden must have 2 numbers", "got [10]"]),
         ("model=simple_cnn model.channels=[1,2,3]", ["model.channels must have 2 numbers"]),
         ("model=simple_cnn model.kernel=0", ["model.kernel must hold whole numbers of at least 1"]),
-        ("model=vgg9 model.channels=[]", ["model.channels is empty"]),
+        ("model=vgg9 model.channels=[]", ["model.channels=[] is empty"]),
         ("model=simple_cnn model.kernel=15", ["model.kernel=15", "use larger images, a smaller kernel"]),
         ("data.mean=abc", ["data.mean must be a number or a list", "got abc"]),
         ("data.std=[0.0]", ["data.std=[0.0] must be positive"]),
