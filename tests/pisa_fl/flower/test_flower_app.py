@@ -361,7 +361,7 @@ def test_a_configuration_that_is_none_is_said_to_be_none(text):
         (["engine.experiment=../../up"], "engine.experiment=../../up must be"),
         (["engine.experiment=''"], "engine.experiment= must be"),
         (["clients=1000"], "client 0: "),
-        (["strategy.lr=-1"], "client 0: strategy.lr"),
+        (["strategy.lr=-1"], "client 0: strategy.client.penalty.lr must be positive"),
     ],
 )
 def test_what_is_impossible_at_a_client_is_said_in_one_sentence(configure, overrides, words):
