@@ -189,14 +189,14 @@ def pisa_bench(
     friction=0.0,
     **options,
 ):
-    """A bench of PISA; what is neither of Pisa nor of Bench is of its penalty."""
+    """A bench of PISA with a preconditioner, by name or made from a layout; other options are of its penalty."""
     consensus = options.get("consensus", "all")
     both = {"wire": wire, "lag": lag, "friction": friction}
     sending = {key: options.pop(key) for key in ("compression", "keep") if key in options}
     bench = {key: options.pop(key) for key in ("participation", "stack") if key in options}
     settings = {"lr": 0.1, "momentum": 0.9, "sigma": 6.0, "rho": 1.0, "gamma": 1.0, "grow_every": 10}
     penalty = Penalty(**settings | options)
-    make = PRECONDITIONERS[preconditioner]
+    make = PRECONDITIONERS.get(preconditioner, preconditioner)
     return Bench(
         Pisa(
             *(LAYOUT, make, penalty, lambda_, align_every, alpha),
