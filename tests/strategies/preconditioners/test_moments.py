@@ -123,8 +123,8 @@ def test_shampoo_is_the_dense_inverse(gradients, max_side):
     for name in ("wide", "filter"):
         span, (m, n) = LAYOUT.spans[name], LAYOUT.matrices[name]
         observations = [gradient[0, span].view(m, n) for gradient in gradients]
-        left = sum(w * g @ g.T for w, g in zip(weights, observations, strict=True))
-        other = sum(w * g.T @ g for w, g in zip(weights, observations, strict=True))
+        left = sum(w * g @ g.T / n for w, g in zip(weights, observations, strict=True))
+        other = sum(w * g.T @ g / m for w, g in zip(weights, observations, strict=True))
         roots = []
         for gram in (left, other):
             gram = gram if 1 < len(gram) <= max_side else gram.diag().diag()
