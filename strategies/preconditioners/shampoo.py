@@ -9,8 +9,8 @@ Shampoo (Gupta et al. 2018, arXiv 1802.09568, Algorithm 1), with moving averages
 so that at sigma = 0 the step is L^(-1/4) G R^(-1/4). The paper does not divide by n and m; so, Q is of the size of the
 gradient's elements, and `lr` means what it means for others. With L = U diag(a) U^T and R = Z diag(b) Z^T, Q is
 diagonal in the bases U x Z, and (sigma I + rho Q)^-1 is applied there exactly. It is `kronecker` with
-sqrt(a b^T / (m n)) in place of the moment v. Sides longer than `max_side` keep the basis that they have; tensors of fewer
-than two dimensions follow the second moment.
+sqrt(a b^T / (m n)) in place of the moment v. Sides longer than `max_side` keep the basis that they have; tensors of
+fewer than two dimensions follow the second moment.
 """
 
 from __future__ import annotations
