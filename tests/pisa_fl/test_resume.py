@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import pisa_fl
-from pisa_fl import runner
+from pisa_fl import ConfigurationError, runner
 from pisa_fl.checkpoint import SUMS, _is_whole, checkpoints
 from pisa_fl.engines.local import LocalGrid
 from pisa_fl.results.console import Display
@@ -117,6 +117,19 @@ def test_a_client_whose_last_reply_was_lost_rolls_back_after_the_resume_too(tmp_
         shutil.rmtree(copy / "checkpoint" / f"round-{later:06d}")
     pisa_fl.resume(copy)
     assert_same_end(copy, tmp_path / "whole")
+
+
+def test_a_run_may_not_be_cut_short_at_a_round_that_was_not_evaluated(tmp_path):
+    chosen = overrides("aligned", "evaluate_every=3", "checkpoint.every=1", f"checkpoint.keep={ROUNDS}")
+    pisa_fl.run(pisa_fl.compose(*chosen), tmp_path)
+    edit(tmp_path, rounds=2)
+    for later in range(3, ROUNDS + 1):
+        shutil.rmtree(tmp_path / "checkpoint" / f"round-{later:06d}")
+    sentence = "rounds=2 in .*config.yaml ends with a round that was not evaluated .*: set it to 3 or more"
+    with pytest.raises(ConfigurationError, match=sentence):
+        pisa_fl.resume(tmp_path)
+    edit(tmp_path, rounds=3)
+    assert pisa_fl.resume(tmp_path).summary["rounds"] == 3
 
 
 def test_the_signal_handlers_are_put_back(tmp_path):
