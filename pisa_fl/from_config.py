@@ -97,6 +97,11 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
                 f" set clients={len(partition)}"
             )
         noise_std = getattr(partitioner, "noise_std", None)
+    elif data.fitted:
+        raise ConfigurationError(
+            "partition=own does not go with these data: every client would fill and scale them by its own rows, and"
+            " have columns of its own; deal one table, or give a data set of yours that is scaled alike everywhere"
+        )
     noise = {client: noise_std(client) for client in range(len(partition))} if noise_std else {}
     identity.note(of_deal(partition, noise))
     task = build(config.task, Task)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +23,13 @@ class DataSet(ABC):
     """A training and a test set.
 
     Arrays may be read-only maps of files: index or copy them before you write.
+
+    Attributes:
+        fitted: Whether what is stored of an example follows from the other training examples, as a scale does: then
+            examples that clients read each for itself do not fit together.
     """
+
+    fitted: ClassVar[bool] = False
 
     @property
     @abstractmethod

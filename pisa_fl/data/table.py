@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ class TableData(DataSet):
         row_groups: (n,) int64, what partitioners deal by.
         groups_said: Names of those groups.
     """
+
+    fitted: ClassVar[bool] = True
 
     train_rows: NDArray[np.float32]
     train_targets: NDArray

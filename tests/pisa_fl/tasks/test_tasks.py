@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import partitioners
-from pisa_fl import compose, resume, run
+from pisa_fl import ConfigurationError, compose, prepare, resume, run
 from pisa_fl.clients.flat_model import FlatModel
 from pisa_fl.clients.stack import ClientData, LocalStack
 from pisa_fl.data.hold_out import hold_out
@@ -188,6 +188,14 @@ def test_held_out_examples_are_a_share_of_every_group():
     assert (hold_out(rows, groups, 0.2, 7, 3)[1] == taken).all()
     assert set(hold_out(rows, groups, 0.2, 8, 3)[1]) != set(taken)
     assert len(hold_out(rows[:1], groups, 0.9, 7, 3)[0]) == 1
+
+
+def test_clients_do_not_bring_tables_of_their_own(table):
+    config = compose(
+        "partition=own", "task=tabular_classification", f"data.path={table / 'train.csv'}", "data.target=dear"
+    )
+    with pytest.raises(ConfigurationError, match="partition=own does not go with these data"):
+        prepare(config)
 
 
 def test_a_table_learns_and_its_run_speaks_of_its_own_metrics(table, tmp_path):
