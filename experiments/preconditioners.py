@@ -1,7 +1,7 @@
 """Every preconditioner of PISA's on three federations: a table for docs/preconditioners.md.
 
     python -m experiments.preconditioners
-    python -m experiments.preconditioners --only kronecker shampoo seed=1
+    python -m experiments.preconditioners seed=1 --only kronecker shampoo
 
 All of `conf/strategy/preconditioner/`, in `strategy=pisa` with its defaults but for the learning rates in `LR`:
 accuracy at rounds 10, 25, 50 and 100 of 100, the median seconds of a round, the size of Q's state, and bytes to and
