@@ -11,13 +11,14 @@ from a client in a round. Further arguments are overrides, given to all.
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from itertools import pairwise
 from statistics import median
 
 import pisa_fl
 from pisa_fl.config import CONF, build
 from pisa_fl.federation import RunError
-from strategies import Layout
+from strategies.preconditioners import Preconditioner
 
 FEDERATIONS = {
     "iid": ["partition=iid"],
@@ -53,20 +54,23 @@ def row(name: str, overrides: list[str]) -> list[str]:
     """The numbers of one run."""
     config = pisa_fl.compose(
         *("strategy=pisa", f"strategy/preconditioner={name}", f"strategy.lr={LR.get(name, 0.02)}"),
-        *(f"rounds={ROUNDS[-1]}", "progress=false", "tracker=none", *overrides),
+        *(f"rounds={ROUNDS[-1]}", *overrides),
     )
-    result = pisa_fl.run(config)
-    accuracies = [100 * line["test_accuracy"] for line in result.metrics]
-    last = result.metrics[-1]
-    sent = (last["bytes_up"] + last["bytes_down"]) / sum(line["clients_ok"] for line in result.metrics[1:])
-    seconds = [line["seconds"] for line in result.metrics]
+    federation = pisa_fl.prepare(config)
+    with closing(federation.grid):
+        metrics = list(federation.rounds(ROUNDS[-1]))
+    accuracies = [100 * line["test_accuracy"] for line in metrics]
+    last = metrics[-1]
+    sent = (last["bytes_up"] + last["bytes_down"]) / sum(line["clients_ok"] for line in metrics[1:])
+    seconds = [line["seconds"] for line in metrics]
     round_seconds = median(after - before for before, after in pairwise(seconds))
-    make = build(config.strategy.preconditioner)
-    state = make(Layout.of_parameters(result.model)).nothing()
-    held = sum(vector.nbytes for vector in state.values())
+    made: Preconditioner = build(
+        config.strategy.preconditioner, Preconditioner, layout=federation.model.layout
+    )
+    held = sum(vector.nbytes for vector in made.nothing().values())
     return [
         *(f"{accuracies[number]:.1f}" for number in ROUNDS),
-        *(f"{round_seconds:.2f}", f"{held / 1e6:.1f}", f"{sent / 1e6:.2f}"),
+        *(f"{round_seconds:.2f}", f"{held / 1e6:.3f}", f"{sent / 1e6:.2f}"),
     ]
 
 
