@@ -19,11 +19,12 @@ from torch import Tensor
 
 from strategies.base import checks
 from strategies.base.layout import Layout
-from strategies.base.messages import Field, squared
-from strategies.preconditioners.base import Preconditioner, State
+from strategies.base.messages import Field
+from strategies.preconditioners.base import State
+from strategies.preconditioners.diagonal import Diagonal
 
 
-class AdaBelief(Preconditioner):
+class AdaBelief(Diagonal):
     """Element-wise steps by the belief in the gradient.
 
     Args:
@@ -51,14 +52,6 @@ class AdaBelief(Preconditioner):
             "mass": Field(1, minimum=0.0),
         }
 
-    def statistic_fields(self) -> dict[str, Field]:
-        """`observed`: the gradient, (d,)."""
-        return {"observed": squared(self.layout.size)}
-
-    def statistic(self, gradient: Tensor, residual: Tensor) -> dict[str, Tensor]:
-        """The gradient itself."""
-        return {"observed": gradient}
-
     def accumulate(self, state: State, statistic: State) -> dict[str, Tensor]:
         """One step of the moving averages."""
         mean = state["mean"] * self._beta1 + statistic["observed"] * (1 - self._beta1)
@@ -69,16 +62,6 @@ class AdaBelief(Preconditioner):
             "mass": state["mass"] * self._beta2 + (1 - self._beta2),
         }
 
-    def scale(self, state: State) -> Tensor | None:
-        """Mean of Q over each tensor, (d,)."""
-        if not state["mass"].any():
-            return None
-        return self.layout.expand(self.layout.mean(self._root(state)))[0]
-
-    def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
-        """Residual / (sigma + rho Q), element by element."""
-        return residual * self.factored(state, sigma, rho, lambda: 1 / (sigma + rho * self._root(state)))
-
-    def _root(self, state: State) -> Tensor:
-        """Diagonal of Q, (C, d)."""
+    def diagonal(self, state: State) -> Tensor:
+        """q, (C, d)."""
         return (state["belief"] / state["mass"]).sqrt() + self._eps

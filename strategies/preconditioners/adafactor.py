@@ -21,11 +21,12 @@ from torch import Tensor
 
 from strategies.base import checks
 from strategies.base.layout import Layout
-from strategies.base.messages import Field, squared
-from strategies.preconditioners.base import Preconditioner, State
+from strategies.base.messages import Field
+from strategies.preconditioners.base import State
+from strategies.preconditioners.diagonal import Diagonal
 
 
-class Adafactor(Preconditioner):
+class Adafactor(Diagonal):
     """Element-wise steps from the moments of rows and columns.
 
     Args:
@@ -47,14 +48,6 @@ class Adafactor(Preconditioner):
         sizes = (sum(self.layout.matrices.get(name, (size,))) for name, size in self._elements())
         return {"moments": Field(sum(sizes), minimum=0.0), "age": Field(1, minimum=0.0)}
 
-    def statistic_fields(self) -> dict[str, Field]:
-        """`observed`: the gradient, (d,)."""
-        return {"observed": squared(self.layout.size)}
-
-    def statistic(self, gradient: Tensor, residual: Tensor) -> dict[str, Tensor]:
-        """The gradient itself."""
-        return {"observed": gradient}
-
     def accumulate(self, state: State, statistic: State) -> dict[str, Tensor]:
         """One step of the moving averages."""
         age = state["age"] + 1
@@ -68,18 +61,8 @@ class Adafactor(Preconditioner):
         share = age**-self._decay
         return {"moments": torch.lerp(state["moments"], torch.cat(parts, dim=1), share), "age": age}
 
-    def scale(self, state: State) -> Tensor | None:
-        """Mean of Q over each tensor, (d,)."""
-        if not state["age"].any():
-            return None
-        return self.layout.expand(self.layout.mean(self._root(state)))[0]
-
-    def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
-        """Residual / (sigma + rho Q), element by element."""
-        return residual * self.factored(state, sigma, rho, lambda: 1 / (sigma + rho * self._root(state)))
-
-    def _root(self, state: State) -> Tensor:
-        """Diagonal of Q, (C, d)."""
+    def diagonal(self, state: State) -> Tensor:
+        """q, (C, d)."""
         moments, start = state["moments"], 0
         whole = moments.new_empty(len(moments), self.layout.size)
         matrices = dict(self.layout.each_matrix(whole))

@@ -19,11 +19,12 @@ from torch import Tensor
 from strategies.base import checks
 from strategies.base.layout import Layout
 from strategies.base.messages import Field, averaged, squared
-from strategies.preconditioners.base import Preconditioner, State
+from strategies.preconditioners.base import State
+from strategies.preconditioners.diagonal import Diagonal
 
 
 @checks.literals
-class SecondMoment(Preconditioner):
+class SecondMoment(Diagonal):
     """Element-wise adaptive steps.
 
     Args:
@@ -82,7 +83,7 @@ class SecondMoment(Preconditioner):
             "mass": state["mass"] * self.beta + (1 - self.beta),
         }
 
-    def root(self, state: State) -> Tensor:
+    def diagonal(self, state: State) -> Tensor:
         """Diagonal of Q, (C, d)."""
         root = self._moment_root(state)
         if self.floor:
@@ -94,10 +95,6 @@ class SecondMoment(Preconditioner):
         if not state["mass"].any():
             return None
         return self.layout.expand(self.layout.mean(self._moment_root(state)))[0]
-
-    def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
-        """Residual / (sigma + rho Q), element by element."""
-        return residual * self.factored(state, sigma, rho, lambda: 1 / (sigma + rho * self.root(state)))
 
     def _moment_root(self, state: State) -> Tensor:
         """sqrt(v^) + eps, (C, d)."""

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from strategies.base import checks
 from strategies.base.layout import Layout
-from strategies.base.messages import Field, squared
-from strategies.preconditioners.base import Preconditioner, State
+from strategies.base.messages import Field
+from strategies.preconditioners.base import State
+from strategies.preconditioners.diagonal import Diagonal
 
 
-class SgdSai(Preconditioner):
+class SgdSai(Diagonal):
     """A step length for each tensor, fixed by its first gradient.
 
     Args:
@@ -44,14 +45,6 @@ class SgdSai(Preconditioner):
         """`ratio` s of each tensor, (T,), zero where there is none yet; `mass` (1,), one once anything was observed."""
         return {"ratio": Field(len(self.layout.sizes), minimum=0.0), "mass": Field(1, minimum=0.0)}
 
-    def statistic_fields(self) -> dict[str, Field]:
-        """`observed`: the gradient, (d,)."""
-        return {"observed": squared(self.layout.size)}
-
-    def statistic(self, gradient: Tensor, residual: Tensor) -> dict[str, Tensor]:
-        """The gradient itself."""
-        return {"observed": gradient}
-
     def accumulate(self, state: State, statistic: State) -> dict[str, Tensor]:
         """Measure the tensors that were not measured."""
         observed = statistic["observed"]
@@ -64,16 +57,8 @@ class SgdSai(Preconditioner):
             "mass": torch.ones_like(state["mass"]),
         }
 
-    def scale(self, state: State) -> Tensor | None:
-        """1/s of each tensor, (d,)."""
-        return self._diagonal(state)[0] if state["mass"].any() else None
-
-    def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
-        """Residual / (sigma + rho / s)."""
-        return residual * self.factored(state, sigma, rho, lambda: 1 / (sigma + rho * self._diagonal(state)))
-
-    def _diagonal(self, state: State) -> Tensor:
-        """Diagonal of Q, (C, d)."""
+    def diagonal(self, state: State) -> Tensor:
+        """q, (C, d)."""
         ratio = state["ratio"]
         usual = self._sizes.to(ratio).sqrt().expand_as(ratio)
         return self.layout.expand(1 / torch.where(ratio > 0, ratio, usual))

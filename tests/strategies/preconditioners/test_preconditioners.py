@@ -106,7 +106,7 @@ def test_moment_of_the_gradient():
     gradient, residual = draws(2)
     ours = SecondMoment(SMALL, 0.9, 0.0, 0.0, "gradient", "vector", "exact")
     state = ours.accumulate(start(ours), ours.statistic(gradient, residual))
-    torch.testing.assert_close(ours.root(state), gradient.abs())
+    torch.testing.assert_close(ours.diagonal(state), gradient.abs())
 
 
 def test_the_floor_is_a_share_of_each_tensors_mean():
@@ -115,7 +115,7 @@ def test_the_floor_is_a_share_of_each_tensors_mean():
     state = ours.accumulate(start(ours), ours.statistic(gradient, gradient))
     for span in SMALL.spans.values():
         root = gradient[:, span].abs()
-        torch.testing.assert_close(ours.root(state)[:, span], root + 0.5 * root.mean(dim=1, keepdim=True))
+        torch.testing.assert_close(ours.diagonal(state)[:, span], root + 0.5 * root.mean(dim=1, keepdim=True))
         mean = root[0].mean().expand_as(root[0])
         torch.testing.assert_close(ours.scale({k: v[:1] for k, v in state.items()})[span], mean)
 
@@ -124,7 +124,7 @@ def test_first_step_correction_never_advances():
     ours = SecondMoment(SMALL, 0.999, 0.0, 0.0, "residual", "vector", "first_step")
     residuals = draws(3)
     moment = sum(0.001 * 0.999 ** (2 - k) * r.square() for k, r in enumerate(residuals))
-    torch.testing.assert_close(ours.root(observe(ours, residuals)), (moment / 0.001).sqrt())
+    torch.testing.assert_close(ours.diagonal(observe(ours, residuals)), (moment / 0.001).sqrt())
 
 
 def test_spectral_step_is_the_polar_factor():
