@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -195,7 +195,8 @@ def metrics_of(content: RecordDict) -> MetricRecord:
 
 def config_of(content: RecordDict) -> dict[str, Any]:
     """The numbers and texts of an instruction; empty if it carries none."""
-    return dict(content.config_records[CONFIG]) if CONFIG in content.config_records else {}
+    config = content.get(CONFIG)  # much cheaper than Flower's `config_records`
+    return dict(config) if isinstance(config, ConfigRecord) else {}
 
 
 def integer(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
