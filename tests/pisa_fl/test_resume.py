@@ -286,7 +286,7 @@ def test_checkpoints_are_in_the_order_of_their_rounds(tmp_path):
 
 def test_killed_before_any_of_its_file_operations_a_run_goes_on(tmp_path):
     """A cheap part of them; its rounds are also given up for want of replies, with a single checkpoint kept."""
-    line = [sys.executable, kills.__file__, str(tmp_path), "1", "5", "23"]
+    line = [sys.executable, kills.__file__, str(tmp_path), "1", "5", "47"]
     ended = subprocess.run(line, capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines()[:-1] == []
 
