@@ -1,12 +1,13 @@
 """Does any untuned run of PISA collapse? Many seeds, deals, models and step lengths, on few images and for few rounds.
 
     python -m experiments.safety
-    python -m experiments.safety --models mlp simple_cnn --lrs 0.005 0.03 --seeds 20
+    python -m experiments.safety strategy/preconditioner=muon --models mlp --lrs 0.02 --seeds 5
 
 The first rounds are the dangerous ones: little is known of Q, and a leap silences units for good. Each run is
 `strategy=pisa` with its schedule for `--horizon` rounds, of which the first `--rounds` are run; half of ten clients
 answer in each. A run has collapsed if its training loss is not finite, or at the end not below nine tenths of a
-guesser's, ln 10. Prints a table of the final training losses and the number of collapsed runs.
+guesser's, ln 10. Prints a table of the final training losses and the number of collapsed runs. Further arguments are
+overrides, given to all; they come first.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=10, help="one image in so many of 10,000")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--horizon", type=int, default=50)
-    chosen = parser.parse_args(arguments)
+    chosen, more = parser.parse_known_args(arguments)
     collapsed = 0
     print("| model | deal | lr | seeds | training loss, median | worst | collapsed |\n" + "| --- " * 7 + "|")
     for model, lr, (deal, own) in product(chosen.models, chosen.lrs, DEALS.items()):
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"strategy.lr={lr}",
                 f"rounds={chosen.horizon}",
                 f"seed={seed}",
+                *more,
             ]
             losses = train_losses(overrides, chosen.every, chosen.rounds)
             ends.append(losses[-1])
