@@ -154,6 +154,23 @@ def test_both_wires_take_the_same_path_and_only_the_memory_stays(name, lag):
     assert kept == set(preconditioner.state_fields() if lag else preconditioner.memory_fields())
 
 
+@pytest.mark.parametrize("name", MAKE)
+def test_a_checkpoint_goes_on_with_the_same_bits(name):
+    options = {"wire": "gradient", "lag": 0, "consensus": "fresh", "sigma": None, "rho": None}
+    one, other = (pisa_bench(MAKE[name], **options) for _ in range(2))
+    with solving(Quadratics.draw(seed=3)):
+        for _ in range(3):
+            one.round()
+        other.strategy.load_state_dict(
+            {key: value.clone() for key, value in one.strategy.state_dict().items()}
+        )
+        other.arrays, other.number = one.arrays, one.number
+        for _ in range(3):
+            for bench in (one, other):
+                bench.round(drawn={0, 2})
+    assert torch.equal(one.consensus, other.consensus)
+
+
 @pytest.mark.parametrize("name", [name for name in MAKE if name != "swan"])
 def test_the_optimum_of_different_clients_is_found_as_steps_become_shorter(name):
     problem = Quadratics.draw()
