@@ -4,8 +4,8 @@
     python -m experiments.preconditioners seed=1 --only kronecker shampoo
 
 All of `conf/strategy/preconditioner/`, in `strategy=pisa` with its defaults but for the learning rates in `LR`:
-accuracy at rounds 10, 25, 50 and 100 of 100, the median seconds of a round, the size of Q's state, and bytes to and
-from a client in a round. Further arguments are overrides, given to all.
+accuracy at rounds 10, 25, 50 and 100 of 100, the median seconds of a round, the size of what Q remembers, and bytes
+to and from a client in a round. Further arguments are overrides, given to all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FEDERATIONS = {
         *("partition=dirichlet", "partition.alpha=0.1", "clients=100", "participation=0.1")
     ],
 }
-LR = {"identity": 1.0, "sgd_sai": 0.005}
+LR = {"identity": 1.0, "polar_grad": 0.002, "sgd_sai": 0.005}
 """Learning rates of those whose steps are not of the size of lr."""
 ROUNDS = (10, 25, 50, 100)
 
@@ -67,7 +67,8 @@ def row(name: str, overrides: list[str]) -> list[str]:
     made: Preconditioner = build(
         config.strategy.preconditioner, Preconditioner, layout=federation.model.layout
     )
-    held = sum(vector.nbytes for vector in made.nothing().values())
+    nothing = made.nothing()
+    held = sum(nothing[name].nbytes for name in made.memory_fields())
     return [
         *(f"{accuracies[number]:.1f}" for number in ROUNDS),
         *(f"{round_seconds:.2f}", f"{held / 1e6:.3f}", f"{sent / 1e6:.2f}"),

@@ -71,7 +71,7 @@ class PisaClient(ClientHalf):
         """The dual and, unaligned, the client's own Q; nothing if it only sends gradients."""
         if self.by_gradient:
             return {}
-        own = {} if self.align_every else self.preconditioner.state_fields()
+        own = {} if self.align_every else self.preconditioner.memory_fields()
         known = {KNOWN: 1} if self.friction else {}
         return {DUAL: self.layout.size} | known | {name: field.size for name, field in own.items()}
 
@@ -140,7 +140,8 @@ class PisaClient(ClientHalf):
                 step = self._own_step(config, step.held, gradient, dual)
             residual = step.residual(gradient, dual) + step.sigma * (weights - consensus)
             weights = weights - step.solve(residual)
-        kept = {} if self.align_every else dict(step.held)
+        own = {} if self.align_every else self.preconditioner.memory_fields()
+        kept = {name: step.held[name] for name in own}
         sigma = step.sigma
 
         def following(sent: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -103,6 +103,8 @@ class Pisa(ServerHalf):
         self.ledger = Ledger(layout, alpha == "uniform", state == "disk", table, friction)
         self.device = device
         self._shared = self.preconditioner.nothing(device)
+        always = align_every == 1 and not lag
+        self._kept = self.preconditioner.memory_fields() if always else self.preconditioner.state_fields()
         self._consensus = torch.empty(0)
         self._asked: tuple[dict[str, Tensor], Observed] | None = None
 
@@ -167,7 +169,7 @@ class Pisa(ServerHalf):
             self.ledger.undo()
             raise RoundError(f"{wrong} of the server")
         self.ledger.commit()
-        self._shared = shared
+        self._shared = {name: shared[name] for name in self._kept}
         if self.bound is not None:
             consensus = bounded(consensus, self._consensus, self.bound, self.layout)
         metrics = MetricRecord(

@@ -3,7 +3,8 @@
     w_i = w - (sigma I + rho Q)^-1 (P(g_i) + pi_i)
 
 A *curvature* preconditioner knows a positive semi-definite Q and applies (sigma I + rho Q)^-1 exactly; its
-direction P is the identity. A *direction* preconditioner is a non-linear map P of the gradient.
+direction P is the identity. A *direction* preconditioner is a non-linear map P of the gradient, at best of the
+federation's (`strategies.preconditioners.direction`).
 
 Q is built from the moving average of a *statistic*. Each client observes the statistic of its own
 residual. Unaligned, it averages its own (the paper's form) and the average is part of the client's state.
@@ -44,6 +45,10 @@ class Preconditioner(ABC):
             name: torch.zeros(1, field.size, dtype=getattr(torch, field.types[0]), device=device)
             for name, field in self.state_fields().items()
         }
+
+    def memory_fields(self) -> dict[str, Field]:
+        """The vectors of the state that `accumulate` reads: all that is kept where every round observes anew."""
+        return self.state_fields()
 
     def solver_fields(self) -> dict[str, Field]:
         """The vectors of the state that `scale`, `direction` and `solve` read: what clients need of a common Q."""

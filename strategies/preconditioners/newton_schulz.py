@@ -8,9 +8,9 @@ convolutions as out x in*kh*kw), a direction followed by a soft sign:
     u   = o + pi
     w_i = w - u / (sigma + rho (|u| + eps))
 
-NS5 is five steps X <- a X + (b A + c A^2) X, A = X X^T, of X = G/|G|_F with Muon's coefficients: singular
-values end between 0.7 and 1.2, loosely. Since a sum of orthogonalised gradients may vanish where the sum of
-gradients does not, its fixed points under skew are not those of the problem.
+NS5 is five steps of Newton and Schulz's iteration with Muon's coefficients (`strategies.preconditioners.polar`).
+Since a sum of orthogonalised gradients may vanish where the sum of gradients does not, its fixed points under skew
+are not those of the problem.
 
 `Spectral` repairs that: Q is positive semi-definite and the residual stays linear in the gradient,
 
@@ -35,22 +35,8 @@ from strategies.base import checks
 from strategies.base.layout import Layout
 from strategies.base.messages import Field, squared
 from strategies.preconditioners.base import Preconditioner, State
+from strategies.preconditioners.polar import polar
 from strategies.preconditioners.second_moment import SecondMoment
-
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Quintic of Muon (Jordan et al. 2024), steepest at zero, as NSISA's authors use it."""
-
-
-def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
-    """Approximate orthogonal polar factor of each matrix, (..., m, n) -> (..., m, n)."""
-    a, b, c = COEFFICIENTS
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
 
 
 class NewtonSchulz(Preconditioner):
@@ -101,7 +87,8 @@ class NewtonSchulz(Preconditioner):
         targets = dict(self.layout.each_matrix(direction))
         for name, matrix in self.layout.each_matrix(gradient + self.mu * state["momentum"]):
             rows, columns = self.layout.matrices[name]
-            targets[name].copy_(newton_schulz(matrix, self.steps) * max(1.0, rows / columns) ** 0.5)
+            factor = polar(matrix, "newton_schulz", self.steps)
+            targets[name].copy_(factor * max(1.0, rows / columns) ** 0.5)
         return direction
 
     def scale(self, state: State) -> Tensor | None:

@@ -21,7 +21,7 @@ from pisa_fl.server.gateway import Gateway
 from pisa_fl.tasks import Classification
 from strategies import Batch, Layout, Penalty, Pisa, PisaClient
 from strategies.base.messages import WEIGHTS, record, vectors
-from strategies.preconditioners import Identity, Kronecker, NewtonSchulz, SecondMoment, Spectral
+from strategies.preconditioners import Identity, Kronecker, Muon, NewtonSchulz, SecondMoment, Spectral
 
 SHAPES = {"matrix": (3, 2), "filter": (2, 1, 2, 2), "vector": (3,)}
 LAYOUT = Layout(SHAPES)
@@ -172,6 +172,7 @@ PRECONDITIONERS = {
     "spectral": partial(Spectral, beta=0.9, moment_of="residual", others=second_moment()),
     "kronecker": partial(Kronecker, beta=0.9, eps=1e-8, max_side=8, refresh=1, factored=0.5),
     "newton_schulz": partial(NewtonSchulz, mu=0.95, steps=5, eps=1e-8, others=second_moment()),
+    "muon": partial(Muon, mu=0.8, nesterov=True, method="newton_schulz", steps=5, beta=0.9, eps=1e-8),
 }
 
 
