@@ -114,9 +114,19 @@ class FlatModel:
 
     def objective(self, batch: Fields, term: Term | None, given: Fields) -> tuple[Tensor, Tensor]:
         """What training lowers, and the losses in it, of a batch's examples at the present weights, (B,) each."""
+        objective, losses, _ = self.objectives(batch, term, given, False)
+        return objective, losses
+
+    def objectives(
+        self, batch: Fields, term: Term | None, given: Fields, drawn: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`objective` and, if asked for, the losses with targets that are drawn from the output, (B,)."""
         forward = self.forward(batch, term.layers if term else ())
         losses = self.task.losses(forward.output, batch)
-        return losses if term is None else losses + term.of(forward, given), losses
+        objective = losses if term is None else losses + term.of(forward, given)
+        if not drawn:
+            return objective, losses, None
+        return objective, losses, self.task.losses(forward.output, self.task.drawn(forward.output, batch))
 
     def forward(self, batch: Fields, layers: Iterable[str] = ()) -> Forward:
         """Output of a batch at the present weights, and what went into some layers when they were last called."""

@@ -1,18 +1,22 @@
 """Probes at work: what a layer gets and the gradients of what it gives, reduced as they are computed.
 
 A client alone is probed by hooks in its ordinary backward pass. Clients advanced together are differentiated by
-`vmap(grad(...))`, which hooks on gradients do not see: zeros are added to what the layers give, and the gradients with
-respect to the zeros are those of the layers' outputs.
+`vmap` of a gradient, which hooks do not see: zeros are added to what the layers give, and the gradients with respect
+to the zeros are those of the layers' outputs.
+
+A probe may ask for the gradients of the losses with drawn targets: that is a second backward pass of one forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import vjp, vmap
+from torch.utils.hooks import RemovableHandle
 
 from pisa_fl.clients.flat_model import Fields, FlatModel
 from pisa_fl.clients.layers import watched
@@ -25,9 +29,17 @@ Sums = dict[str, Tensor]
 """Layers -> the vectors that a probe made, (C, size)."""
 
 
-@contextmanager
-def probing(model: FlatModel, probe: Probe, sums: Sums, shares: Tensor) -> Iterator[None]:
-    """Add what a probe makes of one client's batch in the forward and backward pass that is run meanwhile."""
+def probed_backward(
+    model: FlatModel,
+    batch: Fields,
+    shares: Tensor,
+    term: Term | None,
+    given: Fields,
+    probe: Probe,
+    sums: Sums,
+) -> Tensor:
+    """Forward and backward pass of one client's batch, what a probe makes of it added to its sums; the losses, (B,)."""
+    hooks: list[RemovableHandle] = []
 
     def on_call(layer: str, inputs: Tensor, output: Tensor) -> None:
         inputs = inputs.detach()
@@ -35,10 +47,18 @@ def probing(model: FlatModel, probe: Probe, sums: Sums, shares: Tensor) -> Itera
         def on_gradient(gradients: Tensor) -> None:
             sums[layer] += probe.reduce(layer, inputs, _own(layer, gradients, shares), shares)
 
-        output.register_hook(on_gradient)
+        hooks.append(output.register_hook(on_gradient))
 
     with watched(model.module, probe.sizes(), on_call):
-        yield
+        objective, losses, drawn = model.objectives(batch, term, given, probe.drawn)
+    if drawn is not None:
+        kept = model.gradient.clone()
+        (shares * drawn).sum().backward(retain_graph=True)
+        model.gradient.copy_(kept)
+        for hook in hooks:
+            hook.remove()
+    (shares * objective).sum().backward()
+    return losses.detach()
 
 
 def probed_gradients(
@@ -48,8 +68,8 @@ def probed_gradients(
     layers = probe.sizes()
 
     def weighted(
-        weights: Tensor, zeros: Calls, batch: Fields, shares: Tensor, given: Fields
-    ) -> tuple[Tensor, tuple[Tensor, Calls]]:
+        batch: Fields, shares: Tensor, given: Fields, weights: Tensor, zeros: Calls
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Calls]]:
         calls: dict[str, list[Tensor]] = {layer: [] for layer in layers}
 
         def on_call(layer: str, inputs: Tensor, output: Tensor) -> Tensor:
@@ -57,14 +77,21 @@ def probed_gradients(
             return output + zeros[layer][len(calls[layer]) - 1]
 
         with watched(model.module, layers, on_call):
-            objective, losses = model.weighted_loss(term, weights, batch, shares, given)
-        return objective, (losses, calls)
+            objective, losses, drawn = model.at(weights, model.objectives, batch, term, given, probe.drawn)
+        seen = objective if drawn is None else drawn
+        total = torch.where(shares > 0, losses, 0.0).sum()
+        return ((shares * objective).sum(), (shares * seen).sum()), (total, calls)
 
     def of_one(
         weights: Tensor, zeros: Calls, batch: Fields, shares: Tensor, given: Fields
     ) -> tuple[Tensor, Tensor, Sums]:
-        differentiated = grad(weighted, argnums=(0, 1), has_aux=True)
-        (gradient, outgoing), (loss, calls) = differentiated(weights, zeros, batch, shares, given)
+        of_both: Any = vjp(partial(weighted, batch, shares, given), weights, zeros, has_aux=True)
+        both, back, (loss, calls) = of_both
+        one, none = torch.ones_like(both[0]), torch.zeros_like(both[0])
+        if probe.drawn:
+            (gradient, _), (_, outgoing) = back((one, none)), back((none, one))
+        else:
+            gradient, outgoing = back((one, none))
         sums: Sums = {}
         for layer in layers:
             for inputs, gradients in zip(calls[layer], outgoing[layer], strict=True):

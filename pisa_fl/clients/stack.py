@@ -8,8 +8,9 @@ vectorised over the client axis, which is the fastest on a GPU.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 
 import numpy as np
@@ -18,9 +19,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pisa_fl.clients.flat_model import FlatModel
-from pisa_fl.clients.probing import Sums, probed_gradients, probing
+from pisa_fl.clients.probing import Sums, probed_backward, probed_gradients
 from pisa_fl.data.data_set import DataSet
 from pisa_fl.randomness import numpy_generator, torch_generator
+from pisa_fl.tasks.base import DRAWS, TARGETS
 from strategies.base.beyond_gradients import Forward, Probe, Term
 from strategies.base.client import Batch
 
@@ -155,6 +157,16 @@ class LocalStack:
         for chosen in zip_longest(*orders, fillvalue=_NOTHING):
             yield self._batch(list(chosen), [torch.full((len(c),), 1 / max(1, len(c))) for c in chosen])
 
+    @cached_property
+    def _target_draws(self) -> list[Tensor]:
+        """Numbers from [0, 1) of each client's examples, (n, ...) as its targets are, by which others are drawn."""
+        return [
+            torch.rand(len(e), *e.fields[TARGETS].shape[1:], generator=torch_generator(*address))
+            for e, address in zip(
+                self._examples, [(self._seed, "targets", self._round, c) for c in self.clients], strict=True
+            )
+        ]
+
     def _shares(self, chosen: Tensor, examples: int, gradient: str) -> Tensor:
         """Weight of each chosen example in its client's gradient."""
         if gradient == "mean":
@@ -173,8 +185,12 @@ class LocalStack:
         """Gather, make ready, disturb and augment the chosen examples of each client."""
         device = self._model.device
         data = self._read_alone(chosen) if self._alone else self._read_together(chosen)
-        counts = [len(c) for c in chosen]
-        self.differentiated = [d + n for d, n in zip(self.differentiated, counts, strict=True)]
+        counts, passes = [len(c) for c in chosen], 1
+        if self._probe is not None and self._probe[0].drawn:
+            passes = 2
+            drawn = [draws[rows] for draws, rows in zip(self._target_draws, chosen, strict=True)]
+            data = {**data, DRAWS: _padded(drawn).to(device)}
+        self.differentiated = [d + passes * n for d, n in zip(self.differentiated, counts, strict=True)]
         return Batch(
             data=data,
             weights=_padded(shares).to(device),
@@ -239,10 +255,11 @@ class LocalStack:
         given = {name: values[0] for name, values in term.given.items()} if term else {}
         for batch in batches:
             shares = batch.weights[0]
-            with probing(self._model, *self._probe, shares) if self._probe else nullcontext():
-                objective, loss = self._model.objective(
-                    {name: field[0] for name, field in batch.data.items()}, term, given
-                )
+            data = {name: field[0] for name, field in batch.data.items()}
+            if self._probe is not None:
+                loss = probed_backward(self._model, data, shares, term, given, *self._probe)
+            else:
+                objective, loss = self._model.objective(data, term, given)
                 (shares * objective).sum().backward()
             total += loss.detach().sum()
         return self._model.gradient.clone().unsqueeze(0), total

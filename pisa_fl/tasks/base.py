@@ -17,6 +17,9 @@ from pisa_fl.metric import Measures, Metric
 INPUTS, TARGETS = "inputs", "targets"
 """Fields that every data set has."""
 
+DRAWS = "draws"
+"""Field of numbers from [0, 1), a row an example and of its targets' shape, by which other targets are drawn."""
+
 LOSS = "loss"
 """What the mean loss is called among metrics."""
 
@@ -47,6 +50,17 @@ class Task(ABC):
     @abstractmethod
     def losses(self, output: Any, batch: Batch) -> Tensor:
         """Loss of every example, (B,), differentiable, in single precision."""
+
+    def drawn(self, output: Any, batch: Batch) -> Batch:
+        """The batch with targets drawn from the distribution that an output stands for, by its field `draws`.
+
+        Of that distribution, the loss is minus the logarithm of the density, up to a constant: what the true Fisher
+        matrix takes. What may differ from one client to another are only the draws.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} says of no distribution that targets could be drawn from: define `drawn`, or set"
+            " strategy.preconditioner.fisher=empirical"
+        )
 
     @abstractmethod
     def totals(self, output: Any, batch: Batch) -> Mapping[str, Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pisa_fl.metric import Metric
-from pisa_fl.tasks.base import TARGETS, Batch, Task
+from pisa_fl.tasks.base import DRAWS, TARGETS, Batch, Task
 
 
 class Classification(Task):
@@ -21,6 +21,10 @@ class Classification(Task):
     def losses(self, output: Tensor, batch: Batch) -> Tensor:
         """Cross-entropies, (B,)."""
         return F.cross_entropy(output.float(), batch[TARGETS], reduction="none")
+
+    def drawn(self, output: Tensor, batch: Batch) -> Batch:
+        """Classes by the probabilities that the logits stand for."""
+        return {**batch, TARGETS: drawn_classes(output, batch[DRAWS])}
 
     def totals(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """How many are right."""
@@ -41,3 +45,9 @@ class Classification(Task):
         if output.shape[1] < classes:
             return f"{must} {output.shape[1]} numbers an example for {classes} classes"
         return None if output.isfinite().all() else f"{must} numbers that are not finite"
+
+
+def drawn_classes(logits: Tensor, draws: Tensor) -> Tensor:
+    """Class numbers (...) by the probabilities of logits (..., K), where numbers from [0, 1) fall among their sums."""
+    sums = logits.detach().float().softmax(dim=-1).cumsum(dim=-1)
+    return (sums <= draws.unsqueeze(-1)).sum(dim=-1).clamp(max=logits.shape[-1] - 1)

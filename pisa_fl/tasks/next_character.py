@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pisa_fl.metric import Metric
-from pisa_fl.tasks.base import TARGETS, Batch, Task
+from pisa_fl.tasks.base import DRAWS, TARGETS, Batch, Task
+from pisa_fl.tasks.classification import drawn_classes
 
 
 class NextCharacter(Task):
@@ -25,6 +26,10 @@ class NextCharacter(Task):
     def losses(self, output: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropies of the sequences, (B,)."""
         return F.cross_entropy(output.float().transpose(1, 2), batch[TARGETS], reduction="none").mean(dim=1)
+
+    def drawn(self, output: Tensor, batch: Batch) -> Batch:
+        """Characters by the probabilities that the logits stand for."""
+        return {**batch, TARGETS: drawn_classes(output, batch[DRAWS])}
 
     def totals(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """What share of each sequence is right, summed."""

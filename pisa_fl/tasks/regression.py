@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pisa_fl.metric import Metric
-from pisa_fl.tasks.base import TARGETS, Batch, Task
+from pisa_fl.tasks.base import DRAWS, TARGETS, Batch, Task
 
 
 class Regression(Task):
@@ -24,6 +25,11 @@ class Regression(Task):
     def losses(self, output: Tensor, batch: Batch) -> Tensor:
         """Squared errors, (B,)."""
         return (output.float().reshape(len(output)) - batch[TARGETS]).square()
+
+    def drawn(self, output: Tensor, batch: Batch) -> Batch:
+        """Normal targets of variance 1/2 around the output: of such, the squared error is the density's logarithm."""
+        draws = batch[DRAWS].clamp(1e-7, 1 - 1e-7)
+        return {**batch, TARGETS: output.detach().float().reshape(len(output)) + torch.erfinv(2 * draws - 1)}
 
     def totals(self, output: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """Sums of targets and of their squares."""

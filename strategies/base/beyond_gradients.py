@@ -45,7 +45,14 @@ class Term:
 
 
 class Probe(ABC):
-    """What is made at once of the inputs and output gradients of layers, such as Kronecker factors or diagonals."""
+    """What is made at once of the inputs and output gradients of layers, such as Kronecker factors or diagonals.
+
+    Attributes:
+        drawn: Whether the gradients are of losses with targets that are drawn from the model's own output, as the true
+            Fisher matrix has them, and not with those of the data.
+    """
+
+    drawn: bool = False
 
     @abstractmethod
     def sizes(self) -> Mapping[str, int]:

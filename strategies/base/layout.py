@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
 import torch
 from torch import Tensor, nn
+
+from strategies.base.layers import Layer, layers_of
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,11 @@ class Layout:
 
     Attributes:
         shapes: Name of each tensor -> its shape, in the model's own order.
+        layers: Name of each layer that multiplies by one of the tensors -> what it does.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
+    layers: Mapping[str, Layer] = field(default_factory=dict)
 
     @classmethod
     def of_parameters(cls, model: nn.Module) -> Layout:
@@ -47,7 +51,7 @@ class Layout:
                 raise ValueError(
                     f"parameter '{name}' is of {parameter.dtype}, and only torch.float32 is trained: call .float()"
                 )
-        return cls({name: tuple(p.shape) for name, p in trained.items()})
+        return cls({name: tuple(p.shape) for name, p in trained.items()}, layers_of(model, trained))
 
     @classmethod
     def of_buffers(cls, model: nn.Module, names: Collection[str] | None = None) -> Layout:

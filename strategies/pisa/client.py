@@ -15,8 +15,19 @@ from strategies.base.messages import GRADIENT, MEASURE, ROUND, WEIGHTS, Field, i
 from strategies.base.threads import one_thread
 from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
-from strategies.pisa.wire import DUAL, KNOWN, OFFSET, Wire, by_gradient, check_alignment, measures
+from strategies.pisa.wire import (
+    DUAL,
+    KNOWN,
+    OFFSET,
+    Wire,
+    by_gradient,
+    check_alignment,
+    measures,
+    probed_fields,
+    statistic_of,
+)
 from strategies.preconditioners import Preconditioner
+from strategies.preconditioners.base import PROBED
 from strategies.transforms.compression import SchemeName
 from strategies.transforms.compression import compression as compression_of
 
@@ -86,9 +97,10 @@ class PisaClient(ClientHalf):
         return fields | ({} if own else self.preconditioner.solver_fields())
 
     def reply_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
-        """The gradient; or the weights, of which the dual is made, and the statistic in rounds that measure."""
+        """The gradient or the weights, of which the dual is made, and in rounds that measure what they do not tell."""
         if self.by_gradient:
-            return {GRADIENT: squared(self.layout.size)}
+            told = probed_fields(self.preconditioner) if self._measures(config) else {}
+            return {GRADIENT: squared(self.layout.size)} | told
         if config.get(MEASURE):
             return self.preconditioner.statistic_fields()
         fields = {WEIGHTS: squared(self.layout.size)}
@@ -112,16 +124,16 @@ class PisaClient(ClientHalf):
         """The gradient, or K local steps and the dual step; see the module's equations."""
         consensus, config = instruction.arrays[WEIGHTS], instruction.config
         gradients = self._gradients(stack)
-        gradient, loss = gradients(consensus)
+        gradient, loss, probed = self._probed(stack, config, gradients, consensus)
         if self.by_gradient:
-            return Update({GRADIENT: gradient}, loss)
+            return Update({GRADIENT: gradient} | probed, loss)
         row = dual = state[DUAL]
         known: dict[str, Tensor] = {}
         if self.friction:
             offset = instruction.arrays[OFFSET]
             row = torch.where(state[KNOWN] > 0, row, -offset)  # a new client's dual is zero
             dual, known = row + offset, {KNOWN: torch.ones_like(state[KNOWN])}
-        statistic = self.preconditioner.statistic(gradient, gradient + dual)
+        statistic = statistic_of(self.preconditioner, gradient, dual, probed)
         if config.get(MEASURE):
             return Update(statistic, loss, lambda _: state)
         step: PrimalStep | None = instruction.common
@@ -132,12 +144,15 @@ class PisaClient(ClientHalf):
             return Update({WEIGHTS: weights} | announced, loss, lambda _: {DUAL: row} | known)
         if step is None:  # everyone's own Q begins with the gradient at hand, and so does a common one
             held = self.preconditioner.nothing(consensus.device) if self.align_every else state
-            step = self._own_step(config, held, gradient, dual)
+            step = self._own_step(config, held, statistic)
         weights = consensus - step.solve(step.residual(gradient, dual))
         for _ in range(1, self.local_steps):
-            gradient, _ = gradients(weights)
-            if not self.align_every:
-                step = self._own_step(config, step.held, gradient, dual)
+            if self.align_every:
+                gradient, _ = gradients(weights)
+            else:
+                gradient, _, probed = self._probed(stack, config, gradients, weights)
+                statistic = statistic_of(self.preconditioner, gradient, dual, probed)
+                step = self._own_step(config, step.held, statistic)
             residual = step.residual(gradient, dual) + step.sigma * (weights - consensus)
             weights = weights - step.solve(residual)
         own = {} if self.align_every else self.preconditioner.memory_fields()
@@ -151,14 +166,35 @@ class PisaClient(ClientHalf):
         return Update({WEIGHTS: weights} | announced, loss, following)
 
     def _own_step(
-        self, config: Mapping[str, Any], held: Mapping[str, Tensor], gradient: Tensor, dual: Tensor
+        self, config: Mapping[str, Any], held: Mapping[str, Tensor], statistic: Mapping[str, Tensor]
     ) -> PrimalStep:
         return PrimalStep.with_own(
-            *(self.preconditioner, self.penalty, held, integer(config, ROUND), gradient, dual)
+            *(self.preconditioner, self.penalty, held, integer(config, ROUND), statistic)
         )
 
     def _measures(self, config: Mapping[str, Any]) -> bool:
         return measures(self.preconditioner, integer(config, ROUND), self.align_every)
+
+    def _probed(
+        self,
+        stack: Stack,
+        config: Mapping[str, Any],
+        gradients: Callable[[Tensor], tuple[Tensor, Tensor]],
+        weights: Tensor,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Gradients and losses and, where they are taken, what a probe makes of the layers meanwhile."""
+        probe = self.preconditioner.probe
+        if probe is None or not self._observes(config):
+            return *gradients(weights), {}
+        with stack.probed(probe) as sums:
+            gradient, loss = gradients(weights)
+        return gradient, loss, {PROBED: torch.cat([sums[layer] for layer in probe.sizes()], dim=-1)}
+
+    def _observes(self, config: Mapping[str, Any]) -> bool:
+        """Whether it is a statistic of this gradient that is sent, or kept."""
+        if not self.align_every or config.get(MEASURE):
+            return True
+        return (self.by_gradient or self.lag == 1) and self._measures(config)
 
     def _gradients(self, stack: Stack) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """The stochastic gradient: at weights (d,) or (C, d), gradients (C, d) and losses (C,)."""

@@ -62,11 +62,9 @@ class PrimalStep:
         penalty: Penalty,
         held: State,
         round_number: int,
-        gradient: Tensor,
-        dual: Tensor,
+        statistic: State,
     ) -> PrimalStep:
-        """The step with a Q that no others share, once it has taken the gradient in; its penalty is by hand."""
-        statistic = preconditioner.statistic(gradient, gradient + dual)
+        """The step with a Q that no others share, once it has taken a statistic in; its penalty is by hand."""
         step = cls.of_round(
             preconditioner, penalty, preconditioner.accumulate(held, statistic), round_number, 0
         )

@@ -36,7 +36,16 @@ from strategies.pisa.bound import bounded
 from strategies.pisa.ledger import Ledger, Observed
 from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
-from strategies.pisa.wire import DUAL, KNOWN, OFFSET, Wire, by_gradient, check_alignment, measures
+from strategies.pisa.wire import (
+    DUAL,
+    KNOWN,
+    OFFSET,
+    Wire,
+    by_gradient,
+    check_alignment,
+    measures,
+    statistic_of,
+)
 from strategies.preconditioners import Preconditioner
 
 
@@ -202,9 +211,7 @@ class Pisa(ServerHalf):
         def statistic(node: int) -> Tensor:
             said: Mapping[str, Tensor] = answers[node]
             if self.by_gradient:
-                gradient = said[GRADIENT]
-                made = self.preconditioner.statistic(gradient[None], (gradient + self._dual(node))[None])
-                said = {name: row[0] for name, row in made.items()}
+                said = {name: row[0] for name, row in self._statistic(node, said).items()}
             return said[next(iter(fields))] if len(fields) == 1 else torch.cat([said[n] for n in fields])
 
         rows = dict(zip(answers, in_threads(statistic, answers), strict=True))
@@ -237,7 +244,8 @@ class Pisa(ServerHalf):
             gradient = answers[node][GRADIENT][None].to(self.device)
             dual = self._dual(node)[None].to(self.device)
             step = common or PrimalStep.with_own(
-                *(self.preconditioner, self.penalty, held, server_round, gradient, dual)
+                *(self.preconditioner, self.penalty, held, server_round),
+                {name: rows.to(self.device) for name, rows in self._statistic(node, answers[node]).items()},
             )
             return self._consensus - step.solve(step.residual(gradient, dual))[0].cpu()
 
@@ -246,6 +254,11 @@ class Pisa(ServerHalf):
             if not float(row.abs().max()) <= squared(1).largest:
                 raise RoundError(f"{WEIGHTS} of client {node}")
         return weights
+
+    def _statistic(self, node: int, said: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a client observed, from the gradient that it sent and what its probe saw, a single row."""
+        rows = {name: row[None] for name, row in said.items()}
+        return statistic_of(self.preconditioner, rows[GRADIENT], self._dual(node)[None], rows)
 
     def _dual(self, node: int) -> Tensor:
         """A client's dual; zero before its first accepted reply."""

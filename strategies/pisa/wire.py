@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
+from torch import Tensor
+
+from strategies.base.messages import Field
 from strategies.pisa.penalty import Penalty
 from strategies.preconditioners import Preconditioner
+from strategies.preconditioners.base import PROBED
 
 DUAL = "dual"
 """Name of the dual among what a client remembers."""
@@ -21,6 +26,21 @@ def measures(preconditioner: Preconditioner, round_number: int, align_every: int
     return (
         align_every > 0 and (round_number - 1) % align_every == 0 and bool(preconditioner.statistic_fields())
     )
+
+
+def probed_fields(preconditioner: Preconditioner) -> dict[str, Field]:
+    """What clients send of a statistic beside the gradient, from which the rest of it follows."""
+    return {name: field for name, field in preconditioner.statistic_fields().items() if name == PROBED}
+
+
+def statistic_of(
+    preconditioner: Preconditioner, gradient: Tensor, dual: Tensor, probed: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The whole statistic; what a probe makes is zero in rounds that it saw nothing of."""
+    made = preconditioner.statistic(gradient, gradient + dual)
+    for name, field in probed_fields(preconditioner).items():
+        made[name] = probed.get(name, gradient.new_zeros(1)).expand(len(gradient), field.size)
+    return made
 
 
 def by_gradient(wire: Wire, align_every: int, local_steps: int, preconditioner: Preconditioner) -> bool:

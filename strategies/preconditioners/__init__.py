@@ -8,7 +8,9 @@ from strategies.preconditioners.dct_low_rank import DctLowRank
 from strategies.preconditioners.fismo import Fismo
 from strategies.preconditioners.frugal import Frugal
 from strategies.preconditioners.identity import Identity
+from strategies.preconditioners.kfac import Kfac
 from strategies.preconditioners.kronecker import Kronecker
+from strategies.preconditioners.mfac import Mfac
 from strategies.preconditioners.muon import Muon
 from strategies.preconditioners.newton_schulz import NewtonSchulz, Spectral
 from strategies.preconditioners.polar_grad import PolarGrad
@@ -25,7 +27,9 @@ __all__ = [
     "Fismo",
     "Frugal",
     "Identity",
+    "Kfac",
     "Kronecker",
+    "Mfac",
     "Muon",
     "NewtonSchulz",
     "PolarGrad",

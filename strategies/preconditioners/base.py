@@ -11,6 +11,9 @@ residual. Unaligned, it averages its own (the paper's form) and the average is p
 Aligned, the server averages the clients' statistics (weights alpha_i) before they enter the moving average,
 and every client is sent the same Q: statistics of differently distributed clients differ ("preconditioner
 drift", arXiv 2602.19271), and so would their steps.
+
+A statistic follows from the gradient, or from what a *probe* sees in the model's layers while the gradient is computed.
+The latter is sent beside the gradient, in rounds that the statistic is taken of.
 """
 
 from __future__ import annotations
@@ -22,17 +25,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from strategies.base.beyond_gradients import Probe
 from strategies.base.layout import Layout
 from strategies.base.messages import Field
+
+PROBED = "probed"
+"""Name of the vector of a statistic that a probe makes: what it makes of its layers, one after the other."""
 
 State = Mapping[str, Tensor]
 """Named vectors with a leading client axis, (C, size): one row a client, or a single row for all."""
 
 
 class Preconditioner(ABC):
-    """Q, as a function of an explicit state; a state of zeros is one that has observed nothing."""
+    """Q, as a function of an explicit state; a state of zeros is one that has observed nothing.
+
+    Attributes:
+        layout: Layout of the model's parameters.
+        probe: What sees the layers while a gradient is computed, and makes the vector `probed` of the statistic; None:
+            there is no such vector.
+    """
 
     layout: Layout
+    probe: Probe | None = None
     _factored: tuple[State, Tensor, float, Any] | None = None
 
     @abstractmethod
@@ -59,7 +73,7 @@ class Preconditioner(ABC):
         """The vectors of the statistic."""
 
     def statistic(self, gradient: Tensor, residual: Tensor) -> dict[str, Tensor]:
-        """What one step observes, from gradient g_i (C, d) and residual g_i + pi_i (C, d)."""
+        """What one step observes, from gradient g_i (C, d) and residual g_i + pi_i (C, d), but for `probed`."""
         return {}
 
     def accumulate(self, state: State, statistic: State) -> dict[str, Tensor]:

@@ -31,7 +31,6 @@ Everything follows from the averaged gradient: aligned, it takes no more on the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,28 +38,8 @@ from torch import Tensor
 from strategies.base import checks
 from strategies.base.layout import Layout
 from strategies.base.messages import Field, squared
-from strategies.base.threads import in_threads
 from strategies.preconditioners.base import Preconditioner, State
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One side of a matrix.
-
-    Attributes:
-        size: Its length.
-        spectrum: Where its eigenvalues lie among those of all sides.
-        span: Where its basis and its Gram matrix lie among those of all sides; None if it keeps the basis it has.
-    """
-
-    size: int
-    spectrum: slice
-    span: slice | None
-
-    def of(self, flat: Tensor) -> Tensor:
-        """Its matrices in vectors of all sides that have a basis of their own, (C, k) -> (C, size, size), as a view."""
-        assert self.span is not None
-        return flat[:, self.span].unflatten(-1, (self.size, self.size))
+from strategies.preconditioners.eigenbases import Eigenbases, Side, turned
 
 
 class Kronecker(Preconditioner):
@@ -87,30 +66,17 @@ class Kronecker(Preconditioner):
         checks.whole("refresh", refresh, 1)
         checks.fraction("factored", factored)
         self.layout, self.beta, self.eps, self.refresh, self._share = layout, beta, eps, refresh, factored
-        self._sides: dict[str, tuple[_Side, _Side]] = {}
-        bases = spectra = 0
-        for name, shape in layout.matrices.items():
-            sides: list[_Side] = []
-            for size in shape:
-                own = size**2 if 1 < size <= max_side else 0
-                span = slice(bases, bases + own) if own else None
-                sides.append(_Side(size, slice(spectra, spectra + size), span))
-                bases, spectra = bases + own, spectra + size
-            self._sides[name] = sides[0], sides[1]
-        self._bases, self._spectra = bases, spectra
-        self._turned = torch.zeros(spectra, dtype=torch.bool)
-        for side in self._own_sides():
-            self._turned[side.spectrum] = True
+        self._eigen = Eigenbases(layout.matrices, max_side)
 
     def state_fields(self) -> dict[str, Field]:
         """`moment` v (d,), `mass` 1-beta^t and `age` t (1,); `spectra` a and b, `bases` and `grams` of all sides."""
         return {
             "moment": Field(self.layout.size, minimum=0.0),
             "mass": Field(1, minimum=0.0),
-            "spectra": Field(self._spectra, minimum=0.0),
-            "bases": Field(self._bases),
+            "spectra": Field(self._eigen.spectra, minimum=0.0),
+            "bases": Field(self._eigen.bases),
             "age": Field(1, minimum=0.0),
-            "grams": Field(self._bases, types=("float64",)),
+            "grams": Field(self._eigen.bases, types=("float64",)),
         }
 
     def solver_fields(self) -> dict[str, Field]:
@@ -132,14 +98,14 @@ class Kronecker(Preconditioner):
         grams = self._grams(state["grams"], observed)
         moment, spectra, bases = state["moment"], state["spectra"], state["bases"]
         if due.any():
-            fresh, values = self._decomposed(grams)
+            fresh, values = self._eigen.decomposed(grams)
             fresh = fresh.to(observed.dtype)
             moment = torch.where(due, self._carried(moment, bases, fresh), moment)
             bases = torch.where(due, fresh, bases)
         square = self._turn(observed, bases).square()
         spectra = spectra * self.beta + self._sums(square) * (1 - self.beta)
         if due.any():
-            spectra = torch.where(due & self._turned.to(due.device), values.to(observed.dtype), spectra)
+            spectra = torch.where(due & self._eigen.turned.to(due.device), values.to(observed.dtype), spectra)
         return {
             "moment": moment * self.beta + square * (1 - self.beta),
             "mass": state["mass"] * self.beta + (1 - self.beta),
@@ -158,8 +124,8 @@ class Kronecker(Preconditioner):
     def solve(self, state: State, residual: Tensor, sigma: Tensor, rho: float) -> Tensor:
         """Turned into the eigenbases, divided by sigma + rho (sqrt(s) + eps), turned back."""
         inverse = self.factored(state, sigma, rho, lambda: 1 / (sigma + rho * self._root(state)))
-        turned = self._turn(residual, state["bases"]).mul_(inverse)
-        return self._turn(turned, state["bases"], back=True)
+        inside = self._turn(residual, state["bases"]).mul_(inverse)
+        return self._turn(inside, state["bases"], back=True)
 
     def _root(self, state: State) -> Tensor:
         """sqrt(s) + eps, (C, d)."""
@@ -172,24 +138,17 @@ class Kronecker(Preconditioner):
                 matrix.lerp_(rows.unsqueeze(-1) * columns.unsqueeze(-2), self._share)
         return (moment / state["mass"]).sqrt_().add_(self.eps)
 
-    def _matrices(self, flat: Tensor) -> Iterator[tuple[Tensor, _Side, _Side]]:
+    def _matrices(self, flat: Tensor) -> Iterator[tuple[Tensor, Side, Side]]:
         """Each matrix of (C, d) as a view (C, m, n), and its sides."""
         for name, matrix in self.layout.each_matrix(flat):
-            yield matrix, *self._sides[name]
+            yield matrix, *self._eigen.sides[name]
 
     def _turn(self, flat: Tensor, bases: Tensor, back: bool = False) -> Tensor:
         """U^T G Z of every matrix, or U G Z^T, as new vectors (C, d)."""
-        turned = flat.clone()
-        for matrix, left, right in self._matrices(turned):
-            result = matrix
-            if left.span is not None:
-                basis = left.of(bases)
-                result = (basis if back else basis.mT) @ result
-            if right.span is not None:
-                basis = right.of(bases)
-                result = result @ (basis.mT if back else basis)
-            matrix.copy_(result)
-        return turned
+        result = flat.clone()
+        for matrix, left, right in self._matrices(result):
+            matrix.copy_(turned(matrix, left, right, bases, back))
+        return result
 
     def _grams(self, grams: Tensor, observed: Tensor) -> Tensor:
         """One step of the moving averages of G G^T and G^T G."""
@@ -203,23 +162,10 @@ class Kronecker(Preconditioner):
 
     def _sums(self, square: Tensor) -> Tensor:
         """Sums of every matrix's rows, and of its columns."""
-        sums = square.new_empty(len(square), self._spectra)
+        sums = square.new_empty(len(square), self._eigen.spectra)
         for matrix, left, right in self._matrices(square):
             sums[:, left.spectrum], sums[:, right.spectrum] = matrix.sum(dim=-1), matrix.sum(dim=-2)
         return sums
-
-    def _decomposed(self, grams: Tensor) -> tuple[Tensor, Tensor]:
-        """Eigenvectors of every side that has a basis of its own, by ascending eigenvalue, and eigenvalues."""
-        bases, spectra = torch.empty_like(grams), grams.new_zeros(len(grams), self._spectra)
-
-        def decompose(side: _Side) -> None:
-            values, vectors = torch.linalg.eigh(side.of(grams))
-            side.of(bases).copy_(vectors)
-            spectra[:, side.spectrum] = values.clamp(min=0)
-
-        # the largest first, so that no thread is left with it at the end
-        list(in_threads(decompose, sorted(self._own_sides(), key=lambda side: -side.size)))
-        return bases, spectra
 
     def _carried(self, moment: Tensor, old: Tensor, new: Tensor) -> Tensor:
         """v in new bases; see the module's rule. There is none yet before the first."""
@@ -232,7 +178,3 @@ class Kronecker(Preconditioner):
                 result = result @ (right.of(old).mT @ right.of(new)).square()
             matrix.copy_(result)
         return carried
-
-    def _own_sides(self) -> Iterator[_Side]:
-        for sides in self._sides.values():
-            yield from (side for side in sides if side.span is not None)

@@ -20,11 +20,21 @@ from pisa_fl.server.flowers_own import server_half
 from pisa_fl.server.gateway import Gateway
 from pisa_fl.tasks import Classification
 from strategies import Batch, Layout, Penalty, Pisa, PisaClient
+from strategies.base.layers import Layer
 from strategies.base.messages import WEIGHTS, record, vectors
-from strategies.preconditioners import Identity, Kronecker, Muon, NewtonSchulz, SecondMoment, Spectral
+from strategies.preconditioners import (
+    Identity,
+    Kfac,
+    Kronecker,
+    Mfac,
+    Muon,
+    NewtonSchulz,
+    SecondMoment,
+    Spectral,
+)
 
 SHAPES = {"matrix": (3, 2), "filter": (2, 1, 2, 2), "vector": (3,)}
-LAYOUT = Layout(SHAPES)
+LAYOUT = Layout(SHAPES, {"layer": Layer("linear", "matrix", "vector", (3, 2))})
 EXAMPLES = (5, 9, 2, 7)
 ALPHA = torch.tensor(EXAMPLES, dtype=torch.float64) / sum(EXAMPLES)
 
@@ -65,10 +75,11 @@ class Quadratics:
 
 
 class QuadraticStack:
-    """Clients of a stack; a batch tells nothing, for the gradient is exact."""
+    """Clients of a stack; a batch tells nothing, for the gradient is exact. A probe sees a layer that there is not."""
 
     layout = LAYOUT
     buffers = torch.empty(0)
+    probe = None
 
     def __init__(self, problem, clients, steps_per_epoch=1):
         self.clients = list(clients)
@@ -79,10 +90,25 @@ class QuadraticStack:
     def full_gradient(self, weights, gradient):
         w = weights.expand(len(self.clients), -1)
         slope = torch.einsum("cij,cj->ci", self._a, w)
+        if self.probe is not None:
+            self._show(w, slope - self._b)
         return slope - self._b, (w * (slope / 2 - self._b)).sum(dim=1)
 
     def gradient(self, weights, batch):
         return self.full_gradient(weights, "mean")
+
+    @contextmanager
+    def probed(self, probe):
+        sums = {layer: torch.zeros(len(self.clients), size) for layer, size in probe.sizes().items()}
+        self.probe = probe, sums
+        yield sums
+        self.probe = None
+
+    def _show(self, weights, gradients):
+        probe, sums = self.probe
+        for layer, of_all in sums.items():
+            for row, seen, back in zip(of_all, weights, gradients, strict=True):
+                row += probe.reduce(layer, seen[:8].view(4, 2), back[:12].view(4, 3), torch.full((4,), 0.25))
 
     def batches(self, epochs):
         ones = torch.ones(len(self.clients))
@@ -171,6 +197,12 @@ PRECONDITIONERS = {
     "squares": second_moment("square"),
     "spectral": partial(Spectral, beta=0.9, moment_of="residual", others=second_moment()),
     "kronecker": partial(Kronecker, beta=0.9, eps=1e-8, max_side=8, refresh=1, factored=0.5),
+    "kfac": partial(
+        *(Kfac,),
+        **{"beta": 0.9, "damping": 0.1, "kl_clip": 1.0, "gain": 1.0, "fisher": "empirical"},
+        **{"max_side": 8, "refresh": 1, "eps": 1e-8},
+    ),
+    "mfac": partial(Mfac, gradients=4, damping=0.1),
     "newton_schulz": partial(NewtonSchulz, mu=0.95, steps=5, eps=1e-8, others=second_moment()),
     "muon": partial(Muon, mu=0.8, nesterov=True, method="newton_schulz", steps=5, beta=0.9, eps=1e-8),
 }

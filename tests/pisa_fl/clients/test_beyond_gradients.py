@@ -15,6 +15,7 @@ from pisa_fl.models.gpt import GPT
 from pisa_fl.tasks import Classification, NextCharacter
 from strategies import Forward, Layout, Probe, Term
 from strategies.base.client import Batch
+from strategies.preconditioners import Kfac
 
 CPU = torch.device("cpu")
 COUNTS = (5, 2, 4)
@@ -118,8 +119,8 @@ class Factors(Probe):
         return torch.cat([mean.reshape(1), factor.flatten()])
 
 
-def watched_loss(plain, task, one, layers):
-    """Loss of an example, and every call of the layers: name, input, output."""
+def watched_loss(plain, task, one, layers, drawn=False):
+    """Loss of an example, of its own target or one that is drawn, and every call of the layers: name, input, output."""
     seen = []
     handles = [
         plain.get_submodule(layer).register_forward_hook(
@@ -127,7 +128,8 @@ def watched_loss(plain, task, one, layers):
         )
         for layer in layers
     ]
-    loss = task.losses(task.output(plain, one), one).sum()
+    output = task.output(plain, one)
+    loss = task.losses(output, task.drawn(output, one) if drawn else one).sum()
     for handle in handles:
         handle.remove()
     return seen, loss
@@ -140,7 +142,7 @@ def by_hooks(model, task, batch, layers, probe):
         plain, total = at(model, weights), dict.fromkeys(layers, 0.0)
         for row in range(COUNTS[client]):
             one = example(batch, client, row)
-            seen, loss = watched_loss(plain, task, one, layers)
+            seen, loss = watched_loss(plain, task, one, layers, probe.drawn)
             outgoing = torch.autograd.grad(loss, [output for *_, output in seen])
             share = batch.weights[client, row : row + 1]
             for (layer, inputs, _), gradient in zip(seen, outgoing, strict=True):
@@ -149,10 +151,14 @@ def by_hooks(model, task, batch, layers, probe):
     return {layer: torch.stack([total[layer] for total in made]) for layer in layers}
 
 
+@pytest.mark.parametrize("drawn", [False, True], ids=["data", "drawn"])
 @pytest.mark.parametrize("name", ["convolutional", "twice", "gpt"])
-def test_a_probe_sees_what_hooks_on_a_plain_model_see(name):
+def test_a_probe_sees_what_hooks_on_a_plain_model_see(name, drawn):
     model, task, batch, layers = kind(name)
     probe, weights = Factors(model, layers), points(model, len(COUNTS))
+    probe.drawn = drawn
+    if drawn:
+        batch.data["draws"] = torch.rand(batch.data["targets"].shape)
     expected = by_hooks(model, task, batch, layers, probe)
     together = stack(model, task, range(len(COUNTS)))
     plain = together.gradient(weights, batch)
@@ -194,6 +200,48 @@ def contrast(layer, forward: Forward, given):
     """MOON's (Li et al. 2021, equation 3): features like the consensus's, unlike the last round's."""
     likeness = [cosine_similarity(forward.inputs[layer], given[name]) for name in ("consensus", "last")]
     return cross_entropy(2 * torch.stack(likeness, dim=1), given["first"], reduction="none")
+
+
+@pytest.mark.parametrize("name", ["convolutional", "twice", "gpt"])
+def test_factors_of_kfac_of_many_clients_are_those_of_each(name, monkeypatch):
+    model, task, batch, _ = kind(name)
+    weights = points(model, len(COUNTS))
+    probe = Kfac(Layout.of_parameters(model), 0.9, 0.1, None, 1.0, "empirical", 50, 1, 1e-8).probe
+    together = stack(model, task, range(len(COUNTS)))
+    with together.probed(probe) as of_all:
+        together.gradient(weights, batch)
+    monkeypatch.setattr("strategies.preconditioners.kfac.AT_ONCE", 1)  # one example after another
+    for client in range(len(COUNTS)):
+        alone = stack(model, task, [client])
+        with alone.probed(probe) as sums:
+            alone.gradient(weights[client], of_client(batch, client))
+        for layer, vector in sums.items():
+            torch.testing.assert_close(of_all[layer][client], vector[0], rtol=1e-4, atol=1e-6)
+
+
+def test_targets_are_drawn_alike_however_clients_are_divided():
+    model, task, _, layers = kind("convolutional")
+    probe, weights = Factors(model, layers), points(model, 1)[0]
+    probe.drawn = True
+    made = {}
+    for chunk, clients in ((100, range(3)), (2, range(3)), (100, [1]), (2, [1])):
+        some = stack(model, task, clients)
+        some._chunk = chunk
+        plain = some.full_gradient(weights, "mean")
+        with some.probed(probe) as sums:
+            for seen, known in zip(some.full_gradient(weights, "mean"), plain, strict=True):
+                torch.testing.assert_close(seen, known)
+        made[chunk, len(clients)] = sums["0"]
+        counts = torch.tensor([COUNTS[client] for client in clients])
+        assert some.differentiated == (3 * counts).tolist()  # one pass without the probe, two with it
+    torch.testing.assert_close(made[100, 3], made[2, 3], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(made[100, 3][1:2], made[100, 1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(made[100, 1], made[2, 1], rtol=1e-4, atol=1e-6)
+    other = stack(model, task, [1])
+    other._round += 1
+    with other.probed(probe) as sums:
+        other.full_gradient(weights, "mean")
+    assert (sums["0"] - made[100, 1]).norm() > 0.01 * made[100, 1].norm()
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])

@@ -1,0 +1,95 @@
+"""Eigenbases of the two sides of matrices, for preconditioners that are diagonal in their products U x Z."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from strategies.base.threads import in_threads
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a matrix.
+
+    Attributes:
+        size: Its length.
+        spectrum: Where its eigenvalues lie among those of all sides.
+        span: Where its basis and its Gram matrix lie among those of all sides; None if it keeps the basis it has.
+    """
+
+    size: int
+    spectrum: slice
+    span: slice | None
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Its matrices in vectors of all sides that have a basis of their own, (C, k) -> (C, size, size), as a view."""
+        assert self.span is not None
+        return flat[:, self.span].unflatten(-1, (self.size, self.size))
+
+
+class Eigenbases:
+    """The sides of some matrices, and where they lie in vectors of all of them.
+
+    Args:
+        shapes: Name of each matrix -> its rows and columns.
+        max_side: Sides longer than that keep the basis that they have, and so do those of length one.
+        keeping: Names of matrices whose right side keeps it, however long.
+
+    Attributes:
+        sides: Name of each matrix -> its left side (rows) and its right one (columns).
+        bases: Length of a vector of all bases.
+        spectra: Length of a vector of all eigenvalues.
+        turned: Which eigenvalues are of sides with a basis of their own, (spectra,).
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], max_side: int, keeping: Collection[str] = ()
+    ) -> None:
+        self.sides: dict[str, tuple[Side, Side]] = {}
+        self.bases = self.spectra = 0
+        for name, (rows, columns) in shapes.items():
+            left = self._side(rows, max_side)
+            self.sides[name] = left, self._side(columns, 0 if name in keeping else max_side)
+        self.turned = torch.zeros(self.spectra, dtype=torch.bool)
+        for side in self.own_sides():
+            self.turned[side.spectrum] = True
+
+    def _side(self, size: int, max_side: int) -> Side:
+        own = size**2 if 1 < size <= max_side else 0
+        span = slice(self.bases, self.bases + own) if own else None
+        side = Side(size, slice(self.spectra, self.spectra + size), span)
+        self.bases, self.spectra = self.bases + own, self.spectra + size
+        return side
+
+    def own_sides(self) -> Iterator[Side]:
+        """All sides that have a basis of their own."""
+        for sides in self.sides.values():
+            yield from (side for side in sides if side.span is not None)
+
+    def decomposed(self, grams: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenvectors of every side that has a basis of its own, by ascending eigenvalue, and eigenvalues."""
+        bases, spectra = torch.empty_like(grams), grams.new_zeros(len(grams), self.spectra)
+
+        def decompose(side: Side) -> None:
+            values, vectors = torch.linalg.eigh(side.of(grams))
+            side.of(bases).copy_(vectors)
+            spectra[:, side.spectrum] = values.clamp(min=0)
+
+        # the largest first, so that no thread is left with it at the end
+        list(in_threads(decompose, sorted(self.own_sides(), key=lambda side: -side.size)))
+        return bases, spectra
+
+
+def turned(matrix: Tensor, left: Side, right: Side, bases: Tensor, back: bool = False) -> Tensor:
+    """U^T G Z of matrices (C, m, n), or U G Z^T; a side that keeps its basis is left as it is."""
+    if left.span is not None:
+        basis = left.of(bases)
+        matrix = (basis if back else basis.mT) @ matrix
+    if right.span is not None:
+        basis = right.of(bases)
+        matrix = matrix @ (basis.mT if back else basis)
+    return matrix
