@@ -30,6 +30,10 @@ class Classification(Task):
         """The share of them, 0..1."""
         return {"accuracy": totals["correct"] / examples}
 
+    def chance(self, targets: Tensor) -> float:
+        """The share of the most frequent class."""
+        return most_frequent(targets)
+
     def objection(self, output: Any, batch: Batch) -> str | None:
         """It must be logits, one row an example and as many columns as there are classes, or more."""
         examples, classes = len(batch[TARGETS]), int(batch[TARGETS].max()) + 1
@@ -41,3 +45,8 @@ class Classification(Task):
         if output.shape[1] < classes:
             return f"{must} {output.shape[1]} numbers an example for {classes} classes"
         return None if output.isfinite().all() else f"{must} numbers that are not finite"
+
+
+def most_frequent(targets: Tensor) -> float:
+    """The share of the most frequent number."""
+    return float(targets.flatten().bincount().max()) / targets.numel()
