@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from pisa_fl.server.flowers_own import server_half
 from pisa_fl.server.gateway import Gateway
 from pisa_fl.system.surroundings import own_surroundings
 from pisa_fl.tasks import Task
-from pisa_fl.tasks.base import LOSS
+from pisa_fl.tasks.base import LOSS, TARGETS
 from strategies import ClientHalf
 from strategies.base.messages import (
     ARRAYS,
@@ -368,6 +369,11 @@ class Federation:
         if (found := self.grid.test(arrays, self._round_timeout)) is not None:
             return found
         return self.model.evaluate(self._test, torch.arange(self.data.tests), self.data, TEST_PART)
+
+    @cached_property
+    def chance(self) -> float | None:
+        """The task's first metric on the test set of whoever always gives the same answer; None: not known."""
+        return self.task.chance(self._test[TARGETS])
 
     @own_surroundings()
     def load_weights(self) -> None:

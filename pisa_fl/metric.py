@@ -53,6 +53,12 @@ class Metric:
         """Whether a value is as good as a target."""
         return value >= target if self.better == "higher" else value <= target
 
+    def at_chance(self, value: float | None, chance: float | None) -> bool:
+        """Whether a value, None if it is not finite, is no better than that of a guess, None if that is not known."""
+        if chance is None:
+            return False
+        return value is None or not (value > chance if self.better == "higher" else value < chance)
+
     def best(self, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """The first of the lines with the best value, of those that have one."""
         choose = max if self.better == "higher" else min

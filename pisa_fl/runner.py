@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -22,6 +24,8 @@ from pisa_fl.results import claim, run_directory
 from pisa_fl.results.observer import Observers, Run
 from pisa_fl.results.result import Interrupted, Result
 from pisa_fl.system.signals import stop_signals
+
+log = logging.getLogger(__name__)
 
 
 def run(config: DictConfig, directory: Path | str | None = None, engine: Engine | None = None) -> Result:
@@ -207,18 +211,43 @@ def _run(
             line = measured | {"run_id": run.id}
             metrics.append(line)
             watching.round(line)
+            if hopeless := _hopeless(run):
+                log.warning("ended after round %d of %d: %s", federation.round, config.rounds, hopeless)
+                break
             if federation.round < config.rounds and asked():
                 raise Interrupted(
                     f"stopped after round {federation.round} of {config.rounds}{_go_on(path, config)}"
                 )
         federation.load_weights()
         turned_away = [str(one) for one in federation.gateway.turned_away]
-        summary = run_directory.summarise(metrics, config.targets, config.seed, run.measures)
+        summary = run_directory.summarise(
+            metrics, config.targets, config.seed, run.measures, federation.chance
+        )
         summary |= run_directory.summarise_clients(metrics, turned_away)
         if federation.of_clients:
             summary["clients"] = run_directory.summarise_own(federation.of_clients, run.measures)
         watching.finished(summary)
     return Result(metrics, summary, federation.model.module, path)
+
+
+def _hopeless(run: Run) -> str | None:
+    """Why a run that trains is not worth going on with, by what its configuration says of that; None if it is."""
+    quality = run.measures.quality
+    tested = [line for line in run.metrics if quality.key in line and line["round"] > 0]
+    if not tested or tested[-1] is not run.metrics[-1]:
+        return None
+    values = [tested[-1][metric.key] for metric in run.measures.all]
+    if run.config.get("stop_at_nan") and not all(map(math.isfinite, values)):
+        return "its test metrics are not finite (stop_at_nan)"
+    count = run.config.get("stop_at_chance")
+    if (
+        count
+        and len(tested) >= count
+        and all(quality.at_chance(line[quality.key], run.federation.chance) for line in tested[-count:])
+    ):
+        guess = quality.shown(run.federation.chance)
+        return f"{quality.name} was no better than a guess, {guess}, {count} times in a row (stop_at_chance)"
+    return None
 
 
 def _gather(federation: Federation, watching: Observers, asked: Callable[[], bool]) -> None:

@@ -104,6 +104,7 @@ ROOT: Mapping[str, Check] = {
     "batch_size": whole(1),
     "evaluate_every": whole(1),
     "evaluate_clients_every": whole(1, null=True),
+    "stop_at_chance": whole(1, null=True),
     "device": text("auto, cpu, cuda or another device of PyTorch's"),
     "state": one_of("memory", "disk"),
     "init": text("the path of a file, or null", null=True),
@@ -118,6 +119,7 @@ ROOT: Mapping[str, Check] = {
 """What every configuration has."""
 
 OPTIONAL: Mapping[str, Check] = {
+    "stop_at_nan": one_of(True, False),
     "data.client_test": number("at least 0 and below 1", lambda v: 0 <= v < 1),
     "engine.workers": whole(0, 1024, auto=True),
     "engine.actors": whole(1, 100_000, auto=True),
@@ -128,7 +130,7 @@ OPTIONAL: Mapping[str, Check] = {
     "engine.precision": one_of("float32", "bfloat16"),
     "engine.gpus": number("a number of at least 0", lambda v: 0 <= v <= 1024),
 }
-"""What data and engine may have."""
+"""What data and engine may have, and what runs of earlier versions lack."""
 
 SAME: Mapping[str, str] = {
     "partition.num_partitions": "clients",

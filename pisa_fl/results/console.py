@@ -108,6 +108,8 @@ def show_summary(summary: Mapping[str, Any], directory: str, measures: Measures)
     final, best = (quality.shown(summary[f"{which}_{quality.name}"]) for which in ("final", "best"))
     table.add_row(f"final test {quality.name}", final)
     table.add_row(f"best test {quality.name}", f"{best} (round {summary['best_round']})")
+    if summary.get("at_chance"):
+        table.add_row("at chance", f"always giving the same answer has {quality.shown(summary['chance'])}")
     for metric in measures.metrics[1:]:
         table.add_row(f"final test {metric.name}", metric.shown(summary[f"final_{metric.name}"]))
     for name, spread in (summary.get("clients") or {}).items():

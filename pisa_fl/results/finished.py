@@ -29,6 +29,7 @@ class Run:
         metrics: The lines of metrics.jsonl.
         targets: Values of its quality whose cost it was asked for.
         measures: What was measured.
+        chance: Quality of whoever always gives the same answer, if it ended no better than that.
     """
 
     directory: Path
@@ -36,6 +37,7 @@ class Run:
     metrics: Sequence[Metrics]
     targets: Sequence[float]
     measures: Measures
+    chance: float | None = None
 
     @property
     def seed(self) -> int:
@@ -113,9 +115,12 @@ def read(directory: Path) -> Run:
         summary = json.loads((directory / "summary.json").read_text())
         targets = [float(target) for target in summary["targets"]]
         ended = summary["rounds"], summary[f"final_{quality.name}"]
+        chance = float(summary["chance"]) if summary.get("at_chance") else None
     if ended != (rounds[-1], metrics[-1][quality.key]):
         raise ValueError("its summary.json is not of the run in metrics.jsonl")
-    return Run(directory, {str(key): value for key, value in config.items()}, metrics, targets, measures)
+    return Run(
+        directory, {str(key): value for key, value in config.items()}, metrics, targets, measures, chance
+    )
 
 
 @contextmanager

@@ -36,6 +36,7 @@ class Recorder(Observer):
         self._directory, self._every, self._keep = directory, every, keep
         self._run: Run | None = None
         self._recorded = -1  # last round in metrics.jsonl
+        self._saved = True  # whether a checkpoint of it is there
 
     def started(self, run: Run) -> None:
         """As `Observer.started`."""
@@ -70,7 +71,8 @@ class Recorder(Observer):
             )
         self._recorded = line["round"]
         self._write_failures(line["round"])
-        if line["round"] == self._run.rounds or line["round"] % self._every == 0:
+        self._saved = line["round"] == self._run.rounds or line["round"] % self._every == 0
+        if self._saved:
             self._save()
 
     def asks_to_stop(self) -> bool:
@@ -80,6 +82,8 @@ class Recorder(Observer):
     def finished(self, summary: Mapping[str, Any]) -> None:
         """As `Observer.finished`."""
         assert self._run is not None
+        if not self._saved:
+            self._save()
         weights = self._run.federation.model.state_dict()
         run_directory.write_weights(self._directory / "model.safetensors", weights)
         run_directory.write_summary(self._directory / "summary.json", summary)

@@ -78,7 +78,7 @@ def report(folders: Sequence[Path], output: Path, title: str) -> str:
     runs, notes = find_runs(folders)
     quality = _compared_by(runs, notes)
     columns, rows = tabulate(runs, notes, quality)
-    notes += _unequal(columns, rows)
+    notes += _unequal(columns, rows, quality)
     numbers = _numbers(rows, quality)
     output.mkdir(parents=True, exist_ok=True)
     curves = {row.label: [run.metrics for run in row.runs] for row in rows}
@@ -145,8 +145,8 @@ def _differing(columns: Sequence[Column], values: Sequence[Mapping[str, Any]]) -
     return [c.name for c in columns if len({written(v[c.name]) if c.name in v else "" for v in values}) > 1]
 
 
-def _unequal(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
-    """Notes on what rows of one picture do not have in common, and on runs that diverged."""
+def _unequal(columns: Sequence[Column], rows: Sequence[Row], quality: Metric) -> list[str]:
+    """Notes on what rows of one picture do not have in common, and on runs that diverged or learnt nothing."""
     notes = []
     seeds = sorted({seed for row in rows for seed in row.seeds})
     for row in rows:
@@ -169,6 +169,13 @@ def _unequal(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
         for row in rows
         for run in row.runs
         if run.diverged
+    ]
+    notes += [
+        f"{run.directory} ({row.label}, seed {run.seed}) ended AT CHANCE: its {quality.name} is no better than"
+        f" {quality.shown(run.chance)}, which always giving the same answer has; it is counted"
+        for row in rows
+        for run in row.runs
+        if run.chance is not None and not run.diverged
     ]
     return notes
 

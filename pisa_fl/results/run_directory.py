@@ -187,9 +187,13 @@ class NewLines:
 
 
 def summarise(
-    metrics: Sequence[Metrics], targets: Iterable[float], seed: int, measures: Measures
+    metrics: Sequence[Metrics],
+    targets: Iterable[float],
+    seed: int,
+    measures: Measures,
+    chance: float | None = None,
 ) -> dict[str, Any]:
-    """What summary.json holds, but for the clients."""
+    """What summary.json holds, but for the clients; a run that trained is told from `chance` (`Task.chance`)."""
     quality = measures.quality
     last = metrics[-1]
     best = quality.best(metrics)
@@ -200,6 +204,8 @@ def summarise(
         "compared_by": quality.name,
         f"best_{quality.name}": best[quality.key],
         "best_round": best["round"],
+        "chance": chance,
+        "at_chance": last["round"] > 0 and quality.at_chance(last[quality.key], chance),
         "passes": last["passes"],
         "bytes_up": last["bytes_up"],
         "bytes_down": last["bytes_down"],

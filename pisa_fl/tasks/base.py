@@ -70,6 +70,10 @@ class Task(ABC):
     def measure(self, totals: Mapping[str, float], examples: int, loss: float) -> dict[str, float]:
         """The metrics by name, from the sums over a number of examples and their mean loss."""
 
+    def chance(self, targets: Tensor) -> float | None:
+        """The first metric of whoever gives all of these targets' examples the one best answer; None: not known."""
+        return None
+
     @abstractmethod
     def objection(self, output: Any, batch: Batch) -> str | None:
         """Why an output cannot be that of a model for this task, as the end of a sentence; None if it can."""

@@ -34,6 +34,10 @@ class Classification(Task):
         """The share of them, 0..1."""
         return {"accuracy": totals["correct"] / examples}
 
+    def chance(self, targets: Tensor) -> float:
+        """The share of the most frequent class."""
+        return most_frequent(targets)
+
     def objection(self, output: Any, batch: Batch) -> str | None:
         """It must be logits, one row an example and as many columns as there are classes, or more."""
         examples, classes = len(batch[TARGETS]), int(batch[TARGETS].max()) + 1
@@ -51,3 +55,8 @@ def drawn_classes(logits: Tensor, draws: Tensor) -> Tensor:
     """Class numbers (...) by the probabilities of logits (..., K), where numbers from [0, 1) fall among their sums."""
     sums = logits.detach().float().softmax(dim=-1).cumsum(dim=-1)
     return (sums <= draws.unsqueeze(-1)).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+
+
+def most_frequent(targets: Tensor) -> float:
+    """The share of the most frequent number."""
+    return float(targets.flatten().bincount().max()) / targets.numel()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pisa_fl.metric import Metric
 from pisa_fl.tasks.base import DRAWS, TARGETS, Batch, Task
-from pisa_fl.tasks.classification import drawn_classes
+from pisa_fl.tasks.classification import drawn_classes, most_frequent
 
 
 class NextCharacter(Task):
@@ -42,6 +42,10 @@ class NextCharacter(Task):
             "accuracy": totals["correct"] / examples,
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
         }
+
+    def chance(self, targets: Tensor) -> float:
+        """The share of the most frequent character."""
+        return most_frequent(targets)
 
     def objection(self, output: Any, batch: Batch) -> str | None:
         """It must be logits for every position."""

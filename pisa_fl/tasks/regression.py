@@ -41,6 +41,10 @@ class Regression(Task):
         variance = totals["squares"] / examples - (totals["sum"] / examples) ** 2
         return {"r2": 1 - loss / variance if variance > 0 else 0.0, "rmse": loss**0.5}
 
+    def chance(self, targets: Tensor) -> float:
+        """Zero: what the targets' mean explains of their variance."""
+        return 0.0
+
     def objection(self, output: Any, batch: Batch) -> str | None:
         """It must be one number an example."""
         examples = len(batch[TARGETS])
