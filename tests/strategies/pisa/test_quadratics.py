@@ -67,7 +67,7 @@ def test_with_everybody_there_both_consensuses_are_one():
     assert (every - fresh).norm() <= 1e-5 * every.norm()
 
 
-@pytest.mark.parametrize("preconditioner", ["identity", "second moment", "spectral", "kronecker"])
+@pytest.mark.parametrize("preconditioner", ["second moment", "kronecker"])
 @pytest.mark.parametrize(
     ("options", "lambda_", "alpha"),
     [
@@ -139,8 +139,10 @@ def faint(problem, name, share):
     return Quadratics(a, b)
 
 
-@pytest.mark.parametrize("options", [{}, {"local_steps": 3}, {"participation": 0.5}])
-@pytest.mark.parametrize("share", [0.0, 1e-30, 1e-6])
+@pytest.mark.parametrize(
+    ("share", "options"),
+    [(0.0, {}), (1e-6, {}), (1e-30, {"local_steps": 3}), (0.0, {"participation": 0.5})],
+)
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_a_tensor_whose_gradient_wakes_up_moves_by_about_lr(preconditioner, share, options):
     problem, lr = Quadratics.draw(), 0.01

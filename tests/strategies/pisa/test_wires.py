@@ -11,12 +11,12 @@ VECTOR = 4 * LAYOUT.size + 128
 """Bytes of a vector of the model's size, with NumPy's header."""
 
 
-@pytest.mark.parametrize("penalty", [AUTOMATIC, {}], ids=["automatic", "by hand"])
-@pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("consensus", ["all", "fresh"])
+@pytest.mark.parametrize(
+    ("penalty", "friction"), [(AUTOMATIC, 0.2), ({}, 0.0)], ids=["automatic, friction", "by hand"]
+)
+@pytest.mark.parametrize(("lag", "consensus"), [(0, "all"), (0, "fresh"), (1, "all")])
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-@pytest.mark.parametrize("friction", [0.0, 0.2])
-def test_both_wires_take_the_same_path(friction, preconditioner, consensus, lag, penalty):
+def test_both_wires_take_the_same_path(preconditioner, consensus, lag, penalty, friction):
     options = {"lag": lag, "consensus": consensus, "stack": 1, "align_every": 2, "bound": 0.5, **penalty}
     options |= {"friction": friction}
     problem = Quadratics.draw(seed=3)
