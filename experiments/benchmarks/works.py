@@ -14,6 +14,7 @@ from experiments.benchmarks.memory import Peak
 from experiments.benchmarks.outcome import Figure, Outcome, ratio
 from experiments.benchmarks.profile import shares
 from experiments.benchmarks.task import LR, Task
+from pisa_fl.config import CONF
 from pisa_fl.engines.base import cores
 
 FEDAVG = (
@@ -92,6 +93,19 @@ def pisa(bench: Bench, tasks: Sequence[Task] = (SILO, Task(100, 100, 64), MANY))
         rounds = take_turns([ours(task, *PISA), ours(task, *SISA, name="SISA")], bench.repeats)
         figure = Figure(f"{OURS} / SISA", ratio(rounds, OURS, "SISA"), at_most=1.1)
         yield Outcome("pisa", f"PISA, {sizes(task)}", [figure], rounds)
+
+
+def preconditioners(bench: Bench, task: Task = SILO) -> Iterator[Outcome]:
+    """What a round of PISA with each preconditioner costs beside a SISA round."""
+    names = sorted(path.stem for path in (CONF / "strategy" / "preconditioner").glob("*.yaml"))
+    for name in names:
+        sides = [
+            ours(task, *PISA, f"strategy/preconditioner={name}", name=name),
+            ours(task, *SISA, name="SISA"),
+        ]
+        rounds = take_turns(sides, bench.repeats)
+        figure = Figure(f"{name} / SISA", ratio(rounds, name, "SISA"))
+        yield Outcome("preconditioners", f"{name}, {sizes(task)}", [figure], rounds)
 
 
 def many(bench: Bench, task: Task = MANY) -> Iterator[Outcome]:
@@ -183,10 +197,8 @@ def profile(bench: Bench, task: Task = MANY) -> Iterator[Outcome]:
         yield Outcome("profile", f"{name}, {sizes(task)}, batch {task.batch}", parts=parts)
 
 
-WORKS: dict[str, Callable[[Bench], Iterator[Outcome]]] = {
-    work.__name__: work
-    for work in (device, silo, sisa, pisa, many, clients, memory, workers, together, gpu, profile)
-}
+_ALL = device, silo, sisa, pisa, preconditioners, many, clients, memory, workers, together, gpu, profile
+WORKS: dict[str, Callable[[Bench], Iterator[Outcome]]] = {work.__name__: work for work in _ALL}
 """All of them by name."""
 
 

@@ -179,6 +179,17 @@ def test_the_cost_of_a_client(monkeypatch):
     assert [figure.values for figure in outcome.figures] == [[1.2], [pytest.approx(1.2)]]
 
 
+def test_the_cost_of_a_preconditioner(monkeypatch):
+    def turns(sides, repeats):
+        assert "strategy=pisa" in sides[0].options
+        return {side.name: [{"seconds": 1.0 if side.name == "SISA" else 3.0}] for side in sides}
+
+    monkeypatch.setattr(works, "take_turns", turns)
+    outcomes = list(works.preconditioners(works.Bench()))
+    assert {"kronecker", "kfac", "muon"} <= {outcome.figures[0].name.split()[0] for outcome in outcomes}
+    assert all(outcome.figures[0].values == [3.0] for outcome in outcomes)
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="memory is read from Linux's /proc")
 def test_shared_memory_is_counted_once():
     fork = multiprocessing.get_context("fork")
