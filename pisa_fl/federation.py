@@ -113,7 +113,8 @@ class Federation:
         round_timeout: Seconds that a round waits for replies; None: without end.
         patience: Seconds that a round with too few clients waits for others.
         accept_failures: Go on with those who answered if some clients failed.
-        max_update: How many times as long as the round's median a client's update may be; None: as long as it likes.
+        max_update: How many times as long as the greatest median of a round so far a client's update may be; None: as
+            long as it likes.
         task: What is learnt; None: what usually is of such data.
         client_test: Share of every client's examples, in [0, 1), that it is tested on and does not train on.
         evaluate_every: Rounds between evaluations on the test set; round 0 and the last have one always.

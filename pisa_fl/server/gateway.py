@@ -102,6 +102,7 @@ class Traffic:
         silent: Clients that did not answer; they might another time, while one that answered would do so again.
         clients_reachable: Clients that could be reached when the round began.
         clients_turned_away: Those that wanted to take part then and were not admitted.
+        usual_length: Of an update: the greatest median of a round so far.
     """
 
     bytes_up: int = 0
@@ -114,6 +115,7 @@ class Traffic:
     silent: int = 0
     clients_reachable: int = 0
     clients_turned_away: int = 0
+    usual_length: float = 0.0
 
 
 class Gateway(Grid):
@@ -126,8 +128,8 @@ class Gateway(Grid):
         seed: Seed of the run.
         participation: Share of the clients that takes part in a round, in (0, 1].
         server: The server half, which knows what clients that lost their state are to go on from.
-        max_update: How many times as long as the median an update |w_i - w| may be, with `COMPARED` replies or more;
-            None: as long as it likes.
+        max_update: How many times as long as the greatest median of a round so far an update |w_i - w| may be, with
+            `COMPARED` replies or more; None: as long as it likes.
         timeout: Seconds that an exchange waits for replies if it does not say; None: without end.
 
     Attributes:
@@ -388,7 +390,11 @@ class Gateway(Grid):
         return problem(arrays_of(content), self._asked[id(instruction.content)])
 
     def _too_long(self, sent: Mapping[int, Message], replies: Mapping[int, Message]) -> dict[int, str]:
-        """Those whose update is out of all proportion to the others', and why they are refused."""
+        """Those whose update is out of all proportion to the others', and why they are refused.
+
+        The present round alone would not do as a measure: where most clients have learnt what they can, an honest one
+        that is drawn for the first time, or whose class is rare, may have a hundred times more to say.
+        """
         trained = {n: r for n, r in replies.items() if _trains(sent[n])}
         if self._max_update is None or len(trained) < COMPARED:
             return {}
@@ -396,12 +402,13 @@ class Gateway(Grid):
             node: self._length_of(node, arrays_of(reply.content), arrays_of(sent[node].content))
             for node, reply in trained.items()
         }
-        median = statistics.median(lengths.values())
+        usual = max(self.traffic.usual_length, statistics.median(lengths.values()))
+        self.traffic.usual_length = usual
         return {
-            node: f"its update is {length / median:.3g} times as long as the round's median,"
+            node: f"its update is {length / usual:.3g} times as long as the greatest median of a round,"
             f" max_update={self._max_update:g}"
             for node, length in lengths.items()
-            if length > self._max_update * median > 0
+            if length > self._max_update * usual > 0
         }
 
     def _length_of(self, client: int, arrays: ArrayRecord, start: ArrayRecord) -> float:

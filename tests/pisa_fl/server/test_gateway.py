@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import statistics
 from typing import ClassVar
 from zlib import crc32
 
@@ -405,8 +406,8 @@ class Alike(Scripted):
     sizes: ClassVar = {}
 
 
-def lengths(values, max_update=20.0, names=False):
-    """A gateway's failures when clients answer with updates of these lengths."""
+def lengths(values, max_update=20.0, names=False, before=0.0):
+    """A gateway's failures when clients answer with updates of these lengths, `before` being usual."""
     nodes = list(range(len(values)))
     at = np.full(D, 3.0, np.float32)
     script = {}
@@ -421,6 +422,7 @@ def lengths(values, max_update=20.0, names=False):
                 }
             )
     gateway = Gateway(Alike(script, nodes), Half(), torch.empty(0), 0, 1.0, max_update=max_update)
+    gateway.traffic.usual_length = before
     gateway.begin(1)
     sent = {"a": torch.tensor(at[:2]), "b": torch.tensor(at[2:])} if names else {"weights": torch.tensor(at)}
     arrays_sent = record(sent)
@@ -430,6 +432,8 @@ def lengths(values, max_update=20.0, names=False):
     )
     assert gateway.traffic.clients_failed == sum(r.has_error() for r in replies) == len(gateway.failures)
     assert gateway.traffic.clients_ok == len(values) - len(gateway.failures)
+    if max_update is not None and len(values) >= 5:
+        assert gateway.traffic.usual_length == pytest.approx(max(before, statistics.median(values)))
     return {f.client: f.reason for f in gateway.failures}
 
 
@@ -437,7 +441,7 @@ def lengths(values, max_update=20.0, names=False):
 def test_an_update_out_of_all_proportion_is_refused(names):
     refused = lengths([1.0, 2.0, 1.5, 41.0, 1.0, 1e5], names=names)
     assert list(refused) == [3, 5]
-    assert refused[3] == "its update is 23.4 times as long as the round's median, max_update=20"
+    assert refused[3] == "its update is 23.4 times as long as the greatest median of a round, max_update=20"
 
 
 @pytest.mark.parametrize(
@@ -446,6 +450,7 @@ def test_an_update_out_of_all_proportion_is_refused(names):
         ([1.0, 1.0, 1.0, 19.9, 1.0], {}),
         ([1.0, 1.0, 1.0, 1e5], {}),  # too few to tell
         ([0.0] * 6, {}),  # a round that only measures
+        ([1e-3, 1e-3, 1.0, 1e-3, 1e-3], {"before": 0.1}),  # one that has more to say than those who are done
         ([0.0, 0.0, 0.0, 0.0, 5.0], {}),
         ([1.0, 1.0, 1.0, 1e5, 1.0], {"max_update": None}),
     ],
