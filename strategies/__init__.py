@@ -5,12 +5,22 @@ from strategies.base.client import Batch, ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.server import ServerHalf
 from strategies.base.transform import Transform
+from strategies.fedadmm import FedAdmm, FedAdmmClient
+from strategies.feddyn import FedDyn, FedDynClient
+from strategies.fednova import FedNova, FedNovaClient
 from strategies.local_sgd import LocalSgd
 from strategies.pisa import Ledger, Penalty, Pisa, PisaClient, PisaLocalClient
+from strategies.scaffold import Scaffold, ScaffoldClient
 
 __all__ = [
     "Batch",
     "ClientHalf",
+    "FedAdmm",
+    "FedAdmmClient",
+    "FedDyn",
+    "FedDynClient",
+    "FedNova",
+    "FedNovaClient",
     "Forward",
     "Instruction",
     "Layout",
@@ -21,6 +31,8 @@ __all__ = [
     "PisaClient",
     "PisaLocalClient",
     "Probe",
+    "Scaffold",
+    "ScaffoldClient",
     "ServerHalf",
     "Stack",
     "Term",
