@@ -30,7 +30,8 @@ the solution, for rho is small.
 The authors' code is another method: it takes the server's w for the client's last w_i, so that D_i = 2 (w_i+ - w). Then
 w - (2 eta / (p rho)) (average of all y_i) stays as it was, and it stops where grad F(w) = -(p rho / (2 eta)) (w - w^0).
 
-On stability. y_i / rho is a velocity, as in `strategies.feddyn`, whose l_i is -y_i: with everybody there and eta 1 the two are one method.
+On stability. y_i / rho is a velocity, as in `strategies.feddyn`, whose l_i is -y_i: with everybody there and eta 1 the
+two are one method.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from strategies.base.messages import WEIGHTS, Field, record, squared
 from strategies.base.table import Table
 from strategies.local_sgd import LocalSgd
 
-DUAL, GONE, START = "dual", "gone", "start"
+DUAL, GONE, INITIAL = "dual", "gone", "initial"
 """y_i; u_i - w^0, how far a client's augmented model has gone; w^0."""
 
 
@@ -90,7 +91,7 @@ class FedAdmm(Averaging):
             checks.positive("eta", eta)
         self.rho, self.eta = rho, eta
         self.duals, self.gone = (Table(layout.size, clients, state == "disk") for _ in range(2))
-        self.start = torch.empty(0)
+        self.initial = torch.empty(0)
         super().__init__(layout, alpha, {DUAL: self.duals, GONE: self.gone})
 
     def configure_train(
@@ -98,19 +99,19 @@ class FedAdmm(Averaging):
     ) -> list[Message]:
         """Send the weights; those of the first round are w^0."""
         asked = list(super().configure_train(server_round, arrays, config, grid))
-        if not len(self.start):
-            self.start = self.consensus.clone()
+        if not len(self.initial):
+            self.initial = self.consensus.clone()
         return asked
 
     def step(self, answers: Answers, weights: Mapping[int, float]) -> Tensor:
         """Take duals and augmented models forward, and follow their average."""
         reached = {node: said[WEIGHTS] for node, said in answers.arrays.items()}
         duals = {n: next_dual(self.duals[n], row, self.consensus, self.rho) for n, row in reached.items()}
-        gone = {node: reached[node] - self.start + dual / self.rho for node, dual in duals.items()}
+        gone = {node: reached[node] - self.initial + dual / self.rho for node, dual in duals.items()}
         self.duals.begin(duals, weights)
         average = self.gone.begin(gone, weights)
         if self.eta is None:
-            return self.start + average
+            return self.initial + average
         moved = {node: now - self.gone[node] for node, now in gone.items()}
         return self.consensus + self.eta * mean(moved, weights)
 
@@ -120,12 +121,12 @@ class FedAdmm(Averaging):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tables and w^0."""
-        return super().state_dict() | {START: self.start}
+        return super().state_dict() | {INITIAL: self.initial}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave."""
         super().load_state_dict(state)
-        self.start = state[START].clone()
+        self.initial = state[INITIAL].clone()
 
 
 class FedAdmmClient(LocalSgd):
