@@ -123,6 +123,43 @@ def fednova(problem, momentum, mu):
     return w, {}
 
 
+def remembering(problem, all_of_them):
+    """MIFA with server_lr 0.5, or FedVARP."""
+    w, last = dict(problem.start), {}
+    for number in range(1, ROUNDS + 1):
+        before = over_all(last, True) if last else zeros(w)
+        news = {}
+        for i in heard(number):
+            own = sgd(problem, w, i, number, **LOCAL)
+            moved = {name: own[name] - w[name] for name in w}
+            news[i] = {name: moved[name] - last.get(i, zeros(w))[name] for name in w}
+            last[i] = moved
+        if all_of_them:
+            step = {name: 0.5 * t for name, t in over_all(last, True).items()}
+        else:
+            step = {name: t + before[name] for name, t in mean(news, True).items()}
+        w = {name: w[name] + step[name] for name in w}
+    return w, last
+
+
+def fedcm(problem, mix):
+    w, lr = dict(problem.start), LOCAL["lr"]
+    v = zeros(w)
+    for number in range(1, ROUNDS + 1):
+        answers, pace = {}, {}
+        for i in heard(number):
+            y = dict(w)
+            for rows in problem.batches(i, number, LOCAL["epochs"]):
+                g = problem.gradient(y, rows)
+                for name in w:
+                    own = g[name] + LOCAL["weight_decay"] * y[name]
+                    y[name] = y[name] - lr * (mix * own + (1 - mix) * v[name])
+            answers[i] = y
+            pace[i] = {name: (w[name] - y[name]) / (lr * steps(i)) for name in w}
+        w, v = mean(answers), mean(pace)
+    return w, {}
+
+
 UNIFORM = "strategy.alpha=uniform"
 VARIANTS = {
     "scaffold": (["strategy=scaffold", "strategy.momentum=0.9"], scaffold, (0.9,)),
@@ -144,6 +181,9 @@ VARIANTS = {
         ["strategy=fednova", "strategy.momentum=0.5", "strategy.mu=2.0"],
         *(fednova, (0.5, 2.0)),
     ),
+    "fedvarp": (["strategy=fedvarp", UNIFORM], remembering, (False,)),
+    "mifa": (["strategy=mifa", UNIFORM], remembering, (True,)),
+    "fedcm": (["strategy=fedcm", "strategy.mix=0.2"], fedcm, (0.2,)),
 }
 
 
@@ -165,11 +205,11 @@ def test_a_rival_follows_the_plain_loop(problem, variant, monkeypatch):
         flat = torch.cat([t.flatten() for t in row.values()])
         kept = next(iter(federation.strategy.tables.values()))[client]
         assert (kept.double() - flat).norm() <= 3e-4 * flat.norm()
-    # control variates double what is sent either way
-    vectors = 2 if "scaffold" in variant else 1
-    size = vectors * (4 * sum(t.numel() for t in problem.start.values()) + 128)
+    # control variates double what is sent either way, and FedCM's velocity what is sent down
+    size = 4 * sum(t.numel() for t in problem.start.values()) + 128
+    down, up = (2, 2) if "scaffold" in variant else (2, 1) if variant == "fedcm" else (1, 1)
     assert exchanges == [2] * ROUNDS
-    assert metrics[-1]["bytes_down"] == 2 * ROUNDS * size
-    assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * size
+    assert metrics[-1]["bytes_down"] == 2 * ROUNDS * down * size
+    assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * up * size
     seen = sum(LOCAL["epochs"] * SIZES[i] for number in range(1, ROUNDS + 1) for i in heard(number))
     assert metrics[-1]["passes"] == pytest.approx(seen / sum(SIZES))
