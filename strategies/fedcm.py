@@ -9,9 +9,9 @@ Xu et al. 2021, arXiv 2106.10874, Algorithm 1. A round, for every client i that 
     w     = mean of those present of w_i
 
 Symbols: w the server's weights, w_i the client's, v `velocity`: the mean step of the last round, zero in the first;
-mix the paper's alpha, K_i the client's number of steps. Means are weighted by `alpha`; the paper's are uniform. The last
-line is the paper's w -= eta_g v with eta_g = lr K, if all take K steps. Clients keep nothing, which suits many clients
-of which few take part; the way down carries two vectors, the way up one and a number.
+mix the paper's alpha, K_i the client's number of steps. Means are weighted by `alpha`; the paper's are uniform. The
+last line is the paper's w -= eta_g v with eta_g = lr K, if all take K steps. Clients keep nothing, which suits many
+clients of which few take part; the way down carries two vectors, the way up one and a number.
 
 On stability. v is a moving average with a memory of 1 / mix rounds: a small mix is slow to begin, for the first round
 goes but a share mix of the way, and overshoots where clients pull apart. With everybody there, local steps still drift:
