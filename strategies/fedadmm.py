@@ -33,8 +33,9 @@ w - (2 eta / (p rho)) (average of all y_i) stays as it was, and it stops where g
 On stability. y_i / rho is a velocity, as in `strategies.feddyn`, whose l_i is -y_i: with everybody there and eta 1 the
 two are one method. D_i also holds how far w has gone since the client's last turn, or since w^0 for one that is new. So
 eta above p extrapolates: w+ - w has about eta (w - what w was 1/p rounds ago) in it, which grows without end unless the
-clients pull back. With a tenth of 100 clients on mnist_mini, eta 1 diverged within ten rounds. The authors' code, with
-its w in the place of the last w_i, has no such term, and their eta of 1 is for that.
+clients pull back. What was seen once, in the setting that `strategies.scaffold` tells of, with rho 0.01: eta 1 diverged
+within ten rounds; `eta: null` had 82.7 % after 60 (FedAvg 89.2 %), slowed by those who have not answered yet and count
+as w^0. The authors' code, with its w in the place of the last w_i, has no such term, and their eta of 1 is for that.
 """
 
 from __future__ import annotations

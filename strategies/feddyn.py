@@ -29,7 +29,8 @@ skew, if gradients are exact.
 
 On stability. -h / alpha is a velocity that nothing damps but the clients: with alpha -> 0 their problem becomes
 FedAvg's, but the server adds to every mean all the w_i - w of the past. That is no FedAvg: it swings. A client's local
-problem has curvature alpha at least, and needs lr (curvature + alpha) < 2 (1 + momentum).
+problem needs lr (curvature + alpha) < 2 (1 + momentum). What was seen once, in the
+setting that `strategies.scaffold` tells of, with alpha 0.01: 93.0 % after 60 rounds (FedAvg 89.2 %).
 """
 
 from __future__ import annotations
