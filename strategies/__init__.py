@@ -5,22 +5,41 @@ from strategies.base.client import Batch, ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.server import ServerHalf
 from strategies.base.transform import Transform
+from strategies.fedadmm import FedAdmm, FedAdmmClient
+from strategies.fedcm import FedCm, FedCmClient
+from strategies.feddyn import FedDyn, FedDynClient
+from strategies.fednova import FedNova, FedNovaClient
+from strategies.fedvarp import FedVarp
 from strategies.local_sgd import LocalSgd
+from strategies.mifa import Mifa
 from strategies.pisa import Ledger, Penalty, Pisa, PisaClient, PisaLocalClient
+from strategies.scaffold import Scaffold, ScaffoldClient
 
 __all__ = [
     "Batch",
     "ClientHalf",
+    "FedAdmm",
+    "FedAdmmClient",
+    "FedCm",
+    "FedCmClient",
+    "FedDyn",
+    "FedDynClient",
+    "FedNova",
+    "FedNovaClient",
+    "FedVarp",
     "Forward",
     "Instruction",
     "Layout",
     "Ledger",
     "LocalSgd",
+    "Mifa",
     "Penalty",
     "Pisa",
     "PisaClient",
     "PisaLocalClient",
     "Probe",
+    "Scaffold",
+    "ScaffoldClient",
     "ServerHalf",
     "Stack",
     "Term",

@@ -1,5 +1,5 @@
 """Local stochastic gradient descent: the client half of FedAvg, FedProx, FedAvgM and the FedOpt family, and its
-loop over mini-batches, which is also that of `strategies.pisa.local_client`.
+loop over mini-batches, which is also that of every other client half that takes such steps.
 
 FedAvg (McMahan et al. 2017, arXiv 1602.05629, Algorithm 1), with momentum and weight decay as
 NIID-Bench (arXiv 2102.02079) uses them; FedProx (Li et al. 2020, arXiv 1812.06127, equation 2) adds the
@@ -12,11 +12,16 @@ proximal term (mu/2)|w_i - w|^2. From w_i = w, for every mini-batch of `local_ep
 Symbols: w the server's weights, w_i the client's, b the momentum buffer (zero at the start of every
 round), mu the penalty that Flower's FedProx sends as `proximal-mu` (zero when nobody sends it). The server
 halves are Flower's own.
+
+A gradient counts as often as later steps repeat it by momentum, less what the proximal term takes back. How often all
+of them count together is `reach`, the |a_i|_1 of FedNova (arXiv 2007.07481): the number of steps without momentum and
+proximal term, and what K steps with them amount to. w_i - w = -lr reach times a weighted mean of the gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +30,21 @@ from strategies.base import checks
 from strategies.base.client import ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.messages import WEIGHTS, real
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What came of the local epochs.
+
+    Attributes:
+        weights: Of each client, (C, d).
+        loss: Mean over the epochs, (C,).
+        steps: Mini-batches of each.
+    """
+
+    weights: Tensor
+    loss: Tensor
+    steps: Sequence[int]
 
 
 class LocalSgd(ClientHalf):
@@ -54,14 +74,22 @@ class LocalSgd(ClientHalf):
 
     def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """Run the local epochs; see the module's equations."""
-        weights, loss = self.descend(
-            stack, instruction.arrays[WEIGHTS], self.lr, real(instruction.config, "proximal-mu", 0.0)
-        )
-        return Update({WEIGHTS: weights}, loss)
+        mu = real(instruction.config, "proximal-mu", 0.0)
+        done = self.descend(stack, instruction.arrays[WEIGHTS], self.lr, mu)
+        return Update({WEIGHTS: done.weights}, done.loss)
+
+    def reach(self, steps: Sequence[int], lr: float, mu: float) -> Tensor:
+        """What each client's steps amount to in steps without momentum and proximal term, (C,), double precision."""
+        moved, buffer, reached = 0.0, 0.0, [0.0]
+        for _ in range(max(steps)):
+            buffer = self.momentum * buffer + 1 - lr * mu * moved  # the loop below, its gradients all one
+            moved += buffer
+            reached.append(moved)
+        return torch.tensor([reached[count] for count in steps], dtype=torch.float64)
 
     def descend(
         self, stack: Stack, start: Tensor, lr: float, mu: float, slope: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Descent:
         """The local epochs, on F_i(w_i) + (weight_decay/2)|w_i|^2 + <slope_i, w_i> + (mu/2)|w_i - start|^2.
 
         Args:
@@ -70,14 +98,12 @@ class LocalSgd(ClientHalf):
             lr: Learning rate.
             mu: Weight of the proximal term.
             slope: A linear term of each client's, (C, d), or None.
-
-        Returns:
-            Weights (C, d) and mean losses (C,) over the epochs.
         """
         weights = start.repeat(len(stack.clients), 1)
         buffer = torch.zeros_like(weights) if self.momentum else None
         loss = weights.new_zeros(len(stack.clients))
         examples = torch.zeros_like(loss)
+        steps = [0] * len(stack.clients)
         for batch in stack.batches(self.local_epochs):
             gradient, batch_loss = stack.gradient(weights, batch)
             if self.weight_decay:
@@ -93,4 +119,5 @@ class LocalSgd(ClientHalf):
             seen = torch.tensor(batch.examples, dtype=loss.dtype, device=loss.device)
             loss += batch_loss * seen
             examples += seen
-        return weights, loss / examples
+            steps = [count + (n > 0) for count, n in zip(steps, batch.examples, strict=True)]
+        return Descent(weights, loss / examples, steps)

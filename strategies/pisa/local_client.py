@@ -78,10 +78,10 @@ class PisaLocalClient(LocalSgd):
         consensus, round_number = instruction.arrays[WEIGHTS], integer(instruction.config, ROUND)
         sigma, lr = self.penalty.sigma_at(round_number, None), self.penalty.lr_at(round_number)
         assert sigma is not None
-        weights, loss = self.descend(stack, consensus, lr, float(sigma), state[DUAL])
+        done = self.descend(stack, consensus, lr, float(sigma), state[DUAL])
 
         def following(sent: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             # the ledger's own operations in their order, so that its dual has the same bits
             return {DUAL: state[DUAL] + (sent[WEIGHTS] - consensus).mul_(sigma)}
 
-        return Update({WEIGHTS: weights}, loss, following)
+        return Update({WEIGHTS: done.weights}, done.loss, following)

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from strategies.base import checks
+from strategies.base.averaging import Answers, messages
 from strategies.base.layout import Layout
 from strategies.base.messages import (
-    ARRAYS,
-    CONFIG,
-    EXAMPLES,
     GRADIENT,
     MEASURE,
     ROUND,
     WEIGHTS,
     RoundError,
-    arrays_of,
-    integer,
-    metrics_of,
     out_of_range,
     record,
     squared,
@@ -125,30 +120,30 @@ class Pisa(ServerHalf):
         self._consensus, self._asked = sent[WEIGHTS], None
         nodes, said = list(grid.get_node_ids()), dict(config) | {ROUND: server_round}
         if self.by_gradient:
-            return _messages(nodes, sent, said)
+            return messages(nodes, sent, said)
         if self.friction:
             sent |= {OFFSET: self.ledger.offset}
         shared = self._shared
         if self.lag == 0 and self._measures(server_round):
-            first = _messages(nodes, sent, said | {MEASURE: True})
-            answers, examples = self._answers(grid.send_and_receive(first))
-            if not answers:
+            first = messages(nodes, sent, said | {MEASURE: True})
+            heard = Answers.of(grid.send_and_receive(first))
+            if not heard.arrays:
                 return []
-            self._asked = self._observed(server_round, answers, examples)
-            shared, nodes = self._asked[0], list(answers)
+            self._asked = self._observed(server_round, heard.arrays, heard.examples)
+            shared, nodes = self._asked[0], list(heard.arrays)
         if self.align_every:
             sent |= {name: shared[name][0].float() for name in self.preconditioner.solver_fields()}
-        return _messages(nodes, sent, said)
+        return messages(nodes, sent, said)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The statistic, primal and dual step of every client that answered, then the consensus."""
-        answers, examples = self._answers(replies)
-        if not answers:
+        heard = Answers.of(replies)
+        if not heard.arrays:
             return None, None
         with one_thread():
-            return self._aggregate(server_round, answers, examples)
+            return self._aggregate(server_round, heard.arrays, heard.examples)
 
     def _aggregate(
         self, server_round: int, answers: Mapping[int, dict[str, Tensor]], examples: Mapping[int, int]
@@ -188,16 +183,6 @@ class Pisa(ServerHalf):
             }
         )
         return record({WEIGHTS: consensus}), metrics
-
-    def _answers(self, replies: Iterable[Message]) -> tuple[dict[int, dict[str, Tensor]], dict[int, int]]:
-        """Arrays and examples of those who answered, in the order of their numbers."""
-        answers, examples = {}, {}
-        for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
-            node = reply.metadata.src_node_id
-            if not reply.has_error():
-                answers[node] = vectors(arrays_of(reply.content))
-                examples[node] = integer(metrics_of(reply.content), EXAMPLES)
-        return answers, examples
 
     def _measures(self, server_round: int) -> bool:
         return measures(self.preconditioner, server_round, self.align_every)
@@ -303,9 +288,3 @@ class Pisa(ServerHalf):
             parts[part][key] = value
         self.ledger.load_state_dict(parts["ledger"])
         self._shared = {name: v.to(self.device) for name, v in parts["shared"].items()}
-
-
-def _messages(nodes: Iterable[int], sent: Mapping[str, Tensor], said: Mapping[str, Any]) -> list[Message]:
-    """The same for all nodes."""
-    content = RecordDict({ARRAYS: record(dict(sent)), CONFIG: ConfigRecord(dict(said))})
-    return [Message(content, message_type=MessageType.TRAIN, dst_node_id=node) for node in nodes]

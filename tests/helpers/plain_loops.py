@@ -143,6 +143,16 @@ def half(round_number):
     return sorted(draw.choice(list(range(len(SIZES))), len(SIZES) // 2, replace=False).tolist())
 
 
+def assert_moved_alike(federation, expected, start, share=1e-4):
+    """Every tensor moved to where the plain loop took it, to a share of the way and single-precision rounding."""
+    weights = dict(federation.model.module.named_parameters())
+    for name, target in expected.items():
+        moved = (target - start[name]).norm()
+        error = (weights[name].detach().double() - target).norm()
+        assert moved > 0, name
+        assert error <= share * moved + 5e-7 * target.norm(), f"{name}: off by {error / moved:.1e} of the way"
+
+
 def admm(
     problem, rounds, rule, *, lambda_=0.0, uniform=False, steps=1, gradient="mean", drawn=everyone, every=1
 ):

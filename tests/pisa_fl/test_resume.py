@@ -33,6 +33,7 @@ METHODS = {
     "gradients": ["strategy=pisa", "strategy.compression=int8"],
     "own moments": ["strategy=sisa_official"],
     "adaptive server": ["strategy=fedadam", "strategy.local_epochs=1"],
+    "control variates": ["strategy=scaffold", "strategy.local_epochs=1"],
 }
 
 

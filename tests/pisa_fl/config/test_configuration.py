@@ -13,7 +13,10 @@ from pisa_fl.config import CONF, ConfigurationError, build, resolve
 from strategies import ClientHalf
 
 PROMISED = {
-    "strategy": {"sisa", "pisa", "nsisa", "sisa_official", "fedavg", "fedprox"},
+    "strategy": {
+        *("sisa", "pisa", "nsisa", "sisa_official", "fedavg", "fedprox"),
+        *("scaffold", "feddyn", "fedadmm", "fednova", "fedcm", "fedvarp", "mifa"),
+    },
     "partition": {
         "label_skew",
         "dirichlet",

@@ -602,6 +602,12 @@ METHODS = {
         "participation=0.5",
     ],
     "fedavg, noisy pixels": ["feature_noise", "strategy=fedavg", "strategy.local_epochs=1"],
+    "fedadmm, half of the clients": [
+        "quantity",
+        "strategy=fedadmm",
+        "strategy.local_epochs=1",
+        "participation=0.5",
+    ],
 }
 
 

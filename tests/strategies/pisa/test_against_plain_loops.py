@@ -10,6 +10,7 @@ from plain_loops import (
     Rule,
     SpectralRule,
     admm,
+    assert_moved_alike,
     everyone,
     fedavg,
     half,
@@ -52,16 +53,6 @@ OWN = {**HAND, "beta": 0.9, "of": "gradient", "shared": False}
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory):
     return make_problem(tmp_path_factory.mktemp("problem"))
-
-
-def assert_moved_alike(federation, expected, start, share=1e-4):
-    """Every tensor moved to where the plain loop took it, to a share of the way and single-precision rounding."""
-    weights = dict(federation.model.module.named_parameters())
-    for name, target in expected.items():
-        moved = (target - start[name]).norm()
-        error = (weights[name].detach().double() - target).norm()
-        assert moved > 0, name
-        assert error <= share * moved + 5e-7 * target.norm(), f"{name}: off by {error / moved:.1e} of the way"
 
 
 PISA = ["strategy=sisa", "strategy/preconditioner=identity"]

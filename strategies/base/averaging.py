@@ -1,0 +1,153 @@
+"""What server halves that average have in common: the same message to everybody, who answered what, means by weight."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from strategies.base import checks
+from strategies.base.layout import Layout
+from strategies.base.messages import (
+    ARRAYS,
+    CONFIG,
+    EXAMPLES,
+    ROUND,
+    WEIGHTS,
+    RoundError,
+    arrays_of,
+    integer,
+    metrics_of,
+    out_of_range,
+    record,
+    vectors,
+)
+from strategies.base.server import ServerHalf
+from strategies.base.table import Table
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What clients answered, in the order of their numbers.
+
+    Attributes:
+        arrays: Client number -> its arrays, not to be written to.
+        examples: Client number -> its examples.
+        metrics: Client number -> all numbers of its reply.
+    """
+
+    arrays: dict[int, dict[str, Tensor]]
+    examples: dict[int, int]
+    metrics: dict[int, MetricRecord]
+
+    @classmethod
+    def of(cls, replies: Iterable[Message]) -> Answers:
+        """Those of the replies that are no errors."""
+        heard = sorted((r for r in replies if not r.has_error()), key=lambda r: r.metadata.src_node_id)
+        metrics = {reply.metadata.src_node_id: metrics_of(reply.content) for reply in heard}
+        return cls(
+            {reply.metadata.src_node_id: vectors(arrays_of(reply.content)) for reply in heard},
+            {node: integer(said, EXAMPLES) for node, said in metrics.items()},
+            metrics,
+        )
+
+
+def messages(nodes: Iterable[int], sent: Mapping[str, Tensor], said: Mapping[str, Any]) -> list[Message]:
+    """The same for all nodes."""
+    content = RecordDict({ARRAYS: record(dict(sent)), CONFIG: ConfigRecord(dict(said))})
+    return [Message(content, message_type=MessageType.TRAIN, dst_node_id=node) for node in nodes]
+
+
+def mean(rows: Mapping[int, Tensor], weights: Mapping[int, float]) -> Tensor:
+    """Weighted mean of one vector (d,) of each of some clients; the operations of Flower's FedAvg, to the bit."""
+    total = sum(weights[client] for client in rows)
+    result: Tensor | None = None
+    for client, row in rows.items():
+        part = row * (weights[client] / total)
+        result = part if result is None else result.add_(part)
+    assert result is not None
+    return result
+
+
+@checks.literals
+class Averaging(ServerHalf):
+    """A server half that sends the weights to everybody drawn, and makes the next of means of what comes back.
+
+    What its tables are given in a round is written only when the round's result is one that messages may hold.
+
+    Args:
+        layout: Layout of the model's parameters.
+        alpha: Weights of the clients: `examples` (n_i/n) or `uniform`.
+        tables: What is kept of every client, by name.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        alpha: Literal["examples", "uniform"],
+        tables: Mapping[str, Table] | None = None,
+    ) -> None:
+        self.layout, self.uniform = layout, alpha == "uniform"
+        self.tables = dict(tables or {})
+        self.consensus = torch.empty(0)
+
+    def shared(self) -> dict[str, Tensor]:
+        """Vectors that are sent to everybody beside the weights."""
+        return {}
+
+    @abstractmethod
+    def step(self, answers: Answers, weights: Mapping[int, float]) -> Tensor:
+        """The next weights, (d,); `consensus` are those that the clients were sent.
+
+        Args:
+            answers: Of one client or more.
+            weights: Client number -> its weight, not normalised.
+        """
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send the weights, and what is shared beside them, to every node of the grid."""
+        self.consensus = vectors(arrays)[WEIGHTS]
+        sent = {WEIGHTS: self.consensus} | self.shared()
+        return messages(grid.get_node_ids(), sent, dict(config) | {ROUND: server_round})
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Make the step of those who answered; nothing if nobody did."""
+        answers = Answers.of(replies)
+        if not answers.arrays:
+            return None, None
+        weights = {node: 1.0 if self.uniform else float(n) for node, n in answers.examples.items()}
+        following = self.step(answers, weights)
+        averages = {name: table.begun for name, table in self.tables.items()}
+        if wrong := out_of_range({WEIGHTS: following} | averages):
+            raise RoundError(f"{wrong} of the server")
+        for table in self.tables.values():
+            table.commit()
+        return record({WEIGHTS: following}), MetricRecord()
+
+    def begins_anew(self, client: int) -> bool:
+        """Whether the tables do not know the client."""
+        return any(client not in table for table in self.tables.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tables, for a checkpoint."""
+        return {
+            f"{name}.{key}": value
+            for name, table in self.tables.items()
+            for key, value in table.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        for name, table in self.tables.items():
+            own = f"{name}."
+            table.load_state_dict({k.removeprefix(own): v for k, v in state.items() if k.startswith(own)})

@@ -1,0 +1,215 @@
+"""Whole runs of the rivals against the papers' equations, as slow loops over tensors in double precision."""
+
+import pytest
+import torch
+from plain_loops import BATCH, SIZES, assert_moved_alike, half, make_problem, sgd
+
+from pisa_fl.engines.local import LocalGrid
+
+ROUNDS = 6
+LOCAL = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01, "epochs": 2}
+SAID = ["participation=0.5", "strategy.lr=0.02", "strategy.local_epochs=2", "strategy.weight_decay=0.01"]
+LOST = 3
+"""A round of which the reply of the client with the lowest number is lost."""
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory):
+    return make_problem(tmp_path_factory.mktemp("problem"))
+
+
+def heard(number):
+    """Who takes part in a round, and is heard."""
+    drawn = half(number)
+    return drawn[1:] if number == LOST else drawn
+
+
+def steps(client):
+    return LOCAL["epochs"] * -(-SIZES[client] // BATCH)
+
+
+def coefficients(count, momentum, shrink):
+    """How often each gradient counts: a_i, by the response of the loop to every gradient alone."""
+    parts = []
+    for at in range(count):
+        moved = buffer = 0.0
+        for step in range(count):
+            buffer = momentum * buffer + (step == at) - shrink * moved
+            moved += buffer
+        parts.append(moved)
+    return parts
+
+
+def zeros(w):
+    return {name: torch.zeros_like(t) for name, t in w.items()}
+
+
+def mean(rows, uniform=False):
+    """Weighted mean over clients, of dictionaries."""
+    share = {i: 1.0 if uniform else float(SIZES[i]) for i in rows}
+    return {
+        name: sum(share[i] / sum(share.values()) * rows[i][name] for i in rows)
+        for name in next(iter(rows.values()))
+    }
+
+
+def over_all(rows, uniform=False):
+    """Mean over all clients, zero for those that are not there."""
+    return {name: len(rows) / len(SIZES) * t for name, t in mean(rows, uniform).items()}
+
+
+def scaffold(problem, momentum, server_lr=1.0, uniform=False):
+    w, held = dict(problem.start), {}
+    c = zeros(w)
+    for number in range(1, ROUNDS + 1):
+        y, old = {}, dict(held)
+        for i in heard(number):
+            own = old.get(i, zeros(w))
+            slope = {name: c[name] - own[name] for name in w}
+            y[i] = sgd(problem, w, i, number, **LOCAL | {"momentum": momentum}, slope=slope)
+            length = LOCAL["lr"] * sum(coefficients(steps(i), momentum, 0.0))
+            held[i] = {name: own[name] - c[name] + (w[name] - y[i][name]) / length for name in w}
+        reached, c = mean(y, uniform), over_all(held, uniform)
+        w = {name: w[name] + server_lr * (reached[name] - w[name]) for name in w}
+    return w, held
+
+
+def feddyn(problem, alpha):
+    # the paper's own recursion of h, in its weights 1/N
+    w, held = dict(problem.start), {}
+    h = zeros(w)
+    for number in range(1, ROUNDS + 1):
+        answers = {}
+        for i in heard(number):
+            own = held.get(i, zeros(w))
+            slope = {name: -own[name] for name in w}
+            answers[i] = sgd(problem, w, i, number, **LOCAL, mu=alpha, slope=slope)
+            held[i] = {name: own[name] - alpha * (answers[i][name] - w[name]) for name in w}
+        for name in w:
+            h[name] = h[name] - alpha / len(SIZES) * sum(a[name] - w[name] for a in answers.values())
+        w = {name: t - h[name] / alpha for name, t in mean(answers, uniform=True).items()}
+    return w, held
+
+
+def fedadmm(problem, rho, eta):
+    w, held = dict(problem.start), {}
+    last = {i: (dict(w), zeros(w)) for i in range(len(SIZES))}
+    for number in range(1, ROUNDS + 1):
+        moved = {}
+        for i in heard(number):
+            before, y = last[i]
+            own = sgd(problem, w, i, number, **LOCAL, mu=rho, slope=y)
+            held[i] = {name: y[name] + rho * (own[name] - w[name]) for name in w}
+            moved[i] = {name: own[name] + held[i][name] / rho - before[name] - y[name] / rho for name in w}
+            last[i] = own, held[i]
+        step = len(moved) / len(SIZES) if eta is None else eta
+        average = mean(moved, uniform=True)
+        w = {name: w[name] + step * average[name] for name in w}
+    return w, held
+
+
+def fednova(problem, momentum, mu):
+    w = dict(problem.start)
+    for number in range(1, ROUNDS + 1):
+        answers, a = {}, {}
+        for i in heard(number):
+            answers[i] = sgd(problem, w, i, number, **LOCAL | {"momentum": momentum}, mu=mu)
+            a[i] = sum(coefficients(steps(i), momentum, LOCAL["lr"] * mu))
+        d = {i: {name: (w[name] - t[name]) / (LOCAL["lr"] * a[i]) for name in w} for i, t in answers.items()}
+        examples = sum(SIZES[i] for i in a)
+        effective = sum(SIZES[i] / examples * a[i] for i in a)
+        average = mean(d)
+        w = {name: w[name] - LOCAL["lr"] * effective * average[name] for name in w}
+    return w, {}
+
+
+def remembering(problem, all_of_them):
+    """MIFA with server_lr 0.5, or FedVARP."""
+    w, last = dict(problem.start), {}
+    for number in range(1, ROUNDS + 1):
+        before = over_all(last, True) if last else zeros(w)
+        news = {}
+        for i in heard(number):
+            own = sgd(problem, w, i, number, **LOCAL)
+            moved = {name: own[name] - w[name] for name in w}
+            news[i] = {name: moved[name] - last.get(i, zeros(w))[name] for name in w}
+            last[i] = moved
+        if all_of_them:
+            step = {name: 0.5 * t for name, t in over_all(last, True).items()}
+        else:
+            step = {name: t + before[name] for name, t in mean(news, True).items()}
+        w = {name: w[name] + step[name] for name in w}
+    return w, last
+
+
+def fedcm(problem, mix):
+    w, lr = dict(problem.start), LOCAL["lr"]
+    v = zeros(w)
+    for number in range(1, ROUNDS + 1):
+        answers, pace = {}, {}
+        for i in heard(number):
+            y = dict(w)
+            for rows in problem.batches(i, number, LOCAL["epochs"]):
+                g = problem.gradient(y, rows)
+                for name in w:
+                    own = g[name] + LOCAL["weight_decay"] * y[name]
+                    y[name] = y[name] - lr * (mix * own + (1 - mix) * v[name])
+            answers[i] = y
+            pace[i] = {name: (w[name] - y[name]) / (lr * steps(i)) for name in w}
+        w, v = mean(answers), mean(pace)
+    return w, {}
+
+
+UNIFORM = "strategy.alpha=uniform"
+VARIANTS = {
+    "scaffold": (["strategy=scaffold", "strategy.momentum=0.9"], scaffold, (0.9,)),
+    "scaffold of the paper": (
+        ["strategy=scaffold", "strategy.momentum=0.0", UNIFORM, "strategy.server_lr=0.8"],
+        *(scaffold, (0.0, 0.8, True)),
+    ),
+    "feddyn": (["strategy=feddyn", "strategy.penalty=0.3", "strategy.momentum=0.9", UNIFORM], feddyn, (0.3,)),
+    "fedadmm": (
+        ["strategy=fedadmm", "strategy.rho=0.3", "strategy.eta=0.7", "strategy.momentum=0.9", UNIFORM],
+        *(fedadmm, (0.3, 0.7)),
+    ),
+    "fedadmm that tracks": (
+        ["strategy=fedadmm", "strategy.rho=0.3", "strategy.eta=null", "strategy.momentum=0.9", UNIFORM],
+        *(fedadmm, (0.3, None)),
+    ),
+    "fednova": (["strategy=fednova", "strategy.momentum=0.9"], fednova, (0.9, 0.0)),
+    "fednova proximal": (
+        ["strategy=fednova", "strategy.momentum=0.5", "strategy.mu=2.0"],
+        *(fednova, (0.5, 2.0)),
+    ),
+    "fedvarp": (["strategy=fedvarp", UNIFORM], remembering, (False,)),
+    "mifa": (["strategy=mifa", UNIFORM], remembering, (True,)),
+    "fedcm": (["strategy=fedcm", "strategy.mix=0.2"], fedcm, (0.2,)),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_rival_follows_the_plain_loop(problem, variant, monkeypatch):
+    send_and_receive, exchanges = LocalGrid.send_and_receive, []
+
+    def lose_one(grid, messages, **kwargs):
+        replies = sorted(send_and_receive(grid, messages, **kwargs), key=lambda r: r.metadata.src_node_id)
+        exchanges.append(len(replies))
+        return replies[1:] if len(exchanges) == LOST else replies
+
+    monkeypatch.setattr(LocalGrid, "send_and_receive", lose_one)
+    said, loop, numbers = VARIANTS[variant]
+    federation, metrics = problem.run(ROUNDS, *said, *SAID)
+    expected, held = loop(problem, *numbers)
+    assert_moved_alike(federation, expected, problem.start)
+    for client, row in held.items():
+        flat = torch.cat([t.flatten() for t in row.values()])
+        kept = next(iter(federation.strategy.tables.values()))[client]
+        assert (kept.double() - flat).norm() <= 3e-4 * flat.norm()
+    # control variates double what is sent either way, and FedCM's velocity what is sent down
+    size = 4 * sum(t.numel() for t in problem.start.values()) + 128
+    down, up = (2, 2) if "scaffold" in variant else (2, 1) if variant == "fedcm" else (1, 1)
+    assert exchanges == [2] * ROUNDS
+    assert metrics[-1]["bytes_down"] == 2 * ROUNDS * down * size
+    assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * up * size
+    seen = sum(LOCAL["epochs"] * SIZES[i] for number in range(1, ROUNDS + 1) for i in heard(number))
+    assert metrics[-1]["passes"] == pytest.approx(seen / sum(SIZES))
