@@ -27,7 +27,7 @@ FEDERATIONS = {
         *("partition=dirichlet", "partition.alpha=0.1", "clients=100", "participation=0.1")
     ],
 }
-LR = {"identity": 1.0, "mfac": 0.01, "polar_grad": 0.002, "sgd_sai": 0.005}
+LR = {"identity": 1.0}
 """Learning rates of those whose steps are not of the size of lr."""
 ROUNDS = (10, 25, 50, 100)
 

@@ -25,6 +25,7 @@ from strategies.pisa.wire import (
     measures,
     probed_fields,
     statistic_of,
+    suited,
 )
 from strategies.preconditioners import Preconditioner
 from strategies.preconditioners.base import PROBED
@@ -71,7 +72,8 @@ class PisaClient(ClientHalf):
     ) -> None:
         checks.whole("local_steps", local_steps, 1)
         checks.whole("align_every", align_every, 0)
-        self.layout, self.preconditioner, self.penalty = layout, preconditioner(layout), penalty
+        self.layout, self.preconditioner = layout, preconditioner(layout)
+        self.penalty = suited(penalty, self.preconditioner)
         self.align_every, self.local_steps, self.gradient, self.lag = align_every, local_steps, gradient, lag
         self.friction = friction
         self.by_gradient = by_gradient(wire, align_every, local_steps, self.preconditioner)

@@ -40,6 +40,7 @@ from strategies.pisa.wire import (
     check_alignment,
     measures,
     statistic_of,
+    suited,
 )
 from strategies.preconditioners import Preconditioner
 
@@ -96,7 +97,8 @@ class Pisa(ServerHalf):
             checks.positive("bound", bound)
         if forget_after is not None:
             checks.whole("forget_after", forget_after, 1)
-        self.layout, self.preconditioner, self.penalty = layout, preconditioner(layout), penalty
+        self.layout, self.preconditioner = layout, preconditioner(layout)
+        self.penalty = suited(penalty, self.preconditioner)
         self.lambda_, self.align_every, self.lag, self.bound = lambda_, align_every, lag, bound
         self.by_gradient = by_gradient(wire, align_every, local_steps, self.preconditioner)
         check_alignment(align_every, penalty, self.preconditioner)

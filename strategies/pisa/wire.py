@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
@@ -26,6 +27,11 @@ def measures(preconditioner: Preconditioner, round_number: int, align_every: int
     return (
         align_every > 0 and (round_number - 1) % align_every == 0 and bool(preconditioner.statistic_fields())
     )
+
+
+def suited(penalty: Penalty, preconditioner: Preconditioner) -> Penalty:
+    """The penalty, its lr in the preconditioner's own units."""
+    return replace(penalty, lr=penalty.lr * preconditioner.rate)
 
 
 def probed_fields(preconditioner: Preconditioner) -> dict[str, Field]:

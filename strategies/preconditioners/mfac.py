@@ -47,6 +47,10 @@ class Mfac(Preconditioner):
         ValueError: A number is outside its range.
     """
 
+    rate = (
+        0.1  # of runs where half of the clients answered, none of 9 failed with that, and four of 15 with 0.5
+    )
+
     def __init__(self, layout: Layout, gradients: int, damping: float) -> None:
         checks.whole("gradients", gradients, 1)
         checks.positive("damping", damping)

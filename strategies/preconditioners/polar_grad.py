@@ -8,8 +8,7 @@ in*kh*kw), h the federation's gradient and M its momentum,
     D = <M, U> U
 
 <M, U> is the sum of M's singular values: P(c h) = c P(h), so that steps shrink with the gradient and end by
-themselves. D is longer than M, by the root of the rank up to the rank: `strategy.lr` is to be smaller than for
-others.
+themselves. D is longer than M, by the root of the rank up to the rank, for which `rate` makes up.
 
 How P acts on clients whose data differ, and what its fixed points are, is in `strategies.preconditioners.direction`.
 """
@@ -39,6 +38,8 @@ class PolarGrad(MomentumDirection):
     Raises:
         ValueError: A value is outside its range.
     """
+
+    rate = 0.1
 
     def __init__(
         self, layout: Layout, mu: float, method: Method, steps: int, beta: float, eps: float

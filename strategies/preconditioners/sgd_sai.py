@@ -6,8 +6,9 @@ SGD-SaI (Xu et al. 2024, arXiv 2412.11768, Algorithm 1). From the first gradient
     Q = diag(1 / s)
 
 and never again: the state is one number a tensor. s, the "gradient's signal-to-noise ratio", is about the root of the
-tensor's size. It says nothing of the gradient's size, so that steps shrink with the gradient, as SGD's do: `lr` is to
-be larger than for others. A tensor of one element has no deviation; it has s = 1, the root of its size.
+tensor's size. It says nothing of the gradient's size, so that steps shrink with the gradient, as SGD's do: they are of
+another size than others', and `rate` makes up for that. A tensor of one element has no deviation; it has s = 1, the
+root of its size.
 
 Aligned, s is of the average of all clients' first gradients, the same for all. A tensor whose first gradient was zero
 is measured at its first that is not, and until then has the root of its size.
@@ -35,6 +36,8 @@ class SgdSai(Diagonal):
     Raises:
         ValueError: A number is outside its range.
     """
+
+    rate = 0.25
 
     def __init__(self, layout: Layout, eps: float) -> None:
         checks.not_negative("eps", eps)

@@ -75,6 +75,11 @@ def test_the_gradient_is_sent_where_that_is_possible(options, chosen):
         pisa_bench("second moment", wire="gradient", **options)
 
 
+def test_both_halves_take_steps_that_suit_the_preconditioner():
+    bench = pisa_bench("mfac", lr=0.5, **AUTOMATIC)
+    assert bench.strategy.penalty.lr == bench.half.penalty.lr == 0.05
+
+
 def test_without_a_q_of_its_own_no_alignment_is_needed():
     assert pisa_bench("identity", 0, wire="auto").half.by_gradient
 
