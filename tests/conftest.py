@@ -1,6 +1,7 @@
 """How several processes (`pytest --numprocesses 3`) share the tests: file by file, those that take long first.
 
 So whatever a file starts for its tests (hosts, Ray, runs) is started once, and nobody waits for a long file at the end.
+Those of Ray begin when Flower's simulation, which starts Ray as well, is nearly done.
 """
 
 import pytest
@@ -8,9 +9,9 @@ import pytest
 LONG = (
     "test_federation.py",
     "test_flower_engine.py",
-    "test_ray_engine.py",
     "test_resume.py",
     "test_chaos.py",
+    "test_ray_engine.py",
 )
 
 
