@@ -24,7 +24,7 @@ compare: install  ## PISA, SISA, FedAvg and FedProx on two federations: pictures
 	$(BIN)/python -m experiments.compare $(ARGS)
 
 test: install lint  ## everything CI checks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 lint: install  ## style and types
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""How several processes (`pytest --numprocesses 3`) share the tests: file by file, those that take long first.
+"""How several processes (`pytest --numprocesses 2`) share the tests: file by file, those that take long first.
 
 So whatever a file starts for its tests (hosts, Ray, runs) is started once, and nobody waits for a long file at the end.
 Those of Ray begin when Flower's simulation, which starts Ray as well, is nearly done.
