@@ -31,6 +31,11 @@ MAKE = {
 ZERO = torch.tensor(0.0, dtype=torch.float64)
 
 
+def lr_of(name):
+    """With which all take steps of the same length."""
+    return 0.1 / MAKE[name].func.rate
+
+
 @pytest.fixture
 def gradients():
     torch.manual_seed(0)
@@ -139,7 +144,7 @@ def test_the_path_is_the_same_whatever_the_skew(name):
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("name", MAKE)
 def test_both_wires_take_the_same_path_and_only_the_memory_stays(name, lag):
-    options = {"lag": lag, "stack": 1, "consensus": "fresh", "sigma": None, "rho": None}
+    options = {"lag": lag, "stack": 1, "consensus": "fresh", "sigma": None, "rho": None, "lr": lr_of(name)}
     benches = [pisa_bench(MAKE[name], wire=wire, **options) for wire in ("primal", "gradient")]
     with solving(Quadratics.draw(seed=3)):
         for number in range(6):
@@ -174,7 +179,7 @@ def test_a_checkpoint_goes_on_with_the_same_bits(name):
 @pytest.mark.parametrize("name", [name for name in MAKE if name != "swan"])
 def test_the_optimum_of_different_clients_is_found_as_steps_become_shorter(name):
     problem = Quadratics.draw()
-    bench = pisa_bench(MAKE[name], sigma=None, rho=None, lag=0, gamma=0.8, grow_every=4)
+    bench = pisa_bench(MAKE[name], sigma=None, rho=None, lag=0, gamma=0.8, grow_every=4, lr=lr_of(name))
     with solving(problem):
         for _ in range(100):
             bench.round()
