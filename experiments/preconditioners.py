@@ -30,13 +30,14 @@ FEDERATIONS = {
 LR = {"identity": 1.0}
 """Learning rates of those whose steps are not of the size of lr."""
 ROUNDS = (10, 25, 50, 100)
+NAMES = sorted(path.stem for path in (CONF / "strategy" / "preconditioner").glob("*.yaml"))
+"""All preconditioners."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run all and print a row for each as it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    names = sorted(path.stem for path in (CONF / "strategy" / "preconditioner").glob("*.yaml"))
-    parser.add_argument("--only", nargs="+", default=names, choices=names)
+    parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES)
     chosen, overrides = parser.parse_known_args(arguments)
     heads = ["preconditioner", "federation", *(f"round {number}" for number in ROUNDS)]
     heads += ["seconds a round", "state, MB", "MB a client and round"]

@@ -211,10 +211,12 @@ def _run(
             line = measured | {"run_id": run.id}
             metrics.append(line)
             watching.round(line)
+            if federation.round == config.rounds:
+                break
             if hopeless := _hopeless(run):
                 log.warning("ended after round %d of %d: %s", federation.round, config.rounds, hopeless)
                 break
-            if federation.round < config.rounds and asked():
+            if asked():
                 raise Interrupted(
                     f"stopped after round {federation.round} of {config.rounds}{_go_on(path, config)}"
                 )
@@ -232,19 +234,16 @@ def _run(
 
 def _hopeless(run: Run) -> str | None:
     """Why a run that trains is not worth going on with, by what its configuration says of that; None if it is."""
-    quality = run.measures.quality
-    tested = [line for line in run.metrics if quality.key in line and line["round"] > 0]
-    if not tested or tested[-1] is not run.metrics[-1]:
+    quality, last = run.measures.quality, run.metrics[-1]
+    if quality.key not in last or last["round"] == 0:
         return None
-    values = [tested[-1][metric.key] for metric in run.measures.all]
+    values = [last[metric.key] for metric in run.measures.all]
     if run.config.get("stop_at_nan") and not all(map(math.isfinite, values)):
         return "its test metrics are not finite (stop_at_nan)"
-    count = run.config.get("stop_at_chance")
-    if (
-        count
-        and len(tested) >= count
-        and all(quality.at_chance(line[quality.key], run.federation.chance) for line in tested[-count:])
-    ):
+    if not (count := run.config.get("stop_at_chance")):
+        return None
+    tested = [line[quality.key] for line in run.metrics if quality.key in line and line["round"] > 0][-count:]
+    if len(tested) == count and all(quality.at_chance(value, run.federation.chance) for value in tested):
         guess = quality.shown(run.federation.chance)
         return f"{quality.name} was no better than a guess, {guess}, {count} times in a row (stop_at_chance)"
     return None

@@ -14,7 +14,7 @@ from experiments.benchmarks.memory import Peak
 from experiments.benchmarks.outcome import Figure, Outcome, ratio
 from experiments.benchmarks.profile import shares
 from experiments.benchmarks.task import LR, Task
-from pisa_fl.config import CONF
+from experiments.preconditioners import NAMES
 from pisa_fl.engines.base import cores
 
 FEDAVG = (
@@ -97,8 +97,7 @@ def pisa(bench: Bench, tasks: Sequence[Task] = (SILO, Task(100, 100, 64), MANY))
 
 def preconditioners(bench: Bench, task: Task = SILO) -> Iterator[Outcome]:
     """What a round of PISA with each preconditioner costs beside a SISA round."""
-    names = sorted(path.stem for path in (CONF / "strategy" / "preconditioner").glob("*.yaml"))
-    for name in names:
+    for name in NAMES:
         sides = [
             ours(task, *PISA, f"strategy/preconditioner={name}", name=name),
             ours(task, *SISA, name="SISA"),

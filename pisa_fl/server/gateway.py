@@ -184,6 +184,7 @@ class Gateway(Grid):
         """Start the round once more; of what it gave, only the bytes that passed and the failures are kept."""
         self.buffers = self._before[0]
         self.traffic.differentiated = self._before[1].differentiated
+        self.traffic.usual_length = self._before[1].usual_length
         self._clear()
 
     def commit(self) -> None:

@@ -64,15 +64,15 @@ class Layer:
         """How many there are, from the gradients of what comes out of it."""
         return prod(gradients.shape[2:] if self.kind == "convolution" else gradients.shape[1:-1])
 
-    def _patches(self, images: Tensor) -> Tensor:
-        """The patches of images (B, channels, ...), (B, positions in each dimension, ..., n)."""
-        images = F.pad(images, self.padding, self.padding_mode)
+    def _patches(self, inputs: Tensor) -> Tensor:
+        """The patches of inputs (B, channels, ...), (B, positions in each dimension, ..., n)."""
+        patches = F.pad(inputs, self.padding, self.padding_mode)
         sizes = zip(self.kernel, self.stride, self.dilation, strict=True)
         for place, (size, stride, dilation) in enumerate(sizes, start=2):
-            images = images.unfold(place, dilation * (size - 1) + 1, stride)[..., ::dilation]
+            patches = patches.unfold(place, dilation * (size - 1) + 1, stride)[..., ::dilation]
         count = len(self.kernel)
         # (B, channels, positions..., patch...) -> (B, positions..., channels, patch...)
-        return images.movedim(1, 1 + count).flatten(1 + count)
+        return patches.movedim(1, 1 + count).flatten(1 + count)
 
 
 def layers_of(model: nn.Module, trained: Collection[str]) -> dict[str, Layer]:

@@ -31,7 +31,7 @@ class AdaBelief(Diagonal):
         layout: Layout of the model's parameters.
         beta1: Decay of the gradient's moving average; the paper: 0.9.
         beta2: Decay of the deviation's; the paper: 0.999.
-        eps: Added to the deviation's square and to the root; the paper: 1e-16 for images.
+        eps: Added to the deviation's square and to the root; the paper: 1e-16.
 
     Raises:
         ValueError: A number is outside its range.

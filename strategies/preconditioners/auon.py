@@ -8,7 +8,7 @@ gradient and M its momentum,
     D = q sqrt(m n) X / rms(cosh X)
 
 cosh x is 1 + x^2/2 for elements that are small, as those of a large matrix of norm one are: rms(cosh X) is between 1
-and 1 + 1/(m n), and D is normalised momentum to that accuracy. The paper's factor sqrt(max(1, m/n)) is lost in sigma
+and 1 + 1/(m n), and D is normalised momentum to that precision. The paper's factor sqrt(max(1, m/n)) is lost in sigma
 = q/lr. The code that its author published differs from the paper: there the momentum is not normalised, only divided
 by rms(cosh(1.5 X)), which leaves SGD; this is the paper's. `hybrid` takes one step of Newton and Schulz's before.
 

@@ -463,3 +463,12 @@ def test_updates_that_are_not_refused(values, options):
 def test_an_impossible_max_update(value):
     with pytest.raises(ValueError, match=r"^max_update must be a number above 1, or null, got"):
         Gateway(Scripted({}), Half(), torch.empty(0), 0, 1.0, max_update=value)
+
+
+def test_a_round_that_is_begun_again_leaves_no_measure_of_updates():
+    gateway = Gateway(Scripted({}), Half(), torch.empty(0), 0, 1.0)
+    gateway.traffic.usual_length = 1.0
+    gateway.begin(1)
+    gateway.traffic.usual_length = 5.0
+    gateway.begin_again()
+    assert gateway.traffic.usual_length == 1.0
