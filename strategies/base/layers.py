@@ -16,16 +16,19 @@ from torch import Tensor, nn
 class Layer:
     """A layer that multiplies a row of inputs by a matrix (m x n), once or at each of several positions.
 
+    A convolution in groups is as many convolutions side by side, each with a matrix of its own and inputs of its own.
+
     Attributes:
         kind: What it is.
         weight: Name of its matrix among the model's tensors; an embedding has it transposed, (n, m).
         bias: Name of its bias, or None.
-        shape: m and n, without the bias.
+        shape: m and n of a group, without the bias.
         kernel: Size of a convolution's patch, in each dimension; so for the rest.
         stride: Steps between patches.
         dilation: Steps between a patch's elements.
         padding: What is added around the input, as `torch.nn.functional.pad` takes it.
         padding_mode: By what.
+        groups: How many groups a convolution has; one: there are none, and no axis of them.
     """
 
     kind: Literal["linear", "convolution", "embedding"]
@@ -37,6 +40,7 @@ class Layer:
     dilation: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
     padding_mode: str = "constant"
+    groups: int = 1
 
     @property
     def tensors(self) -> list[str]:
@@ -45,20 +49,28 @@ class Layer:
 
     @property
     def extended(self) -> tuple[int, int]:
-        """Shape of [W b]."""
+        """Shape of [W b] of a group."""
         return self.shape[0], self.shape[1] + (self.bias is not None)
 
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axis of the groups, if there are any: W is (*axes, m, n)."""
+        return (self.groups,) if self.groups > 1 else ()
+
     def inputs(self, inputs: Tensor) -> Tensor:
-        """Rows that the matrix is multiplied by, (B, positions, n); of an embedding their numbers, (B, positions)."""
+        """Rows that the matrix is multiplied by, (*axes, B, positions, n); of an embedding numbers, (B, positions)."""
         if self.kind == "embedding":
             return inputs.flatten(1)
-        rows = self._patches(inputs.float()) if self.kind == "convolution" else inputs.float()
-        return rows.unsqueeze(1) if rows.dim() == 2 else rows.flatten(1, -2)
+        return self._rows(self._patches(inputs.float()) if self.kind == "convolution" else inputs.float())
 
     def gradients(self, gradients: Tensor) -> Tensor:
-        """Gradients of what comes out of it, (B, positions, m)."""
-        rows = gradients.movedim(1, -1) if self.kind == "convolution" else gradients
-        return rows.unsqueeze(1) if rows.dim() == 2 else rows.flatten(1, -2)
+        """Gradients of what comes out of it, (*axes, B, positions, m)."""
+        return self._rows(gradients.movedim(1, -1) if self.kind == "convolution" else gradients)
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        """From (B, ..., n) of all groups, one after the other, to (*axes, B, positions, n)."""
+        rows = rows.unsqueeze(1) if rows.dim() == 2 else rows.flatten(1, -2)
+        return rows.unflatten(-1, (self.groups, -1)).movedim(-2, 0) if self.axes else rows
 
     def positions(self, gradients: Tensor) -> int:
         """How many there are, from the gradients of what comes out of it."""
@@ -78,8 +90,7 @@ class Layer:
 def layers_of(model: nn.Module, trained: Collection[str]) -> dict[str, Layer]:
     """Name -> layer, of a model's linear layers, convolutions and embeddings whose matrix is trained and theirs alone.
 
-    Classes derived from PyTorch's may do something else, and are none; nor are convolutions in groups, whose matrix
-    has a block for each group.
+    Classes derived from PyTorch's may do something else, and are none.
     """
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     layers: dict[str, Layer] = {}
@@ -91,7 +102,7 @@ def layers_of(model: nn.Module, trained: Collection[str]) -> dict[str, Layer]:
         own_bias = bias if bias in trained and owners[id(module.bias)] == 1 else None
         if type(module) is nn.Linear:
             layers[name] = Layer("linear", weight, own_bias, (module.out_features, module.in_features))
-        elif type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.groups == 1:
+        elif type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
             layers[name] = _convolution(module, weight, own_bias)
         elif type(module) is nn.Embedding and module.padding_idx is None and not module.scale_grad_by_freq:
             shape = module.embedding_dim, module.num_embeddings
@@ -107,6 +118,7 @@ def _convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, weight: str, bias: s
         around = [(p, p) for p in module.padding]
     padding = tuple(size for pair in reversed(around) for size in pair)  # the last dimension first
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    shape = module.out_channels, module.in_channels * prod(module.kernel_size)
+    groups = module.groups
+    shape = module.out_channels // groups, module.in_channels // groups * prod(module.kernel_size)
     geometry = tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation)
-    return Layer("convolution", weight, bias, shape, *geometry, padding, mode)
+    return Layer("convolution", weight, bias, shape, *geometry, padding, mode, groups)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from strategies.base import checks
 from strategies.base.layout import Layout
+from strategies.base.schedule import Schedule, share_left
 
 SURPRISE = 200.0
 """How many times q the root mean square of a tensor's residual may be. Under skew it honestly is a hundred and more,
@@ -74,7 +75,7 @@ class Penalty:
     grow_every: int
     participation: float = 1.0
     consensus: Literal["all", "fresh"] = "all"
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     warmup: int = 0
     horizon: int = 100
     final: float = 0.05
@@ -113,9 +114,7 @@ class Penalty:
 
     def lr_at(self, round_number: int) -> float:
         """Step length of a round (counted from 1)."""
-        done = 1.0 if self.horizon <= 1 else min(1.0, (round_number - 1) / (self.horizon - 1))
-        left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-        share = self.final + (1 - self.final) * left[self.schedule] if self.schedule != "constant" else 1.0
+        share = share_left(self.schedule, round_number, self.horizon, self.final)
         return self.lr * share * min(1.0, round_number / max(1, self.warmup))
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -13,29 +14,35 @@ from strategies.base.threads import in_threads
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a matrix.
+    """One side of a matrix, or of each matrix of several that are alike.
 
     Attributes:
         size: Its length.
         spectrum: Where its eigenvalues lie among those of all sides.
         span: Where its basis and its Gram matrix lie among those of all sides; None if it keeps the basis it has.
+        axes: The axis of several matrices, (groups,), or none.
     """
 
     size: int
     spectrum: slice
     span: slice | None
+    axes: tuple[int, ...] = ()
 
     def of(self, flat: Tensor) -> Tensor:
-        """Its matrices in vectors of all sides that have a basis of their own, (C, k) -> (C, size, size), as a view."""
+        """Its matrices in vectors of all sides with a basis of their own, (C, k) -> (C, *axes, size, size), a view."""
         assert self.span is not None
-        return flat[:, self.span].unflatten(-1, (self.size, self.size))
+        return flat[:, self.span].unflatten(-1, (*self.axes, self.size, self.size))
+
+    def values(self, flat: Tensor) -> Tensor:
+        """Its eigenvalues in vectors of those of all sides, (C, k) -> (C, *axes, size), a view."""
+        return flat[:, self.spectrum].unflatten(-1, (*self.axes, self.size))
 
 
 class Eigenbases:
     """The sides of some matrices, and where they lie in vectors of all of them.
 
     Args:
-        shapes: Name of each matrix -> its rows and columns.
+        shapes: Name of each matrix -> its rows and columns, behind an axis of groups if it is several matrices.
         max_side: Sides longer than that keep the basis that they have, and so do those of length one.
         keeping: Names of matrices whose right side keeps it, however long.
 
@@ -47,22 +54,23 @@ class Eigenbases:
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, int]], max_side: int, keeping: Collection[str] = ()
+        self, shapes: Mapping[str, tuple[int, ...]], max_side: int, keeping: Collection[str] = ()
     ) -> None:
         self.sides: dict[str, tuple[Side, Side]] = {}
         self.bases = self.spectra = 0
-        for name, (rows, columns) in shapes.items():
-            left = self._side(rows, max_side)
-            self.sides[name] = left, self._side(columns, 0 if name in keeping else max_side)
+        for name, (*axes, rows, columns) in shapes.items():
+            left = self._side(tuple(axes), rows, max_side)
+            self.sides[name] = left, self._side(tuple(axes), columns, 0 if name in keeping else max_side)
         self.turned = torch.zeros(self.spectra, dtype=torch.bool)
         for side in self.own_sides():
             self.turned[side.spectrum] = True
 
-    def _side(self, size: int, max_side: int) -> Side:
-        own = size**2 if 1 < size <= max_side else 0
+    def _side(self, axes: tuple[int, ...], size: int, max_side: int) -> Side:
+        count = prod(axes)
+        own = count * size**2 if 1 < size <= max_side else 0
         span = slice(self.bases, self.bases + own) if own else None
-        side = Side(size, slice(self.spectra, self.spectra + size), span)
-        self.bases, self.spectra = self.bases + own, self.spectra + size
+        side = Side(size, slice(self.spectra, self.spectra + count * size), span, axes)
+        self.bases, self.spectra = self.bases + own, self.spectra + count * size
         return side
 
     def own_sides(self) -> Iterator[Side]:
@@ -77,7 +85,7 @@ class Eigenbases:
         def decompose(side: Side) -> None:
             values, vectors = torch.linalg.eigh(side.of(grams))
             side.of(bases).copy_(vectors)
-            spectra[:, side.spectrum] = values.clamp(min=0)
+            side.values(spectra).copy_(values.clamp(min=0))
 
         # the largest first, so that no thread is left with it at the end
         list(in_threads(decompose, sorted(self.own_sides(), key=lambda side: -side.size)))
@@ -85,7 +93,7 @@ class Eigenbases:
 
 
 def turned(matrix: Tensor, left: Side, right: Side, bases: Tensor, back: bool = False) -> Tensor:
-    """U^T G Z of matrices (C, m, n), or U G Z^T; a side that keeps its basis is left as it is."""
+    """U^T G Z of matrices (C, *axes, m, n), or U G Z^T; a side that keeps its basis is left as it is."""
     if left.span is not None:
         basis = left.of(bases)
         matrix = (basis if back else basis.mT) @ matrix

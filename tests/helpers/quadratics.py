@@ -199,7 +199,7 @@ PRECONDITIONERS = {
     "kronecker": partial(Kronecker, beta=0.9, eps=1e-8, max_side=8, refresh=1, factored=0.5),
     "kfac": partial(
         *(Kfac,),
-        **{"beta": 0.9, "damping": 0.1, "kl_clip": 1.0, "gain": 1.0, "fisher": "empirical"},
+        **{"beta": 0.9, "damping": 0.1, "kl_clip": 1.0, "gain": 1.0, "fisher": "empirical", "form": "eigen"},
         **{"max_side": 8, "refresh": 1, "eps": 1e-8},
     ),
     "mfac": partial(Mfac, gradients=4, damping=0.1),

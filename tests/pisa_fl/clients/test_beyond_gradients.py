@@ -46,8 +46,11 @@ def kind(name):
     """Model, task, a batch of every client, and layers of a model by name."""
     torch.manual_seed(1)
     many, most = len(COUNTS), max(COUNTS)
-    if name == "convolutional":
+    if name in ("convolutional", "groups"):
         model, task, layers = convolutional(), Classification(), ["0", "3"]
+        if name == "groups":
+            model[0] = nn.Conv2d(2, 4, 3, groups=2)
+            model[3] = nn.Linear(4 * 16, 5)
         data = {"inputs": torch.randn(many, most, 2, 6, 6), "targets": torch.randint(5, (many, most))}
     elif name == "twice":
         model, task, layers = Twice(), Classification(), ["first", "same", "last"]
@@ -180,9 +183,16 @@ def test_a_probe_sees_what_hooks_on_a_plain_model_see(name, drawn):
         assert all(torch.equal(sums[layer], kept[layer]) for layer in layers)
 
 
-def test_a_probe_adds_up_the_parts_of_a_full_gradient():
+def kfacs(model, fisher):
+    return Kfac(Layout.of_parameters(model), 0.9, 0.1, None, 1.0, fisher, "eigen", 50, 1, 1e-8).probe
+
+
+@pytest.mark.parametrize("kind_of_probe", ["own", "kfac"])
+def test_a_probe_adds_up_the_parts_of_a_full_gradient(kind_of_probe):
     model, task, _, layers = kind("convolutional")
     probe, weights = Factors(model, layers), points(model, 1)[0]
+    if kind_of_probe == "kfac":
+        probe = kfacs(model, "sampled")
     made = []
     for chunk, clients in ((100, range(3)), (3, range(3)), (2, [1])):
         some = stack(model, task, clients)
@@ -202,15 +212,15 @@ def contrast(layer, forward: Forward, given):
     return cross_entropy(2 * torch.stack(likeness, dim=1), given["first"], reduction="none")
 
 
-@pytest.mark.parametrize("name", ["convolutional", "twice", "gpt"])
+@pytest.mark.parametrize("name", ["convolutional", "groups", "twice", "gpt"])
 def test_factors_of_kfac_of_many_clients_are_those_of_each(name, monkeypatch):
     model, task, batch, _ = kind(name)
     weights = points(model, len(COUNTS))
-    probe = Kfac(Layout.of_parameters(model), 0.9, 0.1, None, 1.0, "empirical", 50, 1, 1e-8).probe
+    probe = kfacs(model, "empirical")
     together = stack(model, task, range(len(COUNTS)))
     with together.probed(probe) as of_all:
         together.gradient(weights, batch)
-    monkeypatch.setattr("strategies.preconditioners.kfac.AT_ONCE", 1)  # one example after another
+    monkeypatch.setattr("strategies.preconditioners.kfac_factors.AT_ONCE", 1)  # one example after another
     for client in range(len(COUNTS)):
         alone = stack(model, task, [client])
         with alone.probed(probe) as sums:

@@ -29,7 +29,7 @@ def federate(wire="auto", align_every=1, lag=0, workers=0, stack=1, participatio
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.LayerNorm(18), nn.Linear(18, 3))
     q = partial(
         *(Kfac,),
-        **{"beta": 0.9, "damping": 0.01, "kl_clip": 1.0, "gain": 10.0, "fisher": "sampled"},
+        **{"beta": 0.9, "damping": 0.01, "kl_clip": 1.0, "gain": 10.0, "fisher": "sampled", "form": "eigen"},
         **{"max_side": 100, "refresh": 2, "eps": 1e-8},
     )
     penalty = Penalty(0.05, 0.5, None, None, 1.0, 10, consensus="fresh")

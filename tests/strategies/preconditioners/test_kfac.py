@@ -42,6 +42,13 @@ MODELS = {
         nn.Flatten(),
         nn.Linear(72, 3),
     ),
+    "groups": lambda: nn.Sequential(
+        nn.Conv2d(2, 4, (3, 2), groups=2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 3, groups=4, bias=False),
+        nn.Flatten(),
+        nn.Linear(4 * 4 * 5, 3),
+    ),
 }
 
 
@@ -53,6 +60,7 @@ def kfac(layout, **options):
         "gain": 1.0,
         "eps": 1e-8,
         "fisher": "empirical",
+        "form": "eigen",
         "max_side": 100,
         "refresh": 1,
     }
@@ -155,29 +163,31 @@ def test_factors_are_moments_of_the_rows_that_a_layer_multiplies(name):
         outgoing = torch.autograd.grad(losses.sum(), output)[0]
         rows = outgoing.movedim(1, -1) if own.kind == "convolution" else outgoing
         rows = rows.reshape(EXAMPLES, -1, rows.shape[-1])
-        c = torch.einsum("e,eti,etj->ij", shares, rows, rows)
-        a = input_moment(module, own, inputs, shares)
-        m, n = len(c), len(a)
-        upper_c = c[tuple(torch.triu_indices(m, m))]
-        upper_a = a.diagonal() if own.kind == "embedding" else a[tuple(torch.triu_indices(n, n))]
-        expected = torch.cat([shares.sum().reshape(1), upper_c, upper_a])
+        upper_c, upper_a = [], []
+        for group, of_group in enumerate(rows.split(own.shape[0], dim=-1)):
+            c = torch.einsum("e,eti,etj->ij", shares, of_group, of_group)
+            a = input_moment(module, own, inputs, shares, group * own.shape[0])
+            m, n = len(c), len(a)
+            upper_c.append(c[tuple(torch.triu_indices(m, m))])
+            upper_a.append(a.diagonal() if own.kind == "embedding" else a[tuple(torch.triu_indices(n, n))])
+        expected = torch.cat([shares.sum().reshape(1), *upper_c, *upper_a])
         torch.testing.assert_close(made[start : start + len(expected)], expected, rtol=1e-4, atol=1e-6)
         start += len(expected)
     assert start == len(made)
 
 
-def input_moment(module, own, inputs, shares):
-    """A of a layer, from the gradients of its first output's positions with respect to its first row of weights."""
+def input_moment(module, own, inputs, shares, row):
+    """A of a layer, from the gradients of one output's positions with respect to its row of weights."""
     parameters = [getattr(module, name.rpartition(".")[2]) for name in own.tensors]
     total = 0.0
     for example, share in zip(inputs, shares, strict=True):
         output = module(example[None])
-        first = output[:, 0] if own.kind == "convolution" else output[..., 0]
+        first = output[:, row] if own.kind == "convolution" else output[..., row]
         rows = []
         for position in first.flatten():
             gradients = torch.autograd.grad(position, parameters, retain_graph=True)
-            weight = gradients[0][:, 0] if own.kind == "embedding" else gradients[0][0].flatten()
-            rows.append(torch.cat([weight, *(g[:1] for g in gradients[1:])]))
+            weight = gradients[0][:, row] if own.kind == "embedding" else gradients[0][row].flatten()
+            rows.append(torch.cat([weight, *(g[row : row + 1] for g in gradients[1:])]))
         rows = torch.stack(rows)
         total = total + share * rows.T @ rows / len(rows)
     return total
@@ -205,11 +215,14 @@ def test_drawn_targets_are_those_of_the_models_distribution(task):
 
 @pytest.mark.parametrize(("sigma", "rho"), [(0.3, 0.7), (0.0, 2.0), (0.5, 0.0)])
 @pytest.mark.parametrize("max_side", [100, 3, 1])
-def test_solve_is_the_dense_inverse(max_side, sigma, rho):
+@pytest.mark.parametrize("form", ["eigen", "cholesky"])
+def test_solve_is_the_dense_inverse(form, max_side, sigma, rho):
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.LayerNorm(75), nn.Linear(75, 4, bias=False))
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 2, groups=2), nn.Flatten(), nn.LayerNorm(100), nn.Linear(100, 4, bias=False)
+    )
     layout = Layout.of_parameters(model)
-    ours = kfac(layout, beta=0.5, max_side=max_side, damping=0.1, kl_clip=0.01, gain=4.0)
+    ours = kfac(layout, beta=0.5, max_side=max_side, damping=0.1, kl_clip=0.01, gain=4.0, form=form)
     clients, gradient = 2, torch.randn(2, layout.size)
     made = torch.cat([probed(model, Classification(), batch_of(""), ours)[1] for _ in range(clients)])
     state = observed(ours, gradient, made)
@@ -220,23 +233,80 @@ def test_solve_is_the_dense_inverse(max_side, sigma, rho):
         factors = unpacked(made[client].double(), layout.layers, max_side)
         natural = 0.0  # g^T Q^-1 g without a bound
         systems = {}
-        for (name, own), (c, a) in zip(layout.layers.items(), factors, strict=True):
+        for (name, own), pairs in zip(layout.layers.items(), factors, strict=True):
             names = [own.weight] + [own.bias] * (own.bias is not None)
-            q = torch.kron(c, a) + 0.1 * torch.eye(len(c) * len(a), dtype=torch.float64)
             g, r, s = (
                 together(layout, names, vector)
                 for vector in (gradient[client].double(), right[client], step[client])
             )
-            natural += g @ torch.linalg.solve(q, g)
-            systems[name] = q, r, s, layout.expand(values)[layout.spans[own.weight]][0]
+            natural += g @ torch.linalg.solve(damped(form, pairs, 1.0, 0.1), g)
+            systems[name] = pairs, r, s, float(layout.expand(values)[layout.spans[own.weight]][0])
         nu = min(1.0, float((0.01 / natural).sqrt()))
         assert nu < 0.9
-        for q, r, s, penalty in systems.values():
-            system = penalty * torch.eye(len(q), dtype=torch.float64) + rho / (4 * nu) * q
+        for pairs, r, s, penalty in systems.values():
+            share = rho / (4 * nu)
+            system = damped(form, pairs, share, penalty + share * 0.1)
             torch.testing.assert_close(s, torch.linalg.solve(system, r), rtol=1e-5, atol=1e-6)
         norm = layout.spans["2.weight"]
         root = gradient[client, norm].double().abs() + 1e-8
         torch.testing.assert_close(step[client, norm], right[client, norm] / (values[2] + rho * root))
+
+
+def damped(form, pairs, share, added):
+    """share C x A + added I of a layer's groups, dense, as the form has it."""
+    blocks = []
+    for c, a in pairs:
+        m, n = torch.eye(len(c), dtype=c.dtype), torch.eye(len(a), dtype=a.dtype)
+        if form == "eigen":
+            blocks.append(share * torch.kron(c, a) + added * torch.kron(m, n))
+            continue
+        p = ((a.trace() / len(a)) / (c.trace() / len(c))).sqrt()
+        c, a = share**0.5 * c + added**0.5 / p * m, share**0.5 * a + added**0.5 * p * n
+        blocks.append(torch.kron(c, a))
+    return torch.block_diag(*blocks)
+
+
+@pytest.mark.parametrize("form", ["eigen", "cholesky"])
+def test_the_scale_is_the_geometric_mean_of_the_eigenvalues(form):
+    torch.manual_seed(5)
+    model = MODELS["groups"]()
+    layout = Layout.of_parameters(model)
+    ours = kfac(layout, damping=0.1, gain=4.0, form=form)
+    gradient, made = probed(model, Classification(), batch_of(""), ours)
+    scale = ours.scale(observed(ours, gradient, made))
+    for own, pairs in zip(
+        layout.layers.values(), unpacked(made[0].double(), layout.layers, 100), strict=True
+    ):
+        expected = torch.linalg.eigvalsh(damped(form, pairs, 1.0, 0.1)).log().mean().exp() / 4
+        for name in own.tensors:
+            torch.testing.assert_close(
+                scale[layout.spans[name]], expected.expand(layout.spans[name].stop - layout.spans[name].start)
+            )
+
+
+def test_groups_and_their_exact_fisher():
+    # as above: one position, and gradients at the output that only differ in sign
+    torch.manual_seed(6)
+    model = nn.Sequential(nn.Conv2d(4, 6, 2, groups=2), nn.Flatten(), nn.Linear(6, 1).requires_grad_(False))
+    batch = {"inputs": torch.randn(EXAMPLES, 4, 2, 2)}
+    batch["targets"] = model(batch["inputs"]).detach().flatten() + torch.tensor([0.5, -0.5] * 4)[:EXAMPLES]
+    ours = kfac(Layout.of_parameters(model))
+    state = observed(ours, *probed(model, Regression(), batch, ours))
+    fisher = 0.0
+    for inputs, target in zip(*batch.values(), strict=True):
+        loss = (model(inputs[None]).flatten() - target).square().sum()
+        weight, bias = torch.autograd.grad(loss, list(model[0].parameters()))
+        groups = [
+            torch.cat([weight.flatten(1), bias[:, None]], dim=1)[rows] for rows in (slice(3), slice(3, 6))
+        ]
+        fisher += (
+            torch.block_diag(*(torch.outer(g.flatten(), g.flatten()) for g in groups)).double() / EXAMPLES
+        )
+    found = dense(ours, state, "0")  # weights, then biases
+    order = torch.cat(
+        [torch.cat([torch.arange(8 * row, 8 * row + 8), torch.tensor([48 + row])]) for row in range(6)]
+    )
+    torch.testing.assert_close(found[order][:, order], fisher, rtol=1e-5, atol=1e-5)
 
 
 def together(layout, names, flat):
@@ -247,33 +317,33 @@ def together(layout, names, flat):
 
 
 def unpacked(made, layers, max_side):
-    """C and A of every layer, dense, or only their diagonals where they are longer than `max_side`."""
+    """C and A of every layer's groups, dense, or only their diagonals where they are longer than `max_side`."""
     start = 0
     for own in layers.values():
         total, sides = made[start], []
         start += 1
         for size in (own.shape[0], own.shape[1] + (own.bias is not None)):
-            if size > max_side:
-                sides.append(made[start : start + size].diag())
-                start += size
-                continue
             above = torch.triu_indices(size, size)
-            matrix = torch.zeros(size, size, dtype=made.dtype)
-            matrix[tuple(above)] = made[start : start + above.shape[1]]
-            start += above.shape[1]
-            sides.append(matrix + matrix.T - matrix.diag().diag())
-        yield sides[0], sides[1] / total
+            count = size if size > max_side else above.shape[1]
+            matrices = []
+            for part in made[start : start + own.groups * count].split(count):
+                matrix = part.diag()
+                if size <= max_side:
+                    matrix = torch.zeros(size, size, dtype=made.dtype)
+                    matrix[tuple(above)] = part
+                    matrix = matrix + matrix.T - matrix.diag().diag()
+                matrices.append(matrix)
+            start += own.groups * count
+            sides.append(matrices)
+        yield [(c, a / total) for c, a in zip(*sides, strict=True)]
 
 
 def test_what_is_no_layer_of_its_kind():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second, self.grouped = (
-                nn.Linear(3, 3),
-                nn.Linear(3, 3),
-                nn.Conv1d(4, 4, 1, groups=2),
-            )
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.transposed = nn.ConvTranspose1d(4, 4, 1)
             self.second.weight = self.first.weight
             self.frozen, self.own = nn.Linear(3, 3).requires_grad_(False), nn.Conv1d(2, 3, 2)
             self.own.bias.requires_grad_(False)
@@ -301,6 +371,7 @@ def test_a_model_without_such_layers_has_second_moments():
         ({"damping": 0.0}, "damping must be positive"),
         ({"kl_clip": 0.0}, "kl_clip must be positive"),
         ({"fisher": "exact"}, "fisher must be sampled or empirical, got exact"),
+        ({"form": "qr"}, "form must be eigen or cholesky, got qr"),
         ({"max_side": 0}, "max_side must be a whole number"),
         ({"refresh": 0}, "refresh must be a whole number"),
     ],
