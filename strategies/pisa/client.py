@@ -28,7 +28,7 @@ from strategies.pisa.wire import (
     suited,
 )
 from strategies.preconditioners import Preconditioner
-from strategies.preconditioners.base import PROBED
+from strategies.preconditioners.base import LOSS, PROBED
 from strategies.transforms.compression import SchemeName
 from strategies.transforms.compression import compression as compression_of
 
@@ -184,13 +184,15 @@ class PisaClient(ClientHalf):
         gradients: Callable[[Tensor], tuple[Tensor, Tensor]],
         weights: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Gradients and losses and, where they are taken, what a probe makes of the layers meanwhile."""
+        """Gradients and losses and, where it is taken, what is told of a statistic beside them."""
         probe = self.preconditioner.probe
         if probe is None or not self._observes(config):
             return *gradients(weights), {}
         with stack.probed(probe) as sums:
             gradient, loss = gradients(weights)
-        return gradient, loss, {PROBED: torch.cat([sums[layer] for layer in probe.sizes()], dim=-1)}
+        made = torch.cat([sums[layer] for layer in probe.sizes()], dim=-1)
+        told = {PROBED: made, LOSS: loss.unsqueeze(-1)}
+        return gradient, loss, {name: told[name] for name in probed_fields(self.preconditioner)}
 
     def _observes(self, config: Mapping[str, Any]) -> bool:
         """Whether it is a statistic of this gradient that is sent, or kept."""

@@ -175,9 +175,10 @@ class Pisa(ServerHalf):
             self.ledger.undo()
             raise RoundError(f"{wrong} of the server")
         self.ledger.commit()
-        self._shared = {name: shared[name] for name in self._kept}
         if self.bound is not None:
             consensus = bounded(consensus, self._consensus, self.bound, self.layout)
+        kept, moved = {name: shared[name] for name in self._kept}, (consensus - self._consensus)[None]
+        self._shared = dict(self.preconditioner.moved(kept, moved.to(self.device)))
         metrics = MetricRecord(
             {
                 "primal-residual": self.ledger.primal_residual(consensus),

@@ -11,7 +11,7 @@ from torch import Tensor
 from strategies.base.messages import Field
 from strategies.pisa.penalty import Penalty
 from strategies.preconditioners import Preconditioner
-from strategies.preconditioners.base import PROBED
+from strategies.preconditioners.base import LOSS, PROBED
 
 DUAL = "dual"
 """Name of the dual among what a client remembers."""
@@ -36,13 +36,15 @@ def suited(penalty: Penalty, preconditioner: Preconditioner) -> Penalty:
 
 def probed_fields(preconditioner: Preconditioner) -> dict[str, Field]:
     """What clients send of a statistic beside the gradient, from which the rest of it follows."""
-    return {name: field for name, field in preconditioner.statistic_fields().items() if name == PROBED}
+    return {
+        name: field for name, field in preconditioner.statistic_fields().items() if name in (PROBED, LOSS)
+    }
 
 
 def statistic_of(
     preconditioner: Preconditioner, gradient: Tensor, dual: Tensor, probed: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The whole statistic; what a probe makes is zero in rounds that it saw nothing of."""
+    """The whole statistic; what is not told is zero, in rounds that nothing is observed in."""
     made = preconditioner.statistic(gradient, gradient + dual)
     for name, field in probed_fields(preconditioner).items():
         made[name] = probed.get(name, gradient.new_zeros(1)).expand(len(gradient), field.size)

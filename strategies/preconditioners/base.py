@@ -13,7 +13,7 @@ and every client is sent the same Q: statistics of differently distributed clien
 drift", arXiv 2602.19271), and so would their steps.
 
 A statistic follows from the gradient, or from what a *probe* sees in the model's layers while the gradient is computed.
-The latter is sent beside the gradient, in rounds that the statistic is taken of.
+The latter, and the loss, are sent beside the gradient, in rounds that the statistic is taken of.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from strategies.base.messages import Field
 
 PROBED = "probed"
 """Name of the vector of a statistic that a probe makes: what it makes of its layers, one after the other."""
+
+LOSS = "loss"
+"""Name of the number of a statistic that is the client's mean loss where its gradient was taken."""
 
 State = Mapping[str, Tensor]
 """Named vectors with a leading client axis, (C, size): one row a client, or a single row for all."""
@@ -75,12 +78,16 @@ class Preconditioner(ABC):
         """The vectors of the statistic."""
 
     def statistic(self, gradient: Tensor, residual: Tensor) -> dict[str, Tensor]:
-        """What one step observes, from gradient g_i (C, d) and residual g_i + pi_i (C, d), but for `probed`."""
+        """What one step observes, from gradient g_i (C, d) and residual g_i + pi_i (C, d); not `probed`, `loss`."""
         return {}
 
     def accumulate(self, state: State, statistic: State) -> dict[str, Tensor]:
         """The moving average after one more statistic."""
         return {}
+
+    def moved(self, state: State, step: Tensor) -> State:
+        """The state after the consensus has moved by a step, (1, d); a Q that is not common is not told."""
+        return state
 
     def direction(self, state: State, gradient: Tensor) -> Tensor:
         """P(g), (C, d)."""

@@ -49,8 +49,12 @@ From KAISA (Pauloski et al. 2021, arXiv 2107.01739) are beta and the bound, whic
 (0.001, the rate counted in) and here that of a step of rate one. Its placement of the work on many devices is for
 another setting.
 
-What is not there: damping that adapts to the ratio of actual to predicted decrease (sigma is added to it and follows
-the schedule of lr).
+`schedule` lets the damping fall as lr does, or adapt (`strategies.preconditioners.kfac_damping`). To adapt, clients
+send their loss beside the factors, and the server keeps the gradient and what the consensus has moved by since. The
+paper's step minimises what it is predicted by, while this one has momentum and sigma; lambda is in neither decrease.
+With everybody there h is the federation's loss. Where only some answer, it is the average of what all have said last
+(consensus `fresh`, whose gradient g is as old), or of other clients than before (`all`): then the ratio tells less of
+the step than of who was drawn. A Q of a client's own knows of no step of the consensus, and its damping stays.
 """
 
 from __future__ import annotations
@@ -64,8 +68,9 @@ from strategies.base import checks
 from strategies.base.layers import Layer
 from strategies.base.layout import Layout
 from strategies.base.messages import Field, averaged
-from strategies.preconditioners.base import PROBED, Preconditioner, State
-from strategies.preconditioners.eigenbases import Eigenbases
+from strategies.preconditioners.base import LOSS, PROBED, Preconditioner, State
+from strategies.preconditioners.eigenbases import Eigenbases, Side
+from strategies.preconditioners.kfac_damping import Damping
 from strategies.preconditioners.kfac_factors import Factors
 from strategies.preconditioners.kfac_inverses import CholeskyForm, EigenForm, Inverse
 from strategies.preconditioners.second_moment import SecondMoment
@@ -78,7 +83,10 @@ class Kfac(Preconditioner):
     Args:
         layout: Layout of the model's parameters.
         beta: Decay of the moving averages of A and C; KAISA: 0.95.
-        damping: Added to the eigenvalues of C x A; KAISA: 0.003.
+        damping: Added to the eigenvalues of C x A, its first value; KAISA: 0.003.
+        schedule: How the damping changes, as of `strategies.preconditioners.kfac_damping`.
+        final: What a schedule leaves of it, as a share.
+        horizon: Times that factors come until then.
         kl_clip: Greatest g^T F^-1 g, or None for no bound.
         gain: Rate of a natural gradient, in units of `lr`.
         fisher: Whose targets the gradients b are of: `sampled` from the model's output, or `empirical`, the data's.
@@ -96,6 +104,9 @@ class Kfac(Preconditioner):
         layout: Layout,
         beta: float,
         damping: float,
+        schedule: Literal["constant", "linear", "cosine", "adaptive"],
+        final: float,
+        horizon: int,
         kl_clip: float | None,
         gain: float,
         fisher: Literal["sampled", "empirical"],
@@ -105,13 +116,13 @@ class Kfac(Preconditioner):
         eps: float,
     ) -> None:
         checks.decay("beta", beta)
-        checks.positive("damping", damping)
         if kl_clip is not None:
             checks.positive("kl_clip", kl_clip)
         checks.whole("max_side", max_side, 1)
         checks.whole("refresh", refresh, 1)
         checks.positive("gain", gain)
-        self.layout, self.beta, self.damping, self.gain = layout, beta, damping, gain
+        self.layout, self.beta, self.gain = layout, beta, gain
+        self._damping = Damping(damping, schedule, final, horizon)
         self.kl_clip, self.refresh = kl_clip, refresh
         self._others = SecondMoment(layout, beta, eps, 0.0, "gradient", "vector", "exact")
         self._layers = layout.layers
@@ -121,32 +132,42 @@ class Kfac(Preconditioner):
         self._form = EigenForm(self._eigen) if form == "eigen" else CholeskyForm(self._eigen)
         self._factors = Factors(self._layers, self._eigen.sides, drawn=fisher == "sampled")
         self.probe = self._factors if self._layers else None
+        self._adapts = self._damping.adapts and bool(self._layers)
 
     def state_fields(self) -> dict[str, Field]:
-        """`moment` and `mass` 1-beta^t as SISA; C and A in `grams`, `sides` and `spectra` of them, `nu`, `age` t."""
+        """`moment` and `mass` 1-beta^t as SISA; C and A in `grams`, `sides` and `spectra` of them.
+
+        Beside them `damping`, `nu` and `age` t; and, if the damping adapts, what a decrease is predicted from:
+        `gradient`, `step` since then, and the loss `before`.
+        """
+        before = {"gradient": self.layout.size, "step": self.layout.size, "before": 1} if self._adapts else {}
         return self._others.state_fields() | {
             "spectra": Field(self._eigen.spectra, minimum=0.0),
             "sides": Field(self._eigen.bases),
+            "damping": Field(1, minimum=0.0),
             "nu": Field(1, minimum=0.0),
             "age": Field(1, minimum=0.0),
             "grams": Field(self._eigen.bases, types=("float64",)),
+            **{name: Field(size) for name, size in before.items()},
         }
 
     def solver_fields(self) -> dict[str, Field]:
-        """All but the age, and C and A."""
-        return {name: field for name, field in self.state_fields().items() if name not in ("age", "grams")}
+        """Without what the averages and the damping are made of."""
+        fields = self.state_fields()
+        names = *self._others.state_fields(), "spectra", "sides", "damping", "nu"
+        return {name: fields[name] for name in names}
 
     def statistic_fields(self) -> dict[str, Field]:
-        """`observed`: the gradient, (d,); `probed`: what `Factors` makes of the layers."""
+        """`observed`: the gradient, (d,); `probed`: what `Factors` makes of the layers; `loss`, if damping adapts."""
         probed = {PROBED: averaged(sum(self._factors.sizes().values()))} if self.probe else {}
-        return self._others.statistic_fields() | probed
+        return self._others.statistic_fields() | probed | ({LOSS: averaged(1)} if self._adapts else {})
 
     def statistic(self, gradient: Tensor, residual: Tensor) -> dict[str, Tensor]:
         """The gradient itself."""
         return self._others.statistic(gradient, residual)
 
     def accumulate(self, state: State, statistic: State) -> dict[str, Tensor]:
-        """One step of the moving averages, every `refresh` of them what is solved with, and the bound."""
+        """One step of the moving averages, every `refresh` of them what is solved with; the damping and the bound."""
         held = self._others.accumulate(state, statistic)
         held["age"] = state["age"] + 1
         # the averages are kept divided by 1-beta^t, which a basis and its eigenvalues then need not know
@@ -162,7 +183,19 @@ class Kfac(Preconditioner):
             sides = torch.where(due, fresh.to(sides.dtype), sides)
             spectra = torch.where(due & self._eigen.turned.to(due.device), values.to(spectra.dtype), spectra)
         held |= {"grams": grams, "spectra": spectra, "sides": sides}
+        held["damping"] = self._damping.scheduled(state["age"])
+        if self._adapts:
+            followed = self._damping.adapted(
+                state["damping"], state["before"] - statistic[LOSS], self._predicted(state)
+            )
+            held["damping"] = torch.where(state["age"] > 0, followed, held["damping"])
+            gradient = statistic["observed"]
+            held |= {"gradient": gradient, "step": torch.zeros_like(gradient), "before": statistic[LOSS]}
         return held | {"nu": self._bound(held, statistic["observed"])}
+
+    def moved(self, state: State, step: Tensor) -> State:
+        """With the step added to those since the last gradient, if the damping adapts."""
+        return {**state, "step": state["step"] + step} if self._adapts else state
 
     def scale(self, state: State) -> Tensor | None:
         """Geometric mean of Q's eigenvalues over each layer; mean of the root over each other tensor, (d,)."""
@@ -210,15 +243,25 @@ class Kfac(Preconditioner):
         return {
             name: self._form.inverse(
                 *(state, name, share),
-                sigma[self.layout.spans[layer.weight]][0] + share * self.damping,
+                sigma[self.layout.spans[layer.weight]][0] + share * state["damping"],
             )
             for name, layer in self._layers.items()
         }
 
     def _fisher(self, state: State, name: str) -> Inverse:
         """The inverse of a layer's F."""
-        one = torch.ones_like(state["mass"])
-        return self._form.inverse(state, name, one, one * self.damping)
+        return self._form.inverse(state, name, torch.ones_like(state["damping"]), state["damping"])
+
+    def _predicted(self, state: State) -> Tensor:
+        """Decrease of the loss along the step, (C, 1); the curvature is F's, and none of what belongs to no layer."""
+        decrease = -(state["gradient"] * state["step"]).sum(dim=-1, keepdim=True)
+        for name, layer in self._layers.items():
+            step = self._matrix(layer, state["step"])
+            left, right = self._eigen.sides[name]
+            curved = _product(state, right, _product(state, left, step).mT).mT
+            curved = curved + state["damping"].reshape(-1, *(1,) * (step.dim() - 1)) * step
+            decrease -= (step * curved).flatten(1).sum(dim=-1, keepdim=True) / 2
+        return decrease
 
     def _bound(self, held: State, gradient: Tensor) -> Tensor:
         """nu, (C, 1)."""
@@ -229,3 +272,10 @@ class Kfac(Preconditioner):
             matrix = self._matrix(layer, gradient)
             length[:, 0] += (matrix * self._fisher(held, name)(matrix)).flatten(1).sum(dim=-1)
         return (self.kl_clip / length.clamp(min=torch.finfo(length.dtype).tiny)).sqrt().clamp(max=1.0)
+
+
+def _product(state: State, side: Side, matrix: Tensor) -> Tensor:
+    """C or A times a matrix."""
+    if side.span is None:
+        return side.values(state["spectra"]).unsqueeze(-1) * matrix
+    return side.of(state["grams"]).to(matrix.dtype) @ matrix

@@ -191,17 +191,22 @@ def second_moment(average="vector", beta=0.9):
     )
 
 
+def kfac(form, schedule):
+    return partial(
+        *(Kfac,),
+        **{"beta": 0.9, "damping": 0.1, "schedule": schedule, "final": 1.0, "horizon": 0, "kl_clip": 1.0},
+        **{"gain": 1.0, "fisher": "empirical", "form": form, "max_side": 8, "refresh": 1, "eps": 1e-8},
+    )
+
+
 PRECONDITIONERS = {
     "identity": partial(Identity),
     "second moment": second_moment(),
     "squares": second_moment("square"),
     "spectral": partial(Spectral, beta=0.9, moment_of="residual", others=second_moment()),
     "kronecker": partial(Kronecker, beta=0.9, eps=1e-8, max_side=8, refresh=1, factored=0.5),
-    "kfac": partial(
-        *(Kfac,),
-        **{"beta": 0.9, "damping": 0.1, "kl_clip": 1.0, "gain": 1.0, "fisher": "empirical", "form": "eigen"},
-        **{"max_side": 8, "refresh": 1, "eps": 1e-8},
-    ),
+    "kfac": kfac("eigen", "constant"),
+    "kfac, adaptive": kfac("cholesky", "adaptive"),
     "mfac": partial(Mfac, gradients=4, damping=0.1),
     "newton_schulz": partial(NewtonSchulz, mu=0.95, steps=5, eps=1e-8, others=second_moment()),
     "muon": partial(Muon, mu=0.8, nesterov=True, method="newton_schulz", steps=5, beta=0.9, eps=1e-8),

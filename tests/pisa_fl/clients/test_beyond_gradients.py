@@ -184,7 +184,8 @@ def test_a_probe_sees_what_hooks_on_a_plain_model_see(name, drawn):
 
 
 def kfacs(model, fisher):
-    return Kfac(Layout.of_parameters(model), 0.9, 0.1, None, 1.0, fisher, "eigen", 50, 1, 1e-8).probe
+    damping = 0.1, "constant", 1.0, 0
+    return Kfac(Layout.of_parameters(model), 0.9, *damping, None, 1.0, fisher, "eigen", 50, 1, 1e-8).probe
 
 
 @pytest.mark.parametrize("kind_of_probe", ["own", "kfac"])

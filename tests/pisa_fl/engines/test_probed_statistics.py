@@ -19,7 +19,9 @@ from strategies.preconditioners.base import PROBED
 SIZES = (9, 14, 5, 12, 7)
 
 
-def federate(wire="auto", align_every=1, lag=0, workers=0, stack=1, participation=1.0, task=None):
+def federate(
+    wire="auto", align_every=1, lag=0, workers=0, stack=1, participation=1.0, task=None, schedule="adaptive"
+):
     draw = np.random.default_rng(1)
     labels = draw.integers(0, 3, sum(SIZES))
     images = draw.integers(0, 120, (sum(SIZES), 1, 5, 5)) + 40 * labels[:, None, None, None]
@@ -29,7 +31,8 @@ def federate(wire="auto", align_every=1, lag=0, workers=0, stack=1, participatio
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.LayerNorm(18), nn.Linear(18, 3))
     q = partial(
         *(Kfac,),
-        **{"beta": 0.9, "damping": 0.01, "kl_clip": 1.0, "gain": 10.0, "fisher": "sampled", "form": "eigen"},
+        **{"beta": 0.9, "damping": 0.01, "schedule": schedule, "final": 0.1, "horizon": 9, "kl_clip": 1.0},
+        **{"gain": 10.0, "fisher": "sampled", "form": "eigen"},
         **{"max_side": 100, "refresh": 2, "eps": 1e-8},
     )
     penalty = Penalty(0.05, 0.5, None, None, 1.0, 10, consensus="fresh")
@@ -70,7 +73,8 @@ def test_factors_travel_in_rounds_that_measure(lag):
     gradient = 4 * federation.model.layout.size + 128
     lines, _ = outcome(federation, 5)
     up = np.diff([line["bytes_up"] for line in lines])
-    assert list(up) == [3 * (gradient + (4 * probed + 128) * due) for due in (1, 0, 0, 1, 0)]
+    told = (4 * probed + 128) + (4 + 128)  # the factors, and the loss that damping adapts by
+    assert list(up) == [3 * (gradient + told * due) for due in (1, 0, 0, 1, 0)]
     passes = np.diff([line["passes"] for line in lines])
     assert (passes[[0, 3]] > 0.8).all()  # targets are drawn for a second backward pass
 
@@ -92,6 +96,7 @@ def test_it_goes_on_from_a_checkpoint():
         federation.load_weights()
     assert torch.equal(first.model.weights, second.model.weights)
     assert saved["shared.grams"].dtype == torch.float64
+    assert saved["shared.step"].any()
 
 
 class Undefined(Classification):

@@ -1,14 +1,17 @@
 """K-FAC against curvlinops' factors, the Fisher matrix of single examples, and dense linear algebra."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from curvlinops import KFACLinearOperator
+from quadratics import ALPHA, LAYOUT, Quadratics, pisa_bench, solving
 from torch import nn
 
 from pisa_fl.clients.flat_model import FlatModel
 from pisa_fl.clients.probing import probed_backward
 from pisa_fl.tasks import Classification, NextCharacter, Regression
-from strategies import Layout
+from strategies import Layout, Penalty
 from strategies.preconditioners import Kfac
 from strategies.preconditioners.base import PROBED
 
@@ -56,6 +59,9 @@ def kfac(layout, **options):
     settings = {
         "beta": 0.0,
         "damping": 0.02,
+        "schedule": "constant",
+        "final": 0.1,
+        "horizon": 0,
         "kl_clip": None,
         "gain": 1.0,
         "eps": 1e-8,
@@ -99,7 +105,7 @@ def dense(preconditioner, state, layer):
     unit = torch.eye(layout.size, dtype=torch.float64)[places]
     state = {name: rows.expand(len(unit), -1) for name, rows in state.items()}
     inverse = preconditioner.solve(state, unit, torch.tensor(0.0, dtype=torch.float64), 1.0)[:, places]
-    return torch.linalg.inv(inverse) - preconditioner.damping * torch.eye(len(unit), dtype=torch.float64)
+    return torch.linalg.inv(inverse) - state["damping"][0, 0] * torch.eye(len(unit), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", ["linear", "strided"])
@@ -338,6 +344,50 @@ def unpacked(made, layers, max_side):
         yield [(c, a / total) for c, a in zip(*sides, strict=True)]
 
 
+def test_damping_follows_how_well_decreases_were_predicted():
+    problem, bench = Quadratics.draw(), pisa_bench("kfac, adaptive", sigma=None, rho=None, lr=1.0, lag=0)
+    factors = []
+    with solving(problem):
+        for _ in range(12):
+            before = bench.consensus.double()
+            bench.round()
+            shared = bench.strategy._shared
+            c, a = (block.view(3, 3) for block in shared["grams"][0].split(9))
+            damping = float(shared["damping"])
+            if factors:
+                step, (point, *quadratic, was) = before - factors[-1][0], factors[-1]
+                expected = was * rule(problem, point, step, *quadratic, was)
+                assert damping == pytest.approx(expected, rel=1e-6)
+            factors.append((before, c, a, damping))
+    changes = [after[-1] / now[-1] for now, after in pairwise(factors)]
+    assert min(changes) == pytest.approx(0.95**5)
+    assert (max(changes), 1.0 in changes) == (pytest.approx(0.95**-5), True)
+
+
+def rule(problem, point, step, c, a, damping):
+    """What Martens & Grosse multiply the damping by, in dense linear algebra."""
+    loss = [
+        ALPHA @ (torch.einsum("j,ijk,k->i", w, problem.a, w) / 2 - problem.b @ w)
+        for w in (point, point + step)
+    ]
+    views = LAYOUT.views(step)
+    rows = torch.cat([views["matrix"], views["vector"].unsqueeze(1)], dim=1).flatten()
+    curved = (torch.kron(c, a) + damping * torch.eye(9, dtype=torch.float64)) @ rows
+    change = ALPHA @ problem.gradients(point) @ step + rows @ curved / 2
+    if change > 0 or (loss[1] - loss[0]) / change < 0.25:
+        return 0.95**-5
+    return 0.95**5 if (loss[1] - loss[0]) / change > 0.75 else 1.0
+
+
+def test_damping_falls_as_lr_does():
+    penalty = Penalty(2.0, 0.9, None, None, 1.0, 10, schedule="linear", horizon=5, final=0.2)
+    ours = kfac(Layout({"scale": (4,)}), damping=2.0, schedule="linear", horizon=5, final=0.2)
+    state = ours.nothing()
+    for number in range(1, 8):
+        state = ours.accumulate(state, ours.statistic(torch.ones(1, 4), torch.ones(1, 4)))
+        assert float(state["damping"]) == pytest.approx(penalty.lr_at(number))
+
+
 def test_what_is_no_layer_of_its_kind():
     class Tied(nn.Module):
         def __init__(self):
@@ -369,6 +419,8 @@ def test_a_model_without_such_layers_has_second_moments():
     [
         ({"beta": 1.0}, "beta must be at least 0 and below 1, got 1.0"),
         ({"damping": 0.0}, "damping must be positive"),
+        ({"final": 0.0}, "final must be above 0"),
+        ({"schedule": "step"}, "schedule must be constant, linear, cosine or adaptive, got step"),
         ({"kl_clip": 0.0}, "kl_clip must be positive"),
         ({"fisher": "exact"}, "fisher must be sampled or empirical, got exact"),
         ({"form": "qr"}, "form must be eigen or cholesky, got qr"),
