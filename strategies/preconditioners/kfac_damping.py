@@ -7,7 +7,7 @@ last, there were at the weights w the loss h(w), the gradient g and F, damping i
     damping *= omega                      if actual > 3/4 predicted > 0
     damping /= omega                      if actual < 1/4 predicted or predicted < 0
 
-The paper does so every fifth step of its mini-batches; here it is every time that factors come.
+The paper does so every fifth step of its mini-batches; here it is every time that factors come. `REACH` bounds it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from strategies.base.schedule import share_left
 
 OMEGA = (19 / 20) ** 5
 """What the damping is multiplied by at a time; the paper's, for five steps."""
+
+REACH = 1e4
+"""How many times its first value, or which part of it, the damping may become."""
 
 
 @checks.literals
@@ -61,10 +64,10 @@ class Damping:
         shares = [share_left(schedule, 1 + int(times), self.horizon, self.final) for times in age.flatten()]
         return self.first * age.new_tensor(shares).reshape(age.shape)
 
-    @staticmethod
-    def adapted(damping: Tensor, actual: Tensor, predicted: Tensor) -> Tensor:
+    def adapted(self, damping: Tensor, actual: Tensor, predicted: Tensor) -> Tensor:
         """The values that follow some, (C, 1); they stay where nothing has moved."""
         grows = (predicted < 0) | (actual < predicted / 4)
         shrinks = (predicted > 0) & (actual > 0.75 * predicted)
         factor = torch.where(grows, 1 / OMEGA, torch.where(shrinks, OMEGA, 1.0))
-        return damping * torch.where(predicted == 0, 1.0, factor)
+        damping = damping * torch.where(predicted == 0, 1.0, factor)
+        return damping.clamp(self.first / REACH, self.first * REACH)

@@ -14,6 +14,7 @@ from pisa_fl.tasks import Classification, NextCharacter, Regression
 from strategies import Layout, Penalty
 from strategies.preconditioners import Kfac
 from strategies.preconditioners.base import PROBED
+from strategies.preconditioners.kfac_damping import Damping
 
 CPU = torch.device("cpu")
 EXAMPLES = 7
@@ -377,6 +378,14 @@ def rule(problem, point, step, c, a, damping):
     if change > 0 or (loss[1] - loss[0]) / change < 0.25:
         return 0.95**-5
     return 0.95**5 if (loss[1] - loss[0]) / change > 0.75 else 1.0
+
+
+def test_damping_stays_within_reach():
+    damping, one = Damping(0.5, "adaptive", 1.0, 0), torch.ones(2, 1)
+    value = 0.5 * one
+    for _ in range(500):
+        value = damping.adapted(value, torch.tensor([[1.0], [-1.0]]), one)
+    torch.testing.assert_close(value, torch.tensor([[0.5e-4], [0.5e4]]))
 
 
 def test_damping_falls_as_lr_does():
