@@ -78,6 +78,10 @@ class LocalSgd(ClientHalf):
         done = self.descend(stack, instruction.arrays[WEIGHTS], self.lr, mu)
         return Update({WEIGHTS: done.weights}, done.loss)
 
+    def lr_at(self, round_number: int) -> float:
+        """The learning rate of a round, counted from 1."""
+        return self.lr
+
     def reach(self, steps: Sequence[int], lr: float, mu: float) -> Tensor:
         """What each client's steps amount to in steps without momentum and proximal term, (C,), double precision."""
         moved, buffer, reached = 0.0, 0.0, [0.0]

@@ -34,19 +34,17 @@ with K in the place of a_i, and nothing else changed, at chance from round 10 on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
-from flwr.app import ArrayRecord
 from torch import Tensor
 
 from strategies.base import checks
 from strategies.base.averaging import Answers, Averaging, mean
 from strategies.base.client import Instruction, Stack, Update
 from strategies.base.layout import Layout
-from strategies.base.messages import WEIGHTS, Field, averaged, record
-from strategies.base.table import Table
+from strategies.base.messages import WEIGHTS, Field, averaged
 from strategies.local_sgd import LocalSgd
 
 CONTROL = "control"
@@ -68,6 +66,8 @@ class Scaffold(Averaging):
         ValueError: A value is outside its range.
     """
 
+    remembered: ClassVar[Collection[str]] = (CONTROL,)
+
     def __init__(
         self,
         layout: Layout,
@@ -77,8 +77,8 @@ class Scaffold(Averaging):
         state: Literal["memory", "disk"] = "memory",
     ) -> None:
         checks.positive("server_lr", server_lr)
-        self.server_lr, self.controls = server_lr, Table(layout.size, clients, state == "disk")
-        super().__init__(layout, alpha, {CONTROL: self.controls})
+        super().__init__(layout, alpha, [CONTROL], clients, state)
+        self.server_lr, self.controls = server_lr, self.tables[CONTROL]
 
     def shared(self) -> dict[str, Tensor]:
         """The server's control variate."""
@@ -89,10 +89,6 @@ class Scaffold(Averaging):
         self.controls.begin({node: said[CONTROL] for node, said in answers.arrays.items()}, weights)
         reached = mean({node: said[WEIGHTS] for node, said in answers.arrays.items()}, weights)
         return torch.lerp(self.consensus, reached, self.server_lr)
-
-    def supply(self, client: int) -> ArrayRecord | None:
-        """The control variate of a client that lost it."""
-        return record({CONTROL: self.controls[client].clone()}) if client in self.controls else None
 
 
 class ScaffoldClient(LocalSgd):

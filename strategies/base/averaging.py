@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -84,17 +84,24 @@ class Averaging(ServerHalf):
     Args:
         layout: Layout of the model's parameters.
         alpha: Weights of the clients: `examples` (n_i/n) or `uniform`.
-        tables: What is kept of every client, by name.
+        tables: Names of the vectors that are kept of every client.
+        clients: N, over all of whom the tables average.
+        state: Where the tables are kept: in `memory`, or on `disk`.
     """
+
+    remembered: ClassVar[Collection[str]] = ()
+    """Those of the tables that clients have a row of: one that lost it is supplied."""
 
     def __init__(
         self,
         layout: Layout,
         alpha: Literal["examples", "uniform"],
-        tables: Mapping[str, Table] | None = None,
+        tables: Collection[str] = (),
+        clients: int = 0,
+        state: Literal["memory", "disk"] = "memory",
     ) -> None:
         self.layout, self.uniform = layout, alpha == "uniform"
-        self.tables = dict(tables or {})
+        self.tables = {name: Table(layout.size, clients, state == "disk") for name in tables}
         self.consensus = torch.empty(0)
 
     def shared(self) -> dict[str, Tensor]:
@@ -133,6 +140,11 @@ class Averaging(ServerHalf):
         for table in self.tables.values():
             table.commit()
         return record({WEIGHTS: following}), MetricRecord()
+
+    def supply(self, client: int) -> ArrayRecord | None:
+        """The rows of a client that lost them."""
+        rows = {name: self.tables[name] for name in self.remembered if client in self.tables[name]}
+        return record({name: table[client].clone() for name, table in rows.items()}) if rows else None
 
     def begins_anew(self, client: int) -> bool:
         """Whether the tables do not know the client."""

@@ -8,11 +8,10 @@ from flwr.serverapp.strategy import FedAvg, FedProx
 from quadratics import ALPHA, EXAMPLES, LAYOUT, Bench, Quadratics, QuadraticStack, solving
 
 from strategies import (
+    AugmentedSgd,
     Batch,
     FedAdmm,
-    FedAdmmClient,
     FedDyn,
-    FedDynClient,
     FedNova,
     FedNovaClient,
     FedVarp,
@@ -43,11 +42,11 @@ def scaffold(alpha="examples", server_lr=1.0, **bench):
 
 
 def feddyn(alpha="examples", penalty=2.0, **bench):
-    return Bench(FedDyn(LAYOUT, N, penalty, alpha), FedDynClient(LAYOUT, penalty, **LOCAL), **bench)
+    return Bench(FedDyn(LAYOUT, N, penalty, alpha), AugmentedSgd(LAYOUT, penalty, **LOCAL), **bench)
 
 
 def fedadmm(alpha="examples", rho=2.0, eta=None, **bench):
-    return Bench(FedAdmm(LAYOUT, N, rho, eta, alpha), FedAdmmClient(LAYOUT, rho, **LOCAL), **bench)
+    return Bench(FedAdmm(LAYOUT, N, rho, eta, alpha), AugmentedSgd(LAYOUT, rho, **LOCAL), **bench)
 
 
 STATEFUL = {"scaffold": scaffold, "feddyn": feddyn, "fedadmm": fedadmm}
@@ -73,7 +72,7 @@ def test_the_optimum_of_different_clients_is_found(method, participation, alpha)
     optimum = problem.optimum(alpha=ALPHA if alpha == "examples" else EQUAL)
     assert distance(run(bench, problem, 100), optimum) <= 1e-5
     # what they remember holds the pull of each client's data there
-    name, sign = {"scaffold": ("control", 1), "feddyn": ("gradient", 1), "fedadmm": ("dual", -1)}[method]
+    name, sign = {"scaffold": ("control", 1), "feddyn": ("dual", -1), "fedadmm": ("dual", -1)}[method]
     held = torch.stack([sign * bench.strategy.tables[name][client].double() for client in range(N)])
     slopes = problem.gradients(optimum)
     assert slopes.norm(dim=1).min() > 1
@@ -282,9 +281,9 @@ def test_who_never_answered_counts_as_zero_in_a_tables_average():
         (lambda: Scaffold(LAYOUT, N, 0.0, "examples"), "server_lr must be positive"),
         (lambda: Scaffold(LAYOUT, N, 1.0, "equal"), "alpha must be examples or uniform"),
         (lambda: FedDyn(LAYOUT, N, 0, "examples"), "penalty must be positive"),
-        (lambda: FedDynClient(LAYOUT, -1.0, **LOCAL), "penalty must be positive"),
+        (lambda: AugmentedSgd(LAYOUT, -1.0, **LOCAL), "penalty must be positive"),
         (lambda: FedAdmm(LAYOUT, N, 1.0, 0.0, "examples"), "eta must be positive"),
-        (lambda: FedAdmmClient(LAYOUT, 0.0, **LOCAL), "rho must be positive"),
+        (lambda: AugmentedSgd(LAYOUT, 0.0, **LOCAL), "penalty must be positive"),
         (lambda: FedNova(LAYOUT, -1.0, "examples"), "server_lr must be positive"),
         (lambda: FedNovaClient(LAYOUT, **LOCAL, mu=-1.0), "mu must not be negative"),
     ],

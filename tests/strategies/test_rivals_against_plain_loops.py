@@ -81,10 +81,9 @@ def feddyn(problem, alpha):
     for number in range(1, ROUNDS + 1):
         answers = {}
         for i in heard(number):
-            own = held.get(i, zeros(w))
-            slope = {name: -own[name] for name in w}
-            answers[i] = sgd(problem, w, i, number, **LOCAL, mu=alpha, slope=slope)
-            held[i] = {name: own[name] - alpha * (answers[i][name] - w[name]) for name in w}
+            own = held.get(i, zeros(w))  # of the paper's grad L_i, the negative
+            answers[i] = sgd(problem, w, i, number, **LOCAL, mu=alpha, slope=own)
+            held[i] = {name: own[name] + alpha * (answers[i][name] - w[name]) for name in w}
         for name in w:
             h[name] = h[name] - alpha / len(SIZES) * sum(a[name] - w[name] for a in answers.values())
         w = {name: t - h[name] / alpha for name, t in mean(answers, uniform=True).items()}
