@@ -5,7 +5,8 @@ A round, for every client i that takes part:
     w_i  = about argmin of F_i(w_i) + <y_i, w_i - w> + (penalty/2)|w_i - w|^2
     y_i += penalty (w_i - w)
 
-The argmin is approached from w_i = w by `local_epochs` passes of mini-batch SGD, as the authors of both papers do it:
+The argmin is approached from w_i = w by `local_epochs` passes of mini-batch SGD, as the authors of both papers do it,
+or by the steps of another optimizer:
 
     g    = grad F_i(w_i; batch) + weight_decay w_i + y_i + penalty (w_i - w)
     b    = momentum b + g
@@ -19,7 +20,7 @@ that a client that lost its state goes on. Where it stops, w_i = w and y_i = -gr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from strategies.base import checks
 from strategies.base.client import Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.messages import DUAL, ROUND, WEIGHTS, Field, integer, squared
-from strategies.local_sgd import LocalSgd
+from strategies.local_sgd import Local, LocalSgd
 
 
 def next_dual(dual: Tensor, weights: Tensor, consensus: Tensor, penalty: float) -> Tensor:
@@ -41,25 +42,14 @@ class AugmentedSgd(LocalSgd):
     Args:
         layout: Layout of the model's parameters.
         penalty: Weight of the proximal term, and length of the dual step; the server's.
-        lr: Learning rate.
-        momentum: Momentum within a round.
-        weight_decay: Added to the gradient as weight_decay * w_i.
-        local_epochs: Passes over the client's examples in a round.
+        local: As `LocalSgd`'s.
 
     Raises:
         ValueError: A number is outside its range.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        penalty: float,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        local_epochs: int,
-    ) -> None:
-        super().__init__(layout, lr, momentum, weight_decay, local_epochs)
+    def __init__(self, layout: Layout, penalty: float, **local: Unpack[Local]) -> None:
+        super().__init__(layout, **local)
         checks.positive("penalty", penalty)
         self.penalty = penalty
 

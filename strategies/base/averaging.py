@@ -102,7 +102,7 @@ class Averaging(ServerHalf):
     ) -> None:
         self.layout, self.uniform = layout, alpha == "uniform"
         self.tables = {name: Table(layout.size, clients, state == "disk") for name in tables}
-        self.consensus = torch.empty(0)
+        self.consensus, self.round_number = torch.empty(0), 0
 
     def shared(self) -> dict[str, Tensor]:
         """Vectors that are sent to everybody beside the weights."""
@@ -110,7 +110,7 @@ class Averaging(ServerHalf):
 
     @abstractmethod
     def step(self, answers: Answers, weights: Mapping[int, float]) -> Tensor:
-        """The next weights, (d,); `consensus` are those that the clients were sent.
+        """The next weights, (d,); `consensus` are those that the clients were sent, in `round_number`.
 
         Args:
             answers: Of one client or more.
@@ -121,7 +121,7 @@ class Averaging(ServerHalf):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send the weights, and what is shared beside them, to every node of the grid."""
-        self.consensus = vectors(arrays)[WEIGHTS]
+        self.consensus, self.round_number = vectors(arrays)[WEIGHTS], server_round
         sent = {WEIGHTS: self.consensus} | self.shared()
         return messages(grid.get_node_ids(), sent, dict(config) | {ROUND: server_round})
 

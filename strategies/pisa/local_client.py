@@ -33,6 +33,8 @@ from __future__ import annotations
 from strategies.augmented_sgd import AugmentedSgd
 from strategies.base import checks
 from strategies.base.layout import Layout
+from strategies.local_sgd import OptimizerFactory
+from strategies.optimizers import Sgd
 from strategies.pisa.penalty import Penalty
 
 
@@ -45,17 +47,32 @@ class PisaLocalClient(AugmentedSgd):
         momentum: Momentum within a round.
         weight_decay: Added to the gradient as weight_decay * w_i.
         local_epochs: Passes over the client's examples in a round.
+        optimizer: Of the steps.
 
     Raises:
         ValueError: A number is outside its range, or there is no sigma.
     """
 
     def __init__(
-        self, layout: Layout, penalty: Penalty, momentum: float, weight_decay: float, local_epochs: int
+        self,
+        layout: Layout,
+        penalty: Penalty,
+        momentum: float,
+        weight_decay: float,
+        local_epochs: int,
+        optimizer: OptimizerFactory = Sgd,
     ) -> None:
         checks.positive("penalty.sigma", penalty.sigma)
         assert penalty.sigma is not None
-        super().__init__(layout, penalty.sigma, penalty.lr, momentum, weight_decay, local_epochs)
+        super().__init__(
+            layout,
+            penalty.sigma,
+            lr=penalty.lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            local_epochs=local_epochs,
+            optimizer=optimizer,
+        )
         self._schedule = penalty
 
     def penalty_at(self, round_number: int) -> float:

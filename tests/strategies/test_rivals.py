@@ -1,6 +1,7 @@
 """The rivals of PISA on strongly convex quadratics: where they stop, their limits, lost replies and lost state."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from strategies import (
     AugmentedSgd,
     Batch,
     FedAdmm,
+    FedCm,
+    FedCmClient,
     FedDyn,
     FedNova,
     FedNovaClient,
@@ -22,8 +25,10 @@ from strategies import (
 )
 from strategies.base.messages import RoundError, record
 from strategies.base.table import Table
+from strategies.optimizers import AdamW
 
 N = len(EXAMPLES)
+ADAMW = partial(AdamW, beta_2=0.99, eps=1e-8)
 LOCAL = {"lr": 0.05, "momentum": 0.0, "weight_decay": 0.0, "local_epochs": 5}
 
 
@@ -286,6 +291,15 @@ def test_who_never_answered_counts_as_zero_in_a_tables_average():
         (lambda: AugmentedSgd(LAYOUT, 0.0, **LOCAL), "penalty must be positive"),
         (lambda: FedNova(LAYOUT, -1.0, "examples"), "server_lr must be positive"),
         (lambda: FedNovaClient(LAYOUT, **LOCAL, mu=-1.0), "mu must not be negative"),
+        *[
+            (lambda make=make: make(LAYOUT, **LOCAL | {"optimizer": ADAMW}), "optimizer must be sgd or sam: ")
+            for make in (FedNovaClient, ScaffoldClient)
+        ],
+        (
+            lambda: FedCmClient(LAYOUT, 0.1, 0.1, 0.0, 1, optimizer=ADAMW),
+            "optimizer must be sgd or sam: FedCM",
+        ),
+        (lambda: FedCm(LAYOUT, 0.1, "examples", lr_decay=0.0), "lr_decay must be above 0 and at most 1"),
     ],
 )
 def test_impossible_numbers_are_refused(make, words):

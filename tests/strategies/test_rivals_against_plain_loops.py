@@ -3,6 +3,7 @@
 import pytest
 import torch
 from plain_loops import BATCH, SIZES, assert_moved_alike, half, make_problem, sgd
+from torch.nn.utils import parameters_to_vector
 
 from pisa_fl.engines.local import LocalGrid
 
@@ -58,16 +59,62 @@ def over_all(rows, uniform=False):
     return {name: len(rows) / len(SIZES) * t for name, t in mean(rows, uniform).items()}
 
 
-def scaffold(problem, momentum, server_lr=1.0, uniform=False):
+def stepping(problem, start, client, number, optimizers, radius=0.0):
+    """Local steps of PyTorch's optimizers, given tensors with matrices as such, at the gradients of points nearby."""
+    at = {
+        name: torch.nn.Parameter(t.clone().flatten(1) if t.dim() > 1 else t.clone())
+        for name, t in start.items()
+    }
+    made = optimizers(list(at.values()))
+    for rows in problem.batches(client, number, LOCAL["epochs"]):
+        here = {name: p.detach().view_as(start[name]) for name, p in at.items()}
+        g = problem.gradient(here, rows)
+        if radius:
+            length = sum(t.square().sum() for t in g.values()).sqrt()
+            g = problem.gradient({name: here[name] + radius * g[name] / length for name in here}, rows)
+        for name, p in at.items():
+            p.grad = g[name].view_as(p)
+        for optimizer in made:
+            optimizer.step()
+    return {name: p.detach().view_as(start[name]) for name, p in at.items()}
+
+
+def adamw(parameters, lr, beta_2):
+    return torch.optim.AdamW(parameters, lr, (0.9, beta_2), weight_decay=LOCAL["weight_decay"])
+
+
+def muon(parameters, lr):
+    matrices = [p for p in parameters if p.dim() > 1]
+    rule = {"weight_decay": LOCAL["weight_decay"], "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
+    return [torch.optim.Muon(matrices, lr, **rule), adamw([p for p in parameters if p.dim() == 1], lr, 0.95)]
+
+
+def fedavg(problem, name, lr_decay):
+    w = dict(problem.start)
+    for number in range(1, ROUNDS + 1):
+        lr = LOCAL["lr"] * lr_decay ** (number - 1)
+        make = {
+            "adamw": lambda parameters, lr=lr: [adamw(parameters, lr, 0.999)],
+            "muon": lambda parameters, lr=lr: muon(parameters, lr),
+        }.get(
+            name, lambda parameters, lr=lr: [torch.optim.SGD(parameters, lr, 0.9, 0.0, LOCAL["weight_decay"])]
+        )
+        radius = 0.3 if name == "sam" else 0.0
+        w = mean({i: stepping(problem, w, i, number, make, radius) for i in heard(number)})
+    return w, {}
+
+
+def scaffold(problem, momentum, server_lr=1.0, uniform=False, lr_decay=1.0):
     w, held = dict(problem.start), {}
     c = zeros(w)
     for number in range(1, ROUNDS + 1):
+        lr = LOCAL["lr"] * lr_decay ** (number - 1)
         y, old = {}, dict(held)
         for i in heard(number):
             own = old.get(i, zeros(w))
             slope = {name: c[name] - own[name] for name in w}
-            y[i] = sgd(problem, w, i, number, **LOCAL | {"momentum": momentum}, slope=slope)
-            length = LOCAL["lr"] * sum(coefficients(steps(i), momentum, 0.0))
+            y[i] = sgd(problem, w, i, number, **LOCAL | {"momentum": momentum, "lr": lr}, slope=slope)
+            length = lr * sum(coefficients(steps(i), momentum, 0.0))
             held[i] = {name: own[name] - c[name] + (w[name] - y[i][name]) / length for name in w}
         reached, c = mean(y, uniform), over_all(held, uniform)
         w = {name: w[name] + server_lr * (reached[name] - w[name]) for name in w}
@@ -141,10 +188,11 @@ def remembering(problem, all_of_them):
     return w, last
 
 
-def fedcm(problem, mix):
-    w, lr = dict(problem.start), LOCAL["lr"]
+def fedcm(problem, mix, lr_decay):
+    w = dict(problem.start)
     v = zeros(w)
     for number in range(1, ROUNDS + 1):
+        lr = LOCAL["lr"] * lr_decay ** (number - 1)
         answers, pace = {}, {}
         for i in heard(number):
             y = dict(w)
@@ -160,11 +208,23 @@ def fedcm(problem, mix):
 
 
 UNIFORM = "strategy.alpha=uniform"
+DECAYING = "strategy.lr_decay=0.7"
 VARIANTS = {
+    "fedavg": (["strategy=fedavg", DECAYING], fedavg, ("sgd", 0.7)),
+    "fedavg with sam": (
+        ["strategy=fedavg", "strategy/optimizer=sam", "strategy.optimizer.radius=0.3"],
+        *(fedavg, ("sam", 1.0)),
+    ),
+    "fedavg with adamw": (["strategy=fedavg", "strategy/optimizer=adamw", DECAYING], fedavg, ("adamw", 0.7)),
+    "fedavg with muon": (["strategy=fedavg", "strategy/optimizer=muon", DECAYING], fedavg, ("muon", 0.7)),
     "scaffold": (["strategy=scaffold", "strategy.momentum=0.9"], scaffold, (0.9,)),
     "scaffold of the paper": (
         ["strategy=scaffold", "strategy.momentum=0.0", UNIFORM, "strategy.server_lr=0.8"],
         *(scaffold, (0.0, 0.8, True)),
+    ),
+    "scaffold with a falling lr": (
+        ["strategy=scaffold", "strategy.momentum=0.5", DECAYING],
+        *(scaffold, (0.5, 1.0, False, 0.7)),
     ),
     "feddyn": (["strategy=feddyn", "strategy.penalty=0.3", "strategy.momentum=0.9", UNIFORM], feddyn, (0.3,)),
     "fedadmm": (
@@ -182,7 +242,7 @@ VARIANTS = {
     ),
     "fedvarp": (["strategy=fedvarp", UNIFORM], remembering, (False,)),
     "mifa": (["strategy=mifa", UNIFORM], remembering, (True,)),
-    "fedcm": (["strategy=fedcm", "strategy.mix=0.2"], fedcm, (0.2,)),
+    "fedcm": (["strategy=fedcm", "strategy.mix=0.2", DECAYING], fedcm, (0.2, 0.7)),
 }
 
 
@@ -196,6 +256,7 @@ def test_a_rival_follows_the_plain_loop(problem, variant, monkeypatch):
         return replies[1:] if len(exchanges) == LOST else replies
 
     monkeypatch.setattr(LocalGrid, "send_and_receive", lose_one)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # in which PyTorch's Muon computes
     said, loop, numbers = VARIANTS[variant]
     federation, metrics = problem.run(ROUNDS, *said, *SAID)
     expected, held = loop(problem, *numbers)
@@ -210,5 +271,16 @@ def test_a_rival_follows_the_plain_loop(problem, variant, monkeypatch):
     assert exchanges == [2] * ROUNDS
     assert metrics[-1]["bytes_down"] == 2 * ROUNDS * down * size
     assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * up * size
-    seen = sum(LOCAL["epochs"] * SIZES[i] for number in range(1, ROUNDS + 1) for i in heard(number))
+    epochs = LOCAL["epochs"] * (2 if "sam" in variant else 1)
+    seen = sum(epochs * SIZES[i] for number in range(1, ROUNDS + 1) for i in heard(number))
     assert metrics[-1]["passes"] == pytest.approx(seen / sum(SIZES))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_clients_that_advance_together_are_as_when_alone(problem, variant):
+    said, *_ = VARIANTS[variant]
+    alone, together = (problem.run(2, *said, *SAID[1:], f"engine.stack={size}") for size in (1, len(SIZES)))
+    start = torch.cat([t.flatten() for t in problem.start.values()])
+    ends = [parameters_to_vector(f.model.module.parameters()).double() for f, _ in (alone, together)]
+    assert (ends[0] - ends[1]).norm() <= 1e-4 * (ends[0] - start).norm()
+    assert alone[1][-1]["passes"] == together[1][-1]["passes"]
