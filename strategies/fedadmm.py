@@ -87,34 +87,26 @@ class FedAdmm(Averaging):
         super().__init__(layout, alpha, [DUAL, GONE], clients, state)
         self.rho, self.eta = rho, eta
         self.duals, self.gone = self.tables[DUAL], self.tables[GONE]
-        self.initial = torch.empty(0)
+        self.kept = {INITIAL: torch.empty(0)}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Send the weights; those of the first round are w^0."""
         asked = list(super().configure_train(server_round, arrays, config, grid))
-        if not len(self.initial):
-            self.initial = self.consensus.clone()
+        if not len(self.kept[INITIAL]):
+            self.kept = {INITIAL: self.consensus.clone()}
         return asked
 
     def step(self, answers: Answers, weights: Mapping[int, float]) -> Tensor:
         """Take duals and augmented models forward, and follow their average."""
+        initial = self.kept[INITIAL]
         reached = {node: said[WEIGHTS] for node, said in answers.arrays.items()}
         duals = {n: next_dual(self.duals[n], row, self.consensus, self.rho) for n, row in reached.items()}
-        gone = {node: reached[node] - self.initial + dual / self.rho for node, dual in duals.items()}
+        gone = {node: reached[node] - initial + dual / self.rho for node, dual in duals.items()}
         self.duals.begin(duals, weights)
         average = self.gone.begin(gone, weights)
         if self.eta is None:
-            return self.initial + average
+            return initial + average
         moved = {node: now - self.gone[node] for node, now in gone.items()}
         return self.consensus + self.eta * mean(moved, weights)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tables and w^0."""
-        return super().state_dict() | {INITIAL: self.initial}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
-        super().load_state_dict(state)
-        self.initial = state[INITIAL].clone()

@@ -58,11 +58,12 @@ class FedCm(Averaging):
         checks.positive("lr", lr)
         checks.share("lr_decay", lr_decay)
         super().__init__(layout, alpha)
-        self.lr, self.lr_decay, self.velocity = lr, lr_decay, torch.zeros(layout.size)
+        self.lr, self.lr_decay = lr, lr_decay
+        self.kept = {VELOCITY: torch.zeros(layout.size)}
 
     def shared(self) -> dict[str, Tensor]:
         """The mean step of the last round."""
-        return {VELOCITY: self.velocity}
+        return self.kept
 
     def step(self, answers: Answers, weights: Mapping[int, float]) -> Tensor:
         """Step to the mean of the weights; see the module's equations."""
@@ -70,16 +71,8 @@ class FedCm(Averaging):
         steps = {node: max(1.0, real(said, STEPS)) for node, said in answers.metrics.items()}
         lr = lr_at(self.round_number, self.lr, self.lr_decay)
         pace = {node: (self.consensus - row) / (lr * steps[node]) for node, row in reached.items()}
-        self.velocity = mean(pace, weights)
+        self.kept = {VELOCITY: mean(pace, weights)}
         return mean(reached, weights)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The mean step of the last round."""
-        return {VELOCITY: self.velocity}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
-        self.velocity = state[VELOCITY].clone()
 
 
 class FedCmClient(LocalSgd):

@@ -67,7 +67,7 @@ class FedDyn(Averaging):
         state: Literal["memory", "disk"] = "memory",
     ) -> None:
         checks.positive("penalty", penalty)
-        super().__init__(layout, alpha, [DUAL], clients, state)
+        super().__init__(layout, alpha, self.remembered, clients, state)
         self.penalty, self.duals = penalty, self.tables[DUAL]
 
     def step(self, answers: Answers, weights: Mapping[int, float]) -> Tensor:

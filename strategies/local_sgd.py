@@ -36,6 +36,7 @@ from strategies.base.client import ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.messages import ROUND, WEIGHTS, integer, real
 from strategies.optimizers import Optimizer, Sgd
+from strategies.optimizers.base import Memory
 
 OptimizerFactory = Callable[[Layout, float, float], Optimizer]
 """Makes an optimizer from layout, momentum and weight decay."""
@@ -65,11 +66,13 @@ class Descent:
         weights: Of each client, (C, d).
         loss: Mean over the epochs, (C,).
         steps: Mini-batches of each.
+        memory: What the optimizer remembers at the end.
     """
 
     weights: Tensor
     loss: Tensor
     steps: Sequence[int]
+    memory: Memory
 
 
 class LocalSgd(ClientHalf):
@@ -140,7 +143,13 @@ class LocalSgd(ClientHalf):
         return torch.tensor([reached[count] for count in steps], dtype=torch.float64)
 
     def descend(
-        self, stack: Stack, start: Tensor, lr: float, mu: float, slope: Tensor | None = None
+        self,
+        stack: Stack,
+        start: Tensor,
+        lr: float,
+        mu: float,
+        slope: Tensor | None = None,
+        memory: Mapping[str, Tensor] | None = None,
     ) -> Descent:
         """The local epochs, on F_i(w_i) + <slope_i, w_i> + (mu/2)|w_i - start|^2, with weight decay.
 
@@ -150,25 +159,28 @@ class LocalSgd(ClientHalf):
             lr: Learning rate.
             mu: Weight of the proximal term.
             slope: A linear term of each client's, (C, d), or None.
+            memory: What the optimizer remembers at the beginning and needs besides, (C, size); None: zeros.
         """
         weights = start.repeat(len(stack.clients), 1)
-        memory = self.optimizer.begin(weights)
+        begun = self.optimizer.begin(weights) | {name: row.clone() for name, row in (memory or {}).items()}
+        remembered = [begun[name] for name in self.optimizer.memory_fields()]
         loss = weights.new_zeros(len(stack.clients))
         examples = torch.zeros_like(loss)
         steps = [0] * len(stack.clients)
         for batch in stack.batches(self.local_epochs):
-            gradient, batch_loss = self.optimizer.gradient(partial(stack.gradient, batch=batch), weights)
+            idle = [row for row, count in enumerate(batch.examples) if not count]
+            held = [(rows, rows[idle]) for rows in (weights, *remembered)] if idle else []
+            differentiate = partial(stack.gradient, batch=batch)
+            gradient, batch_loss = self.optimizer.gradient(begun, differentiate, weights)
             if slope is not None:
                 gradient.add_(slope)
             if mu:
                 gradient.add_(weights - start, alpha=mu)
-            idle = [row for row, count in enumerate(batch.examples) if not count]
-            held = [(rows, rows[idle]) for rows in (weights, *memory.values())] if idle else []
-            weights.sub_(self.optimizer.direction(memory, gradient, weights), alpha=lr)
+            weights.sub_(self.optimizer.direction(begun, gradient, weights), alpha=lr)
             for rows, before in held:  # of those who have no batch any more
                 rows[idle] = before
             seen = torch.tensor(batch.examples, dtype=loss.dtype, device=loss.device)
             loss += batch_loss * seen
             examples += seen
             steps = [count + (n > 0) for count, n in zip(steps, batch.examples, strict=True)]
-        return Descent(weights, loss / examples, steps)
+        return Descent(weights, loss / examples, steps, begun)

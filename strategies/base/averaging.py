@@ -79,7 +79,8 @@ def mean(rows: Mapping[int, Tensor], weights: Mapping[int, float]) -> Tensor:
 class Averaging(ServerHalf):
     """A server half that sends the weights to everybody drawn, and makes the next of means of what comes back.
 
-    What its tables are given in a round is written only when the round's result is one that messages may hold.
+    What its tables are given in a round, and what it keeps beside them, is written only when the round's result is one
+    that messages may hold.
 
     Args:
         layout: Layout of the model's parameters.
@@ -87,6 +88,9 @@ class Averaging(ServerHalf):
         tables: Names of the vectors that are kept of every client.
         clients: N, over all of whom the tables average.
         state: Where the tables are kept: in `memory`, or on `disk`.
+
+    Attributes:
+        kept: Vectors of the server's own that it keeps from round to round, by name; `step` may replace them.
     """
 
     remembered: ClassVar[Collection[str]] = ()
@@ -102,6 +106,7 @@ class Averaging(ServerHalf):
     ) -> None:
         self.layout, self.uniform = layout, alpha == "uniform"
         self.tables = {name: Table(layout.size, clients, state == "disk") for name in tables}
+        self.kept: dict[str, Tensor] = {}
         self.consensus, self.round_number = torch.empty(0), 0
 
     def shared(self) -> dict[str, Tensor]:
@@ -133,9 +138,11 @@ class Averaging(ServerHalf):
         if not answers.arrays:
             return None, None
         weights = {node: 1.0 if self.uniform else float(n) for node, n in answers.examples.items()}
+        before = dict(self.kept)
         following = self.step(answers, weights)
         averages = {name: table.begun for name, table in self.tables.items()}
-        if wrong := out_of_range({WEIGHTS: following} | averages):
+        if wrong := out_of_range({WEIGHTS: following} | averages | self.kept):
+            self.kept = before
             raise RoundError(f"{wrong} of the server")
         for table in self.tables.values():
             table.commit()
@@ -151,8 +158,8 @@ class Averaging(ServerHalf):
         return any(client not in table for table in self.tables.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tables, for a checkpoint."""
-        return {
+        """The tables and what is kept beside them, for a checkpoint."""
+        return self.kept | {
             f"{name}.{key}": value
             for name, table in self.tables.items()
             for key, value in table.state_dict().items()
@@ -160,6 +167,7 @@ class Averaging(ServerHalf):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave."""
+        self.kept = {name: state[name].clone() for name in self.kept}
         for name, table in self.tables.items():
             own = f"{name}."
             table.load_state_dict({k.removeprefix(own): v for k, v in state.items() if k.startswith(own)})

@@ -47,7 +47,9 @@ class Optimizer(ABC):
         """The memory before a step, zeros."""
         return {name: weights.new_zeros(len(weights), f.size) for name, f in self.memory_fields().items()}
 
-    def gradient(self, differentiate: Differentiate, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(
+        self, memory: Memory, differentiate: Differentiate, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The gradients that a step is made of, (C, d), and the losses at the weights, (C,)."""
         return differentiate(weights)
 

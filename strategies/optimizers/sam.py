@@ -20,7 +20,7 @@ from torch import Tensor
 
 from strategies.base import checks
 from strategies.base.layout import Layout
-from strategies.optimizers.base import Differentiate
+from strategies.optimizers.base import Differentiate, Memory
 from strategies.optimizers.sgd import Sgd
 
 TINY = 1e-12
@@ -50,7 +50,7 @@ class Sam(Sgd):
         checks.not_negative("radius", radius)
         self.radius = radius
 
-    def of_loss(self, differentiate: Differentiate, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def of_loss(self, memory: Memory, differentiate: Differentiate, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of points nearby, and the losses where the weights are."""
         slope, loss = differentiate(weights)
         return differentiate(weights + ascent(slope, self.radius))[0], loss

@@ -23,14 +23,16 @@ class Sgd(Optimizer):
         """B, if there is momentum."""
         return {MOMENTUM: Field(self.layout.size)} if self.momentum else {}
 
-    def gradient(self, differentiate: Differentiate, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(
+        self, memory: Memory, differentiate: Differentiate, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The gradients with weight decay in them."""
-        gradient, loss = self.of_loss(differentiate, weights)
+        gradient, loss = self.of_loss(memory, differentiate, weights)
         if self.weight_decay:
             gradient.add_(weights, alpha=self.weight_decay)
         return gradient, loss
 
-    def of_loss(self, differentiate: Differentiate, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def of_loss(self, memory: Memory, differentiate: Differentiate, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients without it."""
         return differentiate(weights)
 

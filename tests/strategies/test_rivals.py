@@ -17,6 +17,8 @@ from strategies import (
     FedDyn,
     FedNova,
     FedNovaClient,
+    FedSmoo,
+    FedSmooClient,
     FedVarp,
     LocalSgd,
     Mifa,
@@ -25,7 +27,7 @@ from strategies import (
 )
 from strategies.base.messages import RoundError, record
 from strategies.base.table import Table
-from strategies.optimizers import AdamW
+from strategies.optimizers import AdamW, Sam
 
 N = len(EXAMPLES)
 ADAMW = partial(AdamW, beta_2=0.99, eps=1e-8)
@@ -54,7 +56,12 @@ def fedadmm(alpha="examples", rho=2.0, eta=None, **bench):
     return Bench(FedAdmm(LAYOUT, N, rho, eta, alpha), AugmentedSgd(LAYOUT, rho, **LOCAL), **bench)
 
 
-STATEFUL = {"scaffold": scaffold, "feddyn": feddyn, "fedadmm": fedadmm}
+def fedsmoo(alpha="examples", penalty=2.0, radius=1e-6, **bench):
+    server = FedSmoo(LAYOUT, N, penalty, radius, alpha)
+    return Bench(server, FedSmooClient(LAYOUT, penalty, radius, **LOCAL), **bench)
+
+
+STATEFUL = {"scaffold": scaffold, "feddyn": feddyn, "fedadmm": fedadmm, "fedsmoo": fedsmoo}
 EQUAL = torch.full((N,), 1 / N, dtype=torch.float64)
 
 
@@ -77,7 +84,7 @@ def test_the_optimum_of_different_clients_is_found(method, participation, alpha)
     optimum = problem.optimum(alpha=ALPHA if alpha == "examples" else EQUAL)
     assert distance(run(bench, problem, 100), optimum) <= 1e-5
     # what they remember holds the pull of each client's data there
-    name, sign = {"scaffold": ("control", 1), "feddyn": ("dual", -1), "fedadmm": ("dual", -1)}[method]
+    name, sign = ("control", 1) if method == "scaffold" else ("dual", -1)
     held = torch.stack([sign * bench.strategy.tables[name][client].double() for client in range(N)])
     slopes = problem.gradients(optimum)
     assert slopes.norm(dim=1).min() > 1
@@ -172,6 +179,27 @@ def test_scaffold_with_zero_control_variates_is_fedavg_to_the_bit(participation)
     assert not torch.equal(run(scaffold(participation=participation), problem, 20), plain)
 
 
+def test_without_a_radius_fedsam_is_fedavg_and_fedsmoo_feddyn_to_the_bit():
+    problem = Quadratics.draw()
+    sam = Bench(fedavg().strategy, LocalSgd(LAYOUT, **LOCAL, optimizer=partial(Sam, radius=0.0)), 0.5)
+    assert torch.equal(run(sam, problem, 10), run(fedavg(participation=0.5), problem, 10))
+    pair = fedsmoo(radius=0.0, participation=0.5), feddyn(participation=0.5)
+    assert torch.equal(*(run(bench, problem, 10) for bench in pair))
+    assert not torch.equal(run(fedsmoo(radius=0.1, participation=0.5), problem, 10), pair[1].consensus)
+
+
+def test_fedsmoo_has_clients_take_gradients_at_one_place():
+    # of equal clients, h - m - s is the same everywhere: s is their own e, and from there on m stays
+    problem, radius = Quadratics.draw(alike=True), 0.1
+    bench = fedsmoo(radius=radius)
+    run(bench, problem, 3)
+    common = bench.strategy.kept["common"]
+    assert float(common.norm()) == pytest.approx(radius, rel=1e-5)
+    shifts = torch.stack([bench.strategy.tables["shift"][client] for client in range(N)])
+    torch.testing.assert_close(shifts, shifts[:1].expand_as(shifts))
+    torch.testing.assert_close(common, radius * shifts[0] / shifts[0].norm())
+
+
 def test_with_alpha_going_to_zero_feddyn_is_fedavg_with_an_undamped_server():
     # its clients solve FedAvg's problem, and the server adds what they have moved in all rounds so far
     problem, penalty = Quadratics.draw(), 1e-7
@@ -214,8 +242,7 @@ def test_fednova_of_equal_steps_is_fedprox():
 def remembered(bench, client):
     state = bench.host.states[client]
     held = state.pending if state.pending_round == bench.gateway.accepted[client] else state.accepted
-    [(name, row)] = held.items()
-    return name, row
+    return held.items()
 
 
 @pytest.mark.parametrize("method", STATEFUL)
@@ -237,9 +264,9 @@ def test_lost_replies_and_lost_state_leave_server_and_clients_in_agreement(metho
             sure.round(**faults)  # a client that lost its state goes on from the server's, to the same bits
     assert torch.equal(bench.consensus, sure.consensus)
     for client in range(N):
-        name, row = remembered(bench, client)
-        assert row.any()
-        assert torch.equal(row, bench.strategy.tables[name][client])
+        for name, row in remembered(bench, client):
+            assert row.any()
+            assert torch.equal(row, bench.strategy.tables[name][client])
     assert distance(run(bench, problem, 60), problem.optimum()) <= 1e-5
 
 
@@ -289,6 +316,8 @@ def test_who_never_answered_counts_as_zero_in_a_tables_average():
         (lambda: AugmentedSgd(LAYOUT, -1.0, **LOCAL), "penalty must be positive"),
         (lambda: FedAdmm(LAYOUT, N, 1.0, 0.0, "examples"), "eta must be positive"),
         (lambda: AugmentedSgd(LAYOUT, 0.0, **LOCAL), "penalty must be positive"),
+        (lambda: FedSmoo(LAYOUT, N, 1.0, -1.0, "examples"), "radius must not be negative"),
+        (lambda: FedSmooClient(LAYOUT, 0.0, 0.1, **LOCAL), "penalty must be positive"),
         (lambda: FedNova(LAYOUT, -1.0, "examples"), "server_lr must be positive"),
         (lambda: FedNovaClient(LAYOUT, **LOCAL, mu=-1.0), "mu must not be negative"),
         *[

@@ -137,6 +137,35 @@ def feddyn(problem, alpha):
     return w, held
 
 
+def fedsmoo(problem, alpha, radius):
+    w, held, shifts, lr = dict(problem.start), {}, {}, LOCAL["lr"]
+    s, h = zeros(w), zeros(w)
+    for number in range(1, ROUNDS + 1):
+        answers = {}
+        for i in heard(number):
+            y, dual, m, b = dict(w), held.get(i, zeros(w)), dict(shifts.get(i, zeros(w))), zeros(w)
+            for rows in problem.batches(i, number, LOCAL["epochs"]):
+                g = problem.gradient(y, rows)
+                pull = {name: g[name] - m[name] - s[name] for name in w}
+                length = sum(t.square().sum() for t in pull.values()).sqrt()
+                e = {name: radius * t / length for name, t in pull.items()}
+                m = {name: m[name] + e[name] - s[name] for name in w}
+                g = problem.gradient({name: y[name] + e[name] for name in w}, rows)
+                for name in w:
+                    g[name] = g[name] + LOCAL["weight_decay"] * y[name] + dual[name]
+                    b[name] = LOCAL["momentum"] * b[name] + g[name] + alpha * (y[name] - w[name])
+                y = {name: y[name] - lr * b[name] for name in w}
+            answers[i], shifts[i] = y, m
+            held[i] = {name: dual[name] + alpha * (y[name] - w[name]) for name in w}
+        for name in w:
+            h[name] = h[name] - alpha / len(SIZES) * sum(a[name] - w[name] for a in answers.values())
+        w = {name: t - h[name] / alpha for name, t in mean(answers, uniform=True).items()}
+        s = mean({i: shifts[i] for i in answers}, uniform=True)
+        length = sum(t.square().sum() for t in s.values()).sqrt()
+        s = {name: radius * t / length for name, t in s.items()}
+    return w, held
+
+
 def fedadmm(problem, rho, eta):
     w, held = dict(problem.start), {}
     last = {i: (dict(w), zeros(w)) for i in range(len(SIZES))}
@@ -211,8 +240,8 @@ UNIFORM = "strategy.alpha=uniform"
 DECAYING = "strategy.lr_decay=0.7"
 VARIANTS = {
     "fedavg": (["strategy=fedavg", DECAYING], fedavg, ("sgd", 0.7)),
-    "fedavg with sam": (
-        ["strategy=fedavg", "strategy/optimizer=sam", "strategy.optimizer.radius=0.3"],
+    "fedsam": (
+        ["strategy=fedsam", "strategy.optimizer.radius=0.3"],
         *(fedavg, ("sam", 1.0)),
     ),
     "fedavg with adamw": (["strategy=fedavg", "strategy/optimizer=adamw", DECAYING], fedavg, ("adamw", 0.7)),
@@ -227,6 +256,10 @@ VARIANTS = {
         *(scaffold, (0.5, 1.0, False, 0.7)),
     ),
     "feddyn": (["strategy=feddyn", "strategy.penalty=0.3", "strategy.momentum=0.9", UNIFORM], feddyn, (0.3,)),
+    "fedsmoo": (
+        ["strategy=fedsmoo", "strategy.penalty=0.3", "strategy.radius=0.3", "strategy.momentum=0.9", UNIFORM],
+        *(fedsmoo, (0.3, 0.3)),
+    ),
     "fedadmm": (
         ["strategy=fedadmm", "strategy.rho=0.3", "strategy.eta=0.7", "strategy.momentum=0.9", UNIFORM],
         *(fedadmm, (0.3, 0.7)),
@@ -265,13 +298,15 @@ def test_a_rival_follows_the_plain_loop(problem, variant, monkeypatch):
         flat = torch.cat([t.flatten() for t in row.values()])
         kept = next(iter(federation.strategy.tables.values()))[client]
         assert (kept.double() - flat).norm() <= 3e-4 * flat.norm()
-    # control variates double what is sent either way, and FedCM's velocity what is sent down
+    # control variates and multipliers double what is sent either way, and FedCM's velocity what is sent down
     size = 4 * sum(t.numel() for t in problem.start.values()) + 128
-    down, up = (2, 2) if "scaffold" in variant else (2, 1) if variant == "fedcm" else (1, 1)
+    down, up = (
+        (2, 2) if "scaffold" in variant or variant == "fedsmoo" else (2, 1) if variant == "fedcm" else (1, 1)
+    )
     assert exchanges == [2] * ROUNDS
     assert metrics[-1]["bytes_down"] == 2 * ROUNDS * down * size
     assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * up * size
-    epochs = LOCAL["epochs"] * (2 if "sam" in variant else 1)
+    epochs = LOCAL["epochs"] * (2 if variant in ("fedsam", "fedsmoo") else 1)
     seen = sum(epochs * SIZES[i] for number in range(1, ROUNDS + 1) for i in heard(number))
     assert metrics[-1]["passes"] == pytest.approx(seen / sum(SIZES))
 

@@ -15,7 +15,7 @@ from strategies import ClientHalf
 PROMISED = {
     "strategy": {
         *("sisa", "pisa", "nsisa", "sisa_official", "fedavg", "fedprox"),
-        *("scaffold", "feddyn", "fedadmm", "fednova", "fedcm", "fedvarp", "mifa"),
+        *("scaffold", "feddyn", "fedadmm", "fednova", "fedcm", "fedvarp", "mifa", "fedsam", "fedsmoo"),
     },
     "partition": {
         "label_skew",

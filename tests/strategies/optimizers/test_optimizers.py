@@ -71,7 +71,7 @@ def test_steps_are_pytorchs(name, momentum, monkeypatch):
         name: (CLIENTS, field.size) for name, field in optimizer.memory_fields().items()
     }
     for pull in pulls:
-        gradient, loss = optimizer.gradient(lambda where, pull=pull: differentiate(where, pull), at)
+        gradient, loss = optimizer.gradient(memory, lambda where, pull=pull: differentiate(where, pull), at)
         assert torch.equal(loss, at.sum(1))
         at.sub_(optimizer.direction(memory, gradient, at), alpha=LR)
     torch.testing.assert_close(at, torch.stack(expected), rtol=1e-9, atol=1e-10)
@@ -88,7 +88,7 @@ def test_sam_takes_the_gradient_of_the_worst_point_nearby():
         asked.append(at)
         return h * at, (h * at.square()).sum(1) / 2
 
-    gradient, loss = Sam(LAYOUT, 0.0, DECAY, radius).gradient(differentiate, weights)
+    gradient, loss = Sam(LAYOUT, 0.0, DECAY, radius).gradient({}, differentiate, weights)
     lengths = weights.norm(dim=1, keepdim=True)
     nearby = h * weights * (1 + radius / lengths.clamp(min=1e-30))
     torch.testing.assert_close(gradient, nearby + DECAY * weights, rtol=1e-10, atol=0)
