@@ -10,6 +10,7 @@ from strategies.fedadmm import FedAdmm
 from strategies.fedcm import FedCm, FedCmClient
 from strategies.feddyn import FedDyn
 from strategies.fednova import FedNova, FedNovaClient
+from strategies.fedpac import FedPac, FedPacClient
 from strategies.fedsmoo import FedSmoo, FedSmooClient
 from strategies.fedvarp import FedVarp
 from strategies.local_sgd import LocalSgd
@@ -27,6 +28,8 @@ __all__ = [
     "FedDyn",
     "FedNova",
     "FedNovaClient",
+    "FedPac",
+    "FedPacClient",
     "FedSmoo",
     "FedSmooClient",
     "FedVarp",

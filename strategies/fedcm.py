@@ -71,7 +71,7 @@ class FedCm(Averaging):
         steps = {node: max(1.0, real(said, STEPS)) for node, said in answers.metrics.items()}
         lr = lr_at(self.round_number, self.lr, self.lr_decay)
         pace = {node: (self.consensus - row) / (lr * steps[node]) for node, row in reached.items()}
-        self.kept = {VELOCITY: mean(pace, weights)}
+        self.kept = self.kept | {VELOCITY: mean(pace, weights)}
         return mean(reached, weights)
 
 

@@ -17,6 +17,8 @@ from strategies import (
     FedDyn,
     FedNova,
     FedNovaClient,
+    FedPac,
+    FedPacClient,
     FedSmoo,
     FedSmooClient,
     FedVarp,
@@ -27,7 +29,7 @@ from strategies import (
 )
 from strategies.base.messages import RoundError, record
 from strategies.base.table import Table
-from strategies.optimizers import AdamW, Sam
+from strategies.optimizers import AdamW, Sam, Sgd
 
 N = len(EXAMPLES)
 ADAMW = partial(AdamW, beta_2=0.99, eps=1e-8)
@@ -62,6 +64,19 @@ def fedsmoo(alpha="examples", penalty=2.0, radius=1e-6, **bench):
 
 
 STATEFUL = {"scaffold": scaffold, "feddyn": feddyn, "fedadmm": fedadmm, "fedsmoo": fedsmoo}
+
+
+def fedcm(mix=0.3, **bench):
+    local = {name: value for name, value in LOCAL.items() if name != "momentum"}
+    return Bench(FedCm(LAYOUT, LOCAL["lr"], "examples"), FedCmClient(LAYOUT, mix, **local), **bench)
+
+
+def fedpac(mix=0.3, optimizer=ADAMW, **bench):
+    server = FedPac(LAYOUT, LOCAL["lr"], "examples", 0.0, optimizer)
+    return Bench(server, FedPacClient(LAYOUT, mix, **LOCAL, optimizer=optimizer), **bench)
+
+
+KEEPING = STATEFUL | {"fedcm": fedcm, "fedpac": fedpac}
 EQUAL = torch.full((N,), 1 / N, dtype=torch.float64)
 
 
@@ -188,6 +203,35 @@ def test_without_a_radius_fedsam_is_fedavg_and_fedsmoo_feddyn_to_the_bit():
     assert not torch.equal(run(fedsmoo(radius=0.1, participation=0.5), problem, 10), pair[1].consensus)
 
 
+@pytest.mark.parametrize("participation", [1.0, 0.5])
+def test_fedpac_of_plain_sgd_is_fedcm_and_without_a_velocity_fedavg(participation):
+    problem = Quadratics.draw()
+    averaged = run(fedavg(participation=participation), problem, 10)
+    assert torch.equal(run(fedpac(1.0, Sgd, participation=participation), problem, 10), averaged)
+    drawn = run(fedpac(0.3, Sgd, participation=participation), problem, 10)
+    assert distance(drawn, run(fedcm(0.3, participation=participation), problem, 10)) <= 1e-6
+    assert distance(drawn, averaged) > 0.05
+
+
+def test_fedpac_has_clients_go_on_from_the_mean_memory():
+    # of one gradient everywhere, a, in the limit of no lr: m and v are its averages over all steps of all rounds
+    problem, rounds = Quadratics.draw(alike=True), 3
+    server = FedPac(LAYOUT, 1e-9, "examples", 0.8, ADAMW)
+    local = LOCAL | {"lr": 1e-9, "momentum": 0.8}
+    bench = Bench(server, FedPacClient(LAYOUT, 0.5, **local, optimizer=ADAMW), 0.5)
+    run(bench, problem, rounds)
+    steps, slope = (
+        rounds * LOCAL["local_epochs"],
+        problem.gradients(torch.zeros(LAYOUT.size).double())[0].float(),
+    )
+    shares = torch.tensor([1 - 0.8**steps, 1 - 0.99**steps])
+    torch.testing.assert_close(bench.strategy.kept["mass"], shares)
+    torch.testing.assert_close(bench.strategy.kept["first"], shares[0] * slope, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        bench.strategy.kept["second"], shares[1] * slope.square(), rtol=1e-5, atol=1e-6
+    )
+
+
 def test_fedsmoo_has_clients_take_gradients_at_one_place():
     # of equal clients, h - m - s is the same everywhere: s is their own e, and from there on m stays
     problem, radius = Quadratics.draw(alike=True), 0.1
@@ -270,10 +314,10 @@ def test_lost_replies_and_lost_state_leave_server_and_clients_in_agreement(metho
     assert distance(run(bench, problem, 60), problem.optimum()) <= 1e-5
 
 
-@pytest.mark.parametrize("method", STATEFUL)
+@pytest.mark.parametrize("method", KEEPING)
 def test_from_a_checkpoint_it_goes_on_with_the_same_bits(method):
     problem = Quadratics.draw()
-    first, second = (STATEFUL[method](participation=0.5) for _ in range(2))
+    first, second = (KEEPING[method](participation=0.5) for _ in range(2))
     run(first, problem, 3)
     state = {name: value.clone() for name, value in first.strategy.state_dict().items()}
     second.strategy.load_state_dict(state)
@@ -282,10 +326,10 @@ def test_from_a_checkpoint_it_goes_on_with_the_same_bits(method):
     assert torch.equal(run(first, problem, 6), run(second, problem, 6))
 
 
-@pytest.mark.parametrize("method", STATEFUL)
-def test_a_round_beyond_what_messages_hold_leaves_the_tables_as_they_were(method):
+@pytest.mark.parametrize("method", KEEPING)
+def test_a_round_beyond_what_messages_hold_leaves_all_that_is_kept_as_it_was(method):
     problem = Quadratics.draw()
-    bench = STATEFUL[method]()
+    bench = KEEPING[method]()
     run(bench, problem, 2)
     before = {name: value.clone() for name, value in bench.strategy.state_dict().items()}
     step = bench.strategy.step

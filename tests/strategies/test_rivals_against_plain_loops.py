@@ -236,6 +236,41 @@ def fedcm(problem, mix, lr_decay):
     return w, {}
 
 
+def orthogonal(matrix):
+    """Five steps of Newton and Schulz's iteration, with Muon's coefficients."""
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * (x @ x.T @ x) + 2.0315 * (x @ x.T @ x @ x.T @ x)
+    return x
+
+
+def fedpac(problem, mix, beta, beta_2, muon):
+    w, lr = dict(problem.start), LOCAL["lr"]
+    v, m, s, mass = zeros(w), zeros(w), zeros(w), torch.zeros(2, dtype=torch.float64)
+    for number in range(1, ROUNDS + 1):
+        ends, pace, firsts, seconds, masses = {}, {}, {}, {}, {}
+        for i in heard(number):
+            y, first, second, total = dict(w), dict(m), dict(s), mass.clone()
+            for rows in problem.batches(i, number, LOCAL["epochs"]):
+                g = problem.gradient(y, rows)
+                betas = torch.tensor([beta, beta_2])
+                total = betas * total + 1 - betas
+                for name in w:
+                    first[name] = beta * first[name] + (1 - beta) * g[name]
+                    if muon and g[name].dim() > 1:
+                        ahead = (beta * first[name] + (1 - beta) * g[name]).flatten(1)
+                        d = (0.2 * max(ahead.shape) ** 0.5 * orthogonal(ahead)).view_as(g[name])
+                    else:
+                        second[name] = beta_2 * second[name] + (1 - beta_2) * g[name] ** 2
+                        d = first[name] / total[0] / ((second[name] / total[1]).sqrt() + 1e-8)
+                    d = d + LOCAL["weight_decay"] * y[name]
+                    y[name] = y[name] - lr * (mix * d + (1 - mix) * v[name])
+            ends[i], firsts[i], seconds[i], masses[i] = y, first, second, {"mass": total}
+            pace[i] = {name: (w[name] - y[name]) / (lr * steps(i)) for name in w}
+        w, v, m, s, mass = mean(ends), mean(pace), mean(firsts), mean(seconds), mean(masses)["mass"]
+    return w, {}
+
+
 UNIFORM = "strategy.alpha=uniform"
 DECAYING = "strategy.lr_decay=0.7"
 VARIANTS = {
@@ -276,7 +311,21 @@ VARIANTS = {
     "fedvarp": (["strategy=fedvarp", UNIFORM], remembering, (False,)),
     "mifa": (["strategy=mifa", UNIFORM], remembering, (True,)),
     "fedcm": (["strategy=fedcm", "strategy.mix=0.2", DECAYING], fedcm, (0.2, 0.7)),
+    "fedpac": (["strategy=fedpac", "strategy.mix=0.3"], fedpac, (0.3, 0.9, 0.999, False)),
+    "fedmuon": (["strategy=fedmuon", "strategy.mix=0.3"], fedpac, (0.3, 0.95, 0.95, True)),
 }
+
+
+def sent(variant, tensors):
+    """Sizes of the arrays that go down and up."""
+    size = sum(t.numel() for t in tensors)
+    vectors = sum(t.numel() for t in tensors if t.dim() == 1)
+    if "scaffold" in variant or variant == "fedsmoo":  # control variates; multipliers
+        return [size] * 2, [size] * 2
+    if variant == "fedcm":  # the velocity
+        return [size] * 2, [size]
+    memory = {"fedpac": [size, size, 2], "fedmuon": [size - vectors, vectors, vectors, 2]}.get(variant)
+    return ([size] * 2 + memory, [size, *memory]) if memory else ([size], [size])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -298,14 +347,10 @@ def test_a_rival_follows_the_plain_loop(problem, variant, monkeypatch):
         flat = torch.cat([t.flatten() for t in row.values()])
         kept = next(iter(federation.strategy.tables.values()))[client]
         assert (kept.double() - flat).norm() <= 3e-4 * flat.norm()
-    # control variates and multipliers double what is sent either way, and FedCM's velocity what is sent down
-    size = 4 * sum(t.numel() for t in problem.start.values()) + 128
-    down, up = (
-        (2, 2) if "scaffold" in variant or variant == "fedsmoo" else (2, 1) if variant == "fedcm" else (1, 1)
-    )
+    down, up = sent(variant, list(problem.start.values()))
     assert exchanges == [2] * ROUNDS
-    assert metrics[-1]["bytes_down"] == 2 * ROUNDS * down * size
-    assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * up * size
+    assert metrics[-1]["bytes_down"] == 2 * ROUNDS * sum(4 * size + 128 for size in down)
+    assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * sum(4 * size + 128 for size in up)
     epochs = LOCAL["epochs"] * (2 if variant in ("fedsam", "fedsmoo") else 1)
     seen = sum(epochs * SIZES[i] for number in range(1, ROUNDS + 1) for i in heard(number))
     assert metrics[-1]["passes"] == pytest.approx(seen / sum(SIZES))

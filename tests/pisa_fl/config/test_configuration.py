@@ -15,7 +15,19 @@ from strategies import ClientHalf
 PROMISED = {
     "strategy": {
         *("sisa", "pisa", "nsisa", "sisa_official", "fedavg", "fedprox"),
-        *("scaffold", "feddyn", "fedadmm", "fednova", "fedcm", "fedvarp", "mifa", "fedsam", "fedsmoo"),
+        *(
+            "scaffold",
+            "feddyn",
+            "fedadmm",
+            "fednova",
+            "fedcm",
+            "fedvarp",
+            "mifa",
+            "fedsam",
+            "fedsmoo",
+            "fedpac",
+            "fedmuon",
+        ),
     },
     "partition": {
         "label_skew",
