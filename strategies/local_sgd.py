@@ -135,9 +135,8 @@ class LocalSgd(ClientHalf):
         """What each client's steps of SGD amount to without momentum and proximal term, (C,), double precision."""
         moved, buffer, reached = 0.0, 0.0, [0.0]
         for _ in range(max(steps)):
-            buffer = (
-                self.optimizer.momentum * buffer + 1 - lr * mu * moved
-            )  # the loop below, its gradients all one
+            # the loop below, its gradients all one
+            buffer = self.optimizer.momentum * buffer + 1 - lr * mu * moved
             moved += buffer
             reached.append(moved)
         return torch.tensor([reached[count] for count in steps], dtype=torch.float64)
@@ -149,7 +148,7 @@ class LocalSgd(ClientHalf):
         lr: float,
         mu: float,
         slope: Tensor | None = None,
-        memory: Mapping[str, Tensor] | None = None,
+        given: Mapping[str, Tensor] | None = None,
     ) -> Descent:
         """The local epochs, on F_i(w_i) + <slope_i, w_i> + (mu/2)|w_i - start|^2, with weight decay.
 
@@ -159,11 +158,11 @@ class LocalSgd(ClientHalf):
             lr: Learning rate.
             mu: Weight of the proximal term.
             slope: A linear term of each client's, (C, d), or None.
-            memory: What the optimizer remembers at the beginning and needs besides, (C, size); None: zeros.
+            given: What the optimizer remembers at the beginning, and needs besides, (C, size); None: zeros.
         """
         weights = start.repeat(len(stack.clients), 1)
-        begun = self.optimizer.begin(weights) | {name: row.clone() for name, row in (memory or {}).items()}
-        remembered = [begun[name] for name in self.optimizer.memory_fields()]
+        memory = self.optimizer.begin(weights) | {name: rows.clone() for name, rows in (given or {}).items()}
+        remembered = [memory[name] for name in self.optimizer.memory_fields()]
         loss = weights.new_zeros(len(stack.clients))
         examples = torch.zeros_like(loss)
         steps = [0] * len(stack.clients)
@@ -171,16 +170,16 @@ class LocalSgd(ClientHalf):
             idle = [row for row, count in enumerate(batch.examples) if not count]
             held = [(rows, rows[idle]) for rows in (weights, *remembered)] if idle else []
             differentiate = partial(stack.gradient, batch=batch)
-            gradient, batch_loss = self.optimizer.gradient(begun, differentiate, weights)
+            gradient, batch_loss = self.optimizer.gradient(memory, differentiate, weights)
             if slope is not None:
                 gradient.add_(slope)
             if mu:
                 gradient.add_(weights - start, alpha=mu)
-            weights.sub_(self.optimizer.direction(begun, gradient, weights), alpha=lr)
+            weights.sub_(self.optimizer.direction(memory, gradient, weights), alpha=lr)
             for rows, before in held:  # of those who have no batch any more
                 rows[idle] = before
             seen = torch.tensor(batch.examples, dtype=loss.dtype, device=loss.device)
             loss += batch_loss * seen
             examples += seen
             steps = [count + (n > 0) for count, n in zip(steps, batch.examples, strict=True)]
-        return Descent(weights, loss / examples, steps, begun)
+        return Descent(weights, loss / examples, steps, memory)

@@ -61,7 +61,7 @@ class AdamW(Optimizer):
         first, second, mass = memory[FIRST], memory[SECOND], memory[MASS]
         first.lerp_(gradient, 1 - self.momentum)
         second.mul_(self.beta_2).addcmul_(gradient, gradient, value=1 - self.beta_2)
-        betas = mass.new_tensor([self.momentum, self.beta_2])
-        mass.mul_(betas).add_(1 - betas)
+        for column, beta in enumerate((self.momentum, self.beta_2)):
+            mass[:, column].mul_(beta).add_(1 - beta)
         root = (second / mass[:, 1:]).sqrt_().add_(self.eps)
         return torch.addcmul(weights * self.weight_decay, first / mass[:, :1], 1 / root)
