@@ -1,14 +1,17 @@
 """Federated algorithms: server halves are Flower strategies, client halves solve a stack's local problems."""
 
+from strategies.augmented_sgd import AugmentedSgd
 from strategies.base.beyond_gradients import Forward, Probe, Term
 from strategies.base.client import Batch, ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.server import ServerHalf
 from strategies.base.transform import Transform
-from strategies.fedadmm import FedAdmm, FedAdmmClient
+from strategies.fedadmm import FedAdmm
 from strategies.fedcm import FedCm, FedCmClient
-from strategies.feddyn import FedDyn, FedDynClient
+from strategies.feddyn import FedDyn
 from strategies.fednova import FedNova, FedNovaClient
+from strategies.fedpac import FedPac, FedPacClient
+from strategies.fedsmoo import FedSmoo, FedSmooClient
 from strategies.fedvarp import FedVarp
 from strategies.local_sgd import LocalSgd
 from strategies.mifa import Mifa
@@ -16,16 +19,19 @@ from strategies.pisa import Ledger, Penalty, Pisa, PisaClient, PisaLocalClient
 from strategies.scaffold import Scaffold, ScaffoldClient
 
 __all__ = [
+    "AugmentedSgd",
     "Batch",
     "ClientHalf",
     "FedAdmm",
-    "FedAdmmClient",
     "FedCm",
     "FedCmClient",
     "FedDyn",
-    "FedDynClient",
     "FedNova",
     "FedNovaClient",
+    "FedPac",
+    "FedPacClient",
+    "FedSmoo",
+    "FedSmooClient",
     "FedVarp",
     "Forward",
     "Instruction",

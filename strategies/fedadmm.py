@@ -7,15 +7,11 @@ Gong, Li, Freris 2022, arXiv 2204.03529, Algorithm 1. A round, for every client 
     D_i   = (w_i+ + y_i+ / rho) - (w_i + y_i / rho)
     w    += eta (mean of those present of D_i)                                   (server)
 
-with y_i = 0 and w_i = w^0, the initial weights, before a client's first round. The argmin is approached from w_i = w by
-`local_epochs` passes of mini-batch SGD, as the authors' code does it:
+with y_i = 0 and w_i = w^0, the initial weights, before a client's first round. The client half, which approaches the
+argmin by local SGD, is FedDyn's too: `strategies.augmented_sgd`.
 
-    g    = grad F_i(w_i; batch) + weight_decay w_i + y_i + rho (w_i - w)
-    b    = momentum b + g
-    w_i -= lr b
-
-Symbols: w the server's weights, w_i the client's, y_i `dual`, u_i = w_i + y_i / rho the augmented model, b the momentum
-buffer. Means are weighted by `alpha`; the paper's are uniform. The paper names two eta: 1, which is quick, and |S|/N,
+Symbols: w the server's weights, w_i the client's, y_i `dual`, u_i = w_i + y_i / rho the augmented model. Means are
+weighted by `alpha`; the paper's are uniform. The paper names two eta: 1, which is quick, and |S|/N,
 the share of the clients that take part, for which w stays the average of all u_i. `eta: null` is the latter: that
 average itself, so that it holds for whatever weights, and whoever answers.
 
@@ -30,7 +26,7 @@ the solution, for rho is small.
 The authors' code is another method: it takes the server's w for the client's last w_i, so that D_i = 2 (w_i+ - w). Then
 w - (2 eta / (p rho)) (average of all y_i) stays as it was, and it stops where grad F(w) = -(p rho / (2 eta)) (w - w^0).
 
-On stability. y_i / rho is a velocity, as in `strategies.feddyn`, whose l_i is -y_i: with everybody there and eta 1 the
+On stability. y_i / rho is a velocity, as in `strategies.feddyn`: with everybody there and eta 1 the
 two are one method. D_i also holds how far w has gone since the client's last turn, or since w^0 for one that is new. So
 eta above p extrapolates: w+ - w has about eta (w - what w was 1/p rounds ago) in it, which grows without end unless the
 clients pull back. What was seen once, in the setting that `strategies.scaffold` tells of, with rho 0.01: eta 1 diverged
@@ -40,34 +36,27 @@ as w^0. The authors' code, with its w in the place of the last w_i, has no such 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from typing import ClassVar, Literal
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from strategies.augmented_sgd import next_dual
 from strategies.base import checks
 from strategies.base.averaging import Answers, Averaging, mean
-from strategies.base.client import Instruction, Stack, Update
 from strategies.base.layout import Layout
-from strategies.base.messages import WEIGHTS, Field, record, squared
-from strategies.base.table import Table
-from strategies.local_sgd import LocalSgd
+from strategies.base.messages import DUAL, WEIGHTS
 
-DUAL, GONE, INITIAL = "dual", "gone", "initial"
-"""y_i; u_i - w^0, how far a client's augmented model has gone; w^0."""
-
-
-def next_dual(dual: Tensor, weights: Tensor, consensus: Tensor, rho: float) -> Tensor:
-    """y_i after a round: the same bits on either side."""
-    return dual + (weights - consensus).mul_(rho)
+GONE, INITIAL = "gone", "initial"
+"""u_i - w^0, how far a client's augmented model has gone; w^0."""
 
 
 @checks.literals
 class FedAdmm(Averaging):
-    """Server half: tracks the average of the augmented models.
+    """Server half: tracks the average of the augmented models; the client half is `AugmentedSgd`.
 
     Args:
         layout: Layout of the model's parameters.
@@ -81,6 +70,8 @@ class FedAdmm(Averaging):
         ValueError: A value is outside its range.
     """
 
+    remembered: ClassVar[Collection[str]] = (DUAL,)
+
     def __init__(
         self,
         layout: Layout,
@@ -93,82 +84,29 @@ class FedAdmm(Averaging):
         checks.positive("rho", rho)
         if eta is not None:
             checks.positive("eta", eta)
+        super().__init__(layout, alpha, [DUAL, GONE], clients, state)
         self.rho, self.eta = rho, eta
-        self.duals, self.gone = (Table(layout.size, clients, state == "disk") for _ in range(2))
-        self.initial = torch.empty(0)
-        super().__init__(layout, alpha, {DUAL: self.duals, GONE: self.gone})
+        self.duals, self.gone = self.tables[DUAL], self.tables[GONE]
+        self.kept = {INITIAL: torch.empty(0)}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Send the weights; those of the first round are w^0."""
         asked = list(super().configure_train(server_round, arrays, config, grid))
-        if not len(self.initial):
-            self.initial = self.consensus.clone()
+        if not len(self.kept[INITIAL]):
+            self.kept = {INITIAL: self.consensus.clone()}
         return asked
 
     def step(self, answers: Answers, weights: Mapping[int, float]) -> Tensor:
         """Take duals and augmented models forward, and follow their average."""
+        initial = self.kept[INITIAL]
         reached = {node: said[WEIGHTS] for node, said in answers.arrays.items()}
         duals = {n: next_dual(self.duals[n], row, self.consensus, self.rho) for n, row in reached.items()}
-        gone = {node: reached[node] - self.initial + dual / self.rho for node, dual in duals.items()}
+        gone = {node: reached[node] - initial + dual / self.rho for node, dual in duals.items()}
         self.duals.begin(duals, weights)
         average = self.gone.begin(gone, weights)
         if self.eta is None:
-            return self.initial + average
+            return initial + average
         moved = {node: now - self.gone[node] for node, now in gone.items()}
         return self.consensus + self.eta * mean(moved, weights)
-
-    def supply(self, client: int) -> ArrayRecord | None:
-        """The dual of a client that lost it."""
-        return record({DUAL: self.duals[client].clone()}) if client in self.duals else None
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tables and w^0."""
-        return super().state_dict() | {INITIAL: self.initial}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
-        super().load_state_dict(state)
-        self.initial = state[INITIAL].clone()
-
-
-class FedAdmmClient(LocalSgd):
-    """Client half: local SGD on the augmented Lagrangian.
-
-    Args:
-        layout: Layout of the model's parameters.
-        rho: Penalty; the server's.
-        lr: Learning rate.
-        momentum: Momentum within a round.
-        weight_decay: Added to the gradient as weight_decay * w_i.
-        local_epochs: Passes over the client's examples in a round.
-
-    Raises:
-        ValueError: A number is outside its range.
-    """
-
-    def __init__(
-        self, layout: Layout, rho: float, lr: float, momentum: float, weight_decay: float, local_epochs: int
-    ) -> None:
-        super().__init__(layout, lr, momentum, weight_decay, local_epochs)
-        checks.positive("rho", rho)
-        self.rho = rho
-
-    def state_sizes(self) -> dict[str, int]:
-        """The dual."""
-        return {DUAL: self.layout.size}
-
-    def reply_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
-        """The weights, of which the dual is made."""
-        return {WEIGHTS: squared(self.layout.size)}
-
-    def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
-        """The local epochs, and the dual after them; see the module's equations."""
-        start, dual = instruction.arrays[WEIGHTS], state[DUAL]
-        done = self.descend(stack, start, self.lr, self.rho, dual)
-
-        def following(sent: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            return {DUAL: next_dual(dual, sent[WEIGHTS], start, self.rho)}
-
-        return Update({WEIGHTS: done.weights}, done.loss, following)

@@ -31,7 +31,8 @@ from strategies.base.averaging import Answers, Averaging, mean
 from strategies.base.client import Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.messages import WEIGHTS, Field, real
-from strategies.local_sgd import LocalSgd
+from strategies.local_sgd import LocalSgd, OptimizerFactory, lr_at
+from strategies.optimizers import Sgd
 
 VELOCITY, STEPS = "velocity", "steps"
 """v in an instruction; K_i in a reply."""
@@ -45,35 +46,33 @@ class FedCm(Averaging):
         layout: Layout of the model's parameters.
         lr: The clients' learning rate.
         alpha: Weights of the clients: `examples` (n_i/n) or `uniform` (the paper).
+        lr_decay: Factor of lr from round to round.
 
     Raises:
         ValueError: A value is outside its range.
     """
 
-    def __init__(self, layout: Layout, lr: float, alpha: Literal["examples", "uniform"]) -> None:
+    def __init__(
+        self, layout: Layout, lr: float, alpha: Literal["examples", "uniform"], lr_decay: float = 1.0
+    ) -> None:
         checks.positive("lr", lr)
-        self.lr, self.velocity = lr, torch.zeros(layout.size)
+        checks.share("lr_decay", lr_decay)
         super().__init__(layout, alpha)
+        self.lr, self.lr_decay = lr, lr_decay
+        self.kept = {VELOCITY: torch.zeros(layout.size)}
 
     def shared(self) -> dict[str, Tensor]:
         """The mean step of the last round."""
-        return {VELOCITY: self.velocity}
+        return self.kept
 
     def step(self, answers: Answers, weights: Mapping[int, float]) -> Tensor:
         """Step to the mean of the weights; see the module's equations."""
         reached = {node: said[WEIGHTS] for node, said in answers.arrays.items()}
         steps = {node: max(1.0, real(said, STEPS)) for node, said in answers.metrics.items()}
-        pace = {node: (self.consensus - row) / (self.lr * steps[node]) for node, row in reached.items()}
-        self.velocity = mean(pace, weights)
+        lr = lr_at(self.round_number, self.lr, self.lr_decay)
+        pace = {node: (self.consensus - row) / (lr * steps[node]) for node, row in reached.items()}
+        self.kept = self.kept | {VELOCITY: mean(pace, weights)}
         return mean(reached, weights)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The mean step of the last round."""
-        return {VELOCITY: self.velocity}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
-        self.velocity = state[VELOCITY].clone()
 
 
 class FedCmClient(LocalSgd):
@@ -85,13 +84,25 @@ class FedCmClient(LocalSgd):
         lr: Learning rate; the server's.
         weight_decay: Added to the gradient as weight_decay * w_i.
         local_epochs: Passes over the client's examples in a round.
+        lr_decay: Factor of lr from round to round; the server's.
+        optimizer: SGD, or SAM, with which it is MoFedSAM (arXiv 2206.02618).
 
     Raises:
-        ValueError: A number is outside its range.
+        ValueError: A number is outside its range, or the optimizer another.
     """
 
-    def __init__(self, layout: Layout, mix: float, lr: float, weight_decay: float, local_epochs: int) -> None:
-        super().__init__(layout, lr, 0.0, weight_decay, local_epochs)
+    def __init__(
+        self,
+        layout: Layout,
+        mix: float,
+        lr: float,
+        weight_decay: float,
+        local_epochs: int,
+        lr_decay: float = 1.0,
+        optimizer: OptimizerFactory = Sgd,
+    ) -> None:
+        super().__init__(layout, lr, 0.0, weight_decay, local_epochs, lr_decay, optimizer)
+        self.require_sgd("FedCM's velocity is a mean of the gradients in the steps")
         checks.share("mix", mix)
         self.mix = mix
 
@@ -106,5 +117,6 @@ class FedCmClient(LocalSgd):
     def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """The local epochs; see the module's equations."""
         slope = instruction.arrays[VELOCITY] * ((1 - self.mix) / self.mix)
-        done = self.descend(stack, instruction.arrays[WEIGHTS], self.lr * self.mix, 0.0, slope)
+        lr = self.lr_now(instruction)
+        done = self.descend(stack, instruction.arrays[WEIGHTS], lr * self.mix, 0.0, slope)
         return Update({WEIGHTS: done.weights}, done.loss, numbers={STEPS: torch.tensor(done.steps)})

@@ -30,7 +30,7 @@ own way, over its share n_i/n.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor
 
@@ -39,7 +39,7 @@ from strategies.base.averaging import Answers, Averaging, mean
 from strategies.base.client import Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.messages import WEIGHTS, real
-from strategies.local_sgd import LocalSgd
+from strategies.local_sgd import Local, LocalSgd
 
 REACH = "reach"
 """a_i in a reply."""
@@ -81,26 +81,16 @@ class FedNovaClient(LocalSgd):
 
     Args:
         layout: Layout of the model's parameters.
-        lr: Learning rate.
-        momentum: Momentum within a round.
-        weight_decay: Added to the gradient as weight_decay * w_i.
-        local_epochs: Passes over the client's examples in a round.
         mu: Weight of the proximal term.
+        local: As `LocalSgd`'s; the optimizer must be SGD or SAM.
 
     Raises:
         ValueError: A number is outside its range.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        local_epochs: int,
-        mu: float = 0.0,
-    ) -> None:
-        super().__init__(layout, lr, momentum, weight_decay, local_epochs)
+    def __init__(self, layout: Layout, mu: float = 0.0, **local: Unpack[Local]) -> None:
+        super().__init__(layout, **local)
+        self.require_sgd("FedNova counts how often a gradient is in the sum of the steps")
         checks.not_negative("mu", mu)
         self.mu = mu
 
@@ -110,6 +100,7 @@ class FedNovaClient(LocalSgd):
 
     def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """The local epochs; see the module's equations."""
-        done = self.descend(stack, instruction.arrays[WEIGHTS], self.lr, self.mu)
-        reach = self.reach(done.steps, self.lr, self.mu)
+        lr = self.lr_now(instruction)
+        done = self.descend(stack, instruction.arrays[WEIGHTS], lr, self.mu)
+        reach = self.reach(done.steps, lr, self.mu)
         return Update({WEIGHTS: done.weights}, done.loss, numbers={REACH: reach})

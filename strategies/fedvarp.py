@@ -27,7 +27,6 @@ from strategies.base import checks
 from strategies.base.averaging import Answers, Averaging, mean
 from strategies.base.layout import Layout
 from strategies.base.messages import WEIGHTS
-from strategies.base.table import Table
 
 UPDATE = "update"
 """The table of the clients' last updates."""
@@ -57,8 +56,8 @@ class FedVarp(Averaging):
         state: Literal["memory", "disk"] = "memory",
     ) -> None:
         checks.positive("server_lr", server_lr)
-        self.server_lr, self.updates = server_lr, Table(layout.size, clients, state == "disk")
-        super().__init__(layout, alpha, {UPDATE: self.updates})
+        super().__init__(layout, alpha, [UPDATE], clients, state)
+        self.server_lr, self.updates = server_lr, self.tables[UPDATE]
 
     def step(self, answers: Answers, weights: Mapping[int, float]) -> Tensor:
         """Step by v; see the module's equations."""

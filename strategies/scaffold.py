@@ -34,20 +34,18 @@ with K in the place of a_i, and nothing else changed, at chance from round 10 on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
-from flwr.app import ArrayRecord
 from torch import Tensor
 
 from strategies.base import checks
 from strategies.base.averaging import Answers, Averaging, mean
 from strategies.base.client import Instruction, Stack, Update
 from strategies.base.layout import Layout
-from strategies.base.messages import WEIGHTS, Field, averaged, record
-from strategies.base.table import Table
-from strategies.local_sgd import LocalSgd
+from strategies.base.messages import WEIGHTS, Field, averaged
+from strategies.local_sgd import Local, LocalSgd
 
 CONTROL = "control"
 """The server's control variate in an instruction, the client's in a reply and in what it remembers."""
@@ -68,6 +66,8 @@ class Scaffold(Averaging):
         ValueError: A value is outside its range.
     """
 
+    remembered: ClassVar[Collection[str]] = (CONTROL,)
+
     def __init__(
         self,
         layout: Layout,
@@ -77,8 +77,8 @@ class Scaffold(Averaging):
         state: Literal["memory", "disk"] = "memory",
     ) -> None:
         checks.positive("server_lr", server_lr)
-        self.server_lr, self.controls = server_lr, Table(layout.size, clients, state == "disk")
-        super().__init__(layout, alpha, {CONTROL: self.controls})
+        super().__init__(layout, alpha, [CONTROL], clients, state)
+        self.server_lr, self.controls = server_lr, self.tables[CONTROL]
 
     def shared(self) -> dict[str, Tensor]:
         """The server's control variate."""
@@ -90,13 +90,21 @@ class Scaffold(Averaging):
         reached = mean({node: said[WEIGHTS] for node, said in answers.arrays.items()}, weights)
         return torch.lerp(self.consensus, reached, self.server_lr)
 
-    def supply(self, client: int) -> ArrayRecord | None:
-        """The control variate of a client that lost it."""
-        return record({CONTROL: self.controls[client].clone()}) if client in self.controls else None
-
 
 class ScaffoldClient(LocalSgd):
-    """Client half: local SGD with the control variates in the gradient; the arguments are those of `LocalSgd`."""
+    """Client half: local SGD with the control variates in the gradient.
+
+    Args:
+        layout: Layout of the model's parameters.
+        local: As `LocalSgd`'s; the optimizer must be SGD or SAM.
+
+    Raises:
+        ValueError: A number is outside its range, or the optimizer another.
+    """
+
+    def __init__(self, layout: Layout, **local: Unpack[Local]) -> None:
+        super().__init__(layout, **local)
+        self.require_sgd("SCAFFOLD's control variates are means of the gradients in the steps")
 
     def state_sizes(self) -> dict[str, int]:
         """The control variate."""
@@ -113,8 +121,9 @@ class ScaffoldClient(LocalSgd):
     def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """The local epochs, then the control variate of the next round; see the module's equations."""
         start, correction = instruction.arrays[WEIGHTS], instruction.arrays[CONTROL] - state[CONTROL]
-        done = self.descend(stack, start, self.lr, 0.0, correction)
-        length = self.lr * self.reach(done.steps, self.lr, 0.0).to(start)
+        lr = self.lr_now(instruction)
+        done = self.descend(stack, start, lr, 0.0, correction)
+        length = lr * self.reach(done.steps, lr, 0.0).to(start)
         control = (start - done.weights) / length[:, None] - correction
         answer = {WEIGHTS: done.weights, CONTROL: control}
         return Update(answer, done.loss, lambda sent: {CONTROL: sent[CONTROL]})

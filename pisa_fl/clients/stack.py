@@ -167,6 +167,20 @@ class LocalStack:
             )
         ]
 
+    @property
+    def _draws_targets(self) -> bool:
+        """Whether a probe wants gradients with targets drawn from the outputs, beside those with the data's."""
+        return self._probe is not None and self._probe[0].drawn
+
+    def _counted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, each counted as it is differentiated."""
+        for batch in batches:
+            passes = 2 if self._draws_targets else 1
+            self.differentiated = [
+                d + passes * n for d, n in zip(self.differentiated, batch.examples, strict=True)
+            ]
+            yield batch
+
     def _shares(self, chosen: Tensor, examples: int, gradient: str) -> Tensor:
         """Weight of each chosen example in its client's gradient."""
         if gradient == "mean":
@@ -185,12 +199,10 @@ class LocalStack:
         """Gather, make ready, disturb and augment the chosen examples of each client."""
         device = self._model.device
         data = self._read_alone(chosen) if self._alone else self._read_together(chosen)
-        counts, passes = [len(c) for c in chosen], 1
-        if self._probe is not None and self._probe[0].drawn:
-            passes = 2
+        counts = [len(c) for c in chosen]
+        if self._draws_targets:
             drawn = [draws[rows] for draws, rows in zip(self._target_draws, chosen, strict=True)]
             data = {**data, DRAWS: _padded(drawn).to(device)}
-        self.differentiated = [d + passes * n for d, n in zip(self.differentiated, counts, strict=True)]
         return Batch(
             data=data,
             weights=_padded(shares).to(device),
@@ -226,6 +238,7 @@ class LocalStack:
         self, weights: Tensor, batches: Iterable[Batch], term: Term | None = None
     ) -> tuple[Tensor, Tensor]:
         """Sums over batches of the gradients (C, d) of the weighted losses, and of the plain losses (C,)."""
+        batches = self._counted(batches)
         if len(self.clients) == 1:
             return self._backward(weights.reshape(-1), batches, term)
         total = torch.zeros(len(self.clients), self.layout.size, device=self._model.device)

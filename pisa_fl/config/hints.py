@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, Unpack, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig
 
@@ -19,7 +19,11 @@ _WORDS |= dict.fromkeys((str, Path), "a text")
 def hints(target: Any) -> dict[str, Any]:
     """Types of a target's parameters, as far as they can be read."""
     try:
-        return get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        found = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        for hint in list(found.values()):
+            if get_origin(hint) is Unpack:  # keywords that several targets have in common
+                found |= get_type_hints(get_args(hint)[0])
+        return found
     except (NameError, TypeError, AttributeError):
         return {}
 

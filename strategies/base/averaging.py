@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -79,23 +79,35 @@ def mean(rows: Mapping[int, Tensor], weights: Mapping[int, float]) -> Tensor:
 class Averaging(ServerHalf):
     """A server half that sends the weights to everybody drawn, and makes the next of means of what comes back.
 
-    What its tables are given in a round is written only when the round's result is one that messages may hold.
+    What its tables are given in a round, and what it keeps beside them, is written only when the round's result is one
+    that messages may hold.
 
     Args:
         layout: Layout of the model's parameters.
         alpha: Weights of the clients: `examples` (n_i/n) or `uniform`.
-        tables: What is kept of every client, by name.
+        tables: Names of the vectors that are kept of every client.
+        clients: N, over all of whom the tables average.
+        state: Where the tables are kept: in `memory`, or on `disk`.
+
+    Attributes:
+        kept: Vectors of the server's own that it keeps from round to round, by name; `step` may replace them.
     """
+
+    remembered: ClassVar[Collection[str]] = ()
+    """Those of the tables that clients have a row of: one that lost it is supplied."""
 
     def __init__(
         self,
         layout: Layout,
         alpha: Literal["examples", "uniform"],
-        tables: Mapping[str, Table] | None = None,
+        tables: Collection[str] = (),
+        clients: int = 0,
+        state: Literal["memory", "disk"] = "memory",
     ) -> None:
         self.layout, self.uniform = layout, alpha == "uniform"
-        self.tables = dict(tables or {})
-        self.consensus = torch.empty(0)
+        self.tables = {name: Table(layout.size, clients, state == "disk") for name in tables}
+        self.kept: dict[str, Tensor] = {}
+        self.consensus, self.round_number = torch.empty(0), 0
 
     def shared(self) -> dict[str, Tensor]:
         """Vectors that are sent to everybody beside the weights."""
@@ -103,7 +115,7 @@ class Averaging(ServerHalf):
 
     @abstractmethod
     def step(self, answers: Answers, weights: Mapping[int, float]) -> Tensor:
-        """The next weights, (d,); `consensus` are those that the clients were sent.
+        """The next weights, (d,); `consensus` are those that the clients were sent, in `round_number`.
 
         Args:
             answers: Of one client or more.
@@ -114,7 +126,7 @@ class Averaging(ServerHalf):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send the weights, and what is shared beside them, to every node of the grid."""
-        self.consensus = vectors(arrays)[WEIGHTS]
+        self.consensus, self.round_number = vectors(arrays)[WEIGHTS], server_round
         sent = {WEIGHTS: self.consensus} | self.shared()
         return messages(grid.get_node_ids(), sent, dict(config) | {ROUND: server_round})
 
@@ -126,21 +138,28 @@ class Averaging(ServerHalf):
         if not answers.arrays:
             return None, None
         weights = {node: 1.0 if self.uniform else float(n) for node, n in answers.examples.items()}
+        before = dict(self.kept)
         following = self.step(answers, weights)
         averages = {name: table.begun for name, table in self.tables.items()}
-        if wrong := out_of_range({WEIGHTS: following} | averages):
+        if wrong := out_of_range({WEIGHTS: following} | averages | self.kept):
+            self.kept = before
             raise RoundError(f"{wrong} of the server")
         for table in self.tables.values():
             table.commit()
         return record({WEIGHTS: following}), MetricRecord()
+
+    def supply(self, client: int) -> ArrayRecord | None:
+        """The rows of a client that lost them."""
+        rows = {name: self.tables[name] for name in self.remembered if client in self.tables[name]}
+        return record({name: table[client].clone() for name, table in rows.items()}) if rows else None
 
     def begins_anew(self, client: int) -> bool:
         """Whether the tables do not know the client."""
         return any(client not in table for table in self.tables.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tables, for a checkpoint."""
-        return {
+        """The tables and what is kept beside them, for a checkpoint."""
+        return self.kept | {
             f"{name}.{key}": value
             for name, table in self.tables.items()
             for key, value in table.state_dict().items()
@@ -148,6 +167,7 @@ class Averaging(ServerHalf):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave."""
+        self.kept = {name: state[name].clone() for name in self.kept}
         for name, table in self.tables.items():
             own = f"{name}."
             table.load_state_dict({k.removeprefix(own): v for k, v in state.items() if k.startswith(own)})

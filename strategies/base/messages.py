@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 ARRAYS, CONFIG, METRICS, STATE = "arrays", "config", "metrics", "state"
-WEIGHTS, BUFFERS, GRADIENT = "weights", "buffers", "gradient"
+WEIGHTS, BUFFERS, GRADIENT, DUAL = "weights", "buffers", "gradient", "dual"
 MEASURE = "measure"
 ROUND, ACCEPTED = "server-round", "accepted-round"
 EXAMPLES, LOSS, DIFFERENTIATED = "num-examples", "train-loss", "examples-differentiated"

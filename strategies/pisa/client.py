@@ -11,12 +11,11 @@ from torch import Tensor
 from strategies.base import checks
 from strategies.base.client import ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
-from strategies.base.messages import GRADIENT, MEASURE, ROUND, WEIGHTS, Field, integer, squared
+from strategies.base.messages import DUAL, GRADIENT, MEASURE, ROUND, WEIGHTS, Field, integer, squared
 from strategies.base.threads import one_thread
 from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
 from strategies.pisa.wire import (
-    DUAL,
     KNOWN,
     OFFSET,
     Wire,

@@ -30,21 +30,15 @@ Symbols: w `consensus`, w_i `weights`, pi_i `dual`, b the momentum buffer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
-
+from strategies.augmented_sgd import AugmentedSgd
 from strategies.base import checks
-from strategies.base.client import Instruction, Stack, Update
 from strategies.base.layout import Layout
-from strategies.base.messages import ROUND, WEIGHTS, Field, integer, squared
-from strategies.local_sgd import LocalSgd
+from strategies.local_sgd import OptimizerFactory
+from strategies.optimizers import Sgd
 from strategies.pisa.penalty import Penalty
-from strategies.pisa.wire import DUAL
 
 
-class PisaLocalClient(LocalSgd):
+class PisaLocalClient(AugmentedSgd):
     """Client half: local epochs on the augmented Lagrangian, and the replica of the dual.
 
     Args:
@@ -53,35 +47,40 @@ class PisaLocalClient(LocalSgd):
         momentum: Momentum within a round.
         weight_decay: Added to the gradient as weight_decay * w_i.
         local_epochs: Passes over the client's examples in a round.
+        optimizer: Of the steps.
 
     Raises:
         ValueError: A number is outside its range, or there is no sigma.
     """
 
     def __init__(
-        self, layout: Layout, penalty: Penalty, momentum: float, weight_decay: float, local_epochs: int
+        self,
+        layout: Layout,
+        penalty: Penalty,
+        momentum: float,
+        weight_decay: float,
+        local_epochs: int,
+        optimizer: OptimizerFactory = Sgd,
     ) -> None:
-        super().__init__(layout, penalty.lr, momentum, weight_decay, local_epochs)
         checks.positive("penalty.sigma", penalty.sigma)
-        self.penalty = penalty
+        assert penalty.sigma is not None
+        super().__init__(
+            layout,
+            penalty.sigma,
+            lr=penalty.lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            local_epochs=local_epochs,
+            optimizer=optimizer,
+        )
+        self._schedule = penalty
 
-    def state_sizes(self) -> dict[str, int]:
-        """The dual."""
-        return {DUAL: self.layout.size}
-
-    def reply_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
-        """The weights, of which the dual is made."""
-        return {WEIGHTS: squared(self.layout.size)}
-
-    def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
-        """The local epochs and the dual step; see the module's equations."""
-        consensus, round_number = instruction.arrays[WEIGHTS], integer(instruction.config, ROUND)
-        sigma, lr = self.penalty.sigma_at(round_number, None), self.penalty.lr_at(round_number)
+    def penalty_at(self, round_number: int) -> float:
+        """Sigma, which may grow."""
+        sigma = self._schedule.sigma_at(round_number, None)
         assert sigma is not None
-        done = self.descend(stack, consensus, lr, float(sigma), state[DUAL])
+        return float(sigma)
 
-        def following(sent: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            # the ledger's own operations in their order, so that its dual has the same bits
-            return {DUAL: state[DUAL] + (sent[WEIGHTS] - consensus).mul_(sigma)}
-
-        return Update({WEIGHTS: done.weights}, done.loss, following)
+    def lr_at(self, round_number: int) -> float:
+        """Lr by its schedule."""
+        return self._schedule.lr_at(round_number)

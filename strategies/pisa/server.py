@@ -14,6 +14,7 @@ from strategies.base import checks
 from strategies.base.averaging import Answers, messages
 from strategies.base.layout import Layout
 from strategies.base.messages import (
+    DUAL,
     GRADIENT,
     MEASURE,
     ROUND,
@@ -32,7 +33,6 @@ from strategies.pisa.ledger import Ledger, Observed
 from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
 from strategies.pisa.wire import (
-    DUAL,
     KNOWN,
     OFFSET,
     Wire,

@@ -13,9 +13,6 @@ from strategies.pisa.penalty import Penalty
 from strategies.preconditioners import Preconditioner
 from strategies.preconditioners.base import LOSS, PROBED
 
-DUAL = "dual"
-"""Name of the dual among what a client remembers."""
-
 OFFSET, KNOWN = "offset", "known"
 """Names of what friction has taken from all duals, and of a client's note, 1, that it has one at all."""
 

@@ -20,8 +20,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from strategies.base.layout import Layout
+from strategies.base.polar import polar, unit
 from strategies.preconditioners.direction import MomentumDirection
-from strategies.preconditioners.polar import polar, unit
 
 
 class Auon(MomentumDirection):

@@ -28,9 +28,9 @@ from torch import Tensor
 from strategies.base import checks
 from strategies.base.layout import Layout
 from strategies.base.messages import Field
+from strategies.base.polar import Method, polar
 from strategies.preconditioners.base import State
 from strategies.preconditioners.direction import Direction
-from strategies.preconditioners.polar import Method, polar
 
 
 @checks.literals

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from strategies.base import checks
 from strategies.base.layout import Layout
+from strategies.base.polar import Method, polar
 from strategies.preconditioners.direction import MomentumDirection
-from strategies.preconditioners.polar import Method, polar
 
 
 @checks.literals

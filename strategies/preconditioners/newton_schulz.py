@@ -8,7 +8,7 @@ convolutions as out x in*kh*kw), a direction followed by a soft sign:
     u   = o + pi
     w_i = w - u / (sigma + rho (|u| + eps))
 
-NS5 is five steps of Newton and Schulz's iteration with Muon's coefficients (`strategies.preconditioners.polar`).
+NS5 is five steps of Newton and Schulz's iteration with Muon's coefficients (`strategies.base.polar`).
 Since a sum of orthogonalised gradients may vanish where the sum of gradients does not, its fixed points under skew
 are not those of the problem.
 
@@ -34,8 +34,8 @@ from torch import Tensor
 from strategies.base import checks
 from strategies.base.layout import Layout
 from strategies.base.messages import Field, squared
+from strategies.base.polar import polar
 from strategies.preconditioners.base import Preconditioner, State
-from strategies.preconditioners.polar import polar
 from strategies.preconditioners.second_moment import SecondMoment
 
 

@@ -1,6 +1,7 @@
 """The rivals of PISA on strongly convex quadratics: where they stop, their limits, lost replies and lost state."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,13 +9,18 @@ from flwr.serverapp.strategy import FedAvg, FedProx
 from quadratics import ALPHA, EXAMPLES, LAYOUT, Bench, Quadratics, QuadraticStack, solving
 
 from strategies import (
+    AugmentedSgd,
     Batch,
     FedAdmm,
-    FedAdmmClient,
+    FedCm,
+    FedCmClient,
     FedDyn,
-    FedDynClient,
     FedNova,
     FedNovaClient,
+    FedPac,
+    FedPacClient,
+    FedSmoo,
+    FedSmooClient,
     FedVarp,
     LocalSgd,
     Mifa,
@@ -23,8 +29,10 @@ from strategies import (
 )
 from strategies.base.messages import RoundError, record
 from strategies.base.table import Table
+from strategies.optimizers import AdamW, Sam, Sgd
 
 N = len(EXAMPLES)
+ADAMW = partial(AdamW, beta_2=0.99, eps=1e-8)
 LOCAL = {"lr": 0.05, "momentum": 0.0, "weight_decay": 0.0, "local_epochs": 5}
 
 
@@ -43,14 +51,32 @@ def scaffold(alpha="examples", server_lr=1.0, **bench):
 
 
 def feddyn(alpha="examples", penalty=2.0, **bench):
-    return Bench(FedDyn(LAYOUT, N, penalty, alpha), FedDynClient(LAYOUT, penalty, **LOCAL), **bench)
+    return Bench(FedDyn(LAYOUT, N, penalty, alpha), AugmentedSgd(LAYOUT, penalty, **LOCAL), **bench)
 
 
 def fedadmm(alpha="examples", rho=2.0, eta=None, **bench):
-    return Bench(FedAdmm(LAYOUT, N, rho, eta, alpha), FedAdmmClient(LAYOUT, rho, **LOCAL), **bench)
+    return Bench(FedAdmm(LAYOUT, N, rho, eta, alpha), AugmentedSgd(LAYOUT, rho, **LOCAL), **bench)
 
 
-STATEFUL = {"scaffold": scaffold, "feddyn": feddyn, "fedadmm": fedadmm}
+def fedsmoo(alpha="examples", penalty=2.0, radius=1e-6, **bench):
+    server = FedSmoo(LAYOUT, N, penalty, radius, alpha)
+    return Bench(server, FedSmooClient(LAYOUT, penalty, radius, **LOCAL), **bench)
+
+
+STATEFUL = {"scaffold": scaffold, "feddyn": feddyn, "fedadmm": fedadmm, "fedsmoo": fedsmoo}
+
+
+def fedcm(mix=0.3, **bench):
+    local = {name: value for name, value in LOCAL.items() if name != "momentum"}
+    return Bench(FedCm(LAYOUT, LOCAL["lr"], "examples"), FedCmClient(LAYOUT, mix, **local), **bench)
+
+
+def fedpac(mix=0.3, optimizer=ADAMW, **bench):
+    server = FedPac(LAYOUT, LOCAL["lr"], "examples", 0.0, optimizer)
+    return Bench(server, FedPacClient(LAYOUT, mix, **LOCAL, optimizer=optimizer), **bench)
+
+
+KEEPING = STATEFUL | {"fedcm": fedcm, "fedpac": fedpac}
 EQUAL = torch.full((N,), 1 / N, dtype=torch.float64)
 
 
@@ -73,7 +99,7 @@ def test_the_optimum_of_different_clients_is_found(method, participation, alpha)
     optimum = problem.optimum(alpha=ALPHA if alpha == "examples" else EQUAL)
     assert distance(run(bench, problem, 100), optimum) <= 1e-5
     # what they remember holds the pull of each client's data there
-    name, sign = {"scaffold": ("control", 1), "feddyn": ("gradient", 1), "fedadmm": ("dual", -1)}[method]
+    name, sign = ("control", 1) if method == "scaffold" else ("dual", -1)
     held = torch.stack([sign * bench.strategy.tables[name][client].double() for client in range(N)])
     slopes = problem.gradients(optimum)
     assert slopes.norm(dim=1).min() > 1
@@ -168,6 +194,56 @@ def test_scaffold_with_zero_control_variates_is_fedavg_to_the_bit(participation)
     assert not torch.equal(run(scaffold(participation=participation), problem, 20), plain)
 
 
+def test_without_a_radius_fedsam_is_fedavg_and_fedsmoo_feddyn_to_the_bit():
+    problem = Quadratics.draw()
+    sam = Bench(fedavg().strategy, LocalSgd(LAYOUT, **LOCAL, optimizer=partial(Sam, radius=0.0)), 0.5)
+    assert torch.equal(run(sam, problem, 10), run(fedavg(participation=0.5), problem, 10))
+    pair = fedsmoo(radius=0.0, participation=0.5), feddyn(participation=0.5)
+    assert torch.equal(*(run(bench, problem, 10) for bench in pair))
+    assert not torch.equal(run(fedsmoo(radius=0.1, participation=0.5), problem, 10), pair[1].consensus)
+
+
+@pytest.mark.parametrize("participation", [1.0, 0.5])
+def test_fedpac_of_plain_sgd_is_fedcm_and_without_a_velocity_fedavg(participation):
+    problem = Quadratics.draw()
+    averaged = run(fedavg(participation=participation), problem, 10)
+    assert torch.equal(run(fedpac(1.0, Sgd, participation=participation), problem, 10), averaged)
+    drawn = run(fedpac(0.3, Sgd, participation=participation), problem, 10)
+    assert distance(drawn, run(fedcm(0.3, participation=participation), problem, 10)) <= 1e-6
+    assert distance(drawn, averaged) > 0.05
+
+
+def test_fedpac_has_clients_go_on_from_the_mean_memory():
+    # of one gradient everywhere, a, in the limit of no lr: m and v are its averages over all steps of all rounds
+    problem, rounds = Quadratics.draw(alike=True), 3
+    server = FedPac(LAYOUT, 1e-9, "examples", 0.8, ADAMW)
+    local = LOCAL | {"lr": 1e-9, "momentum": 0.8}
+    bench = Bench(server, FedPacClient(LAYOUT, 0.5, **local, optimizer=ADAMW), 0.5)
+    run(bench, problem, rounds)
+    steps, slope = (
+        rounds * LOCAL["local_epochs"],
+        problem.gradients(torch.zeros(LAYOUT.size).double())[0].float(),
+    )
+    shares = torch.tensor([1 - 0.8**steps, 1 - 0.99**steps])
+    torch.testing.assert_close(bench.strategy.kept["mass"], shares)
+    torch.testing.assert_close(bench.strategy.kept["first"], shares[0] * slope, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        bench.strategy.kept["second"], shares[1] * slope.square(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_fedsmoo_has_clients_take_gradients_at_one_place():
+    # of equal clients, h - m - s is the same everywhere: s is their own e, and from there on m stays
+    problem, radius = Quadratics.draw(alike=True), 0.1
+    bench = fedsmoo(radius=radius)
+    run(bench, problem, 3)
+    common = bench.strategy.kept["common"]
+    assert float(common.norm()) == pytest.approx(radius, rel=1e-5)
+    shifts = torch.stack([bench.strategy.tables["shift"][client] for client in range(N)])
+    torch.testing.assert_close(shifts, shifts[:1].expand_as(shifts))
+    torch.testing.assert_close(common, radius * shifts[0] / shifts[0].norm())
+
+
 def test_with_alpha_going_to_zero_feddyn_is_fedavg_with_an_undamped_server():
     # its clients solve FedAvg's problem, and the server adds what they have moved in all rounds so far
     problem, penalty = Quadratics.draw(), 1e-7
@@ -210,8 +286,7 @@ def test_fednova_of_equal_steps_is_fedprox():
 def remembered(bench, client):
     state = bench.host.states[client]
     held = state.pending if state.pending_round == bench.gateway.accepted[client] else state.accepted
-    [(name, row)] = held.items()
-    return name, row
+    return held.items()
 
 
 @pytest.mark.parametrize("method", STATEFUL)
@@ -233,16 +308,16 @@ def test_lost_replies_and_lost_state_leave_server_and_clients_in_agreement(metho
             sure.round(**faults)  # a client that lost its state goes on from the server's, to the same bits
     assert torch.equal(bench.consensus, sure.consensus)
     for client in range(N):
-        name, row = remembered(bench, client)
-        assert row.any()
-        assert torch.equal(row, bench.strategy.tables[name][client])
+        for name, row in remembered(bench, client):
+            assert row.any()
+            assert torch.equal(row, bench.strategy.tables[name][client])
     assert distance(run(bench, problem, 60), problem.optimum()) <= 1e-5
 
 
-@pytest.mark.parametrize("method", STATEFUL)
+@pytest.mark.parametrize("method", KEEPING)
 def test_from_a_checkpoint_it_goes_on_with_the_same_bits(method):
     problem = Quadratics.draw()
-    first, second = (STATEFUL[method](participation=0.5) for _ in range(2))
+    first, second = (KEEPING[method](participation=0.5) for _ in range(2))
     run(first, problem, 3)
     state = {name: value.clone() for name, value in first.strategy.state_dict().items()}
     second.strategy.load_state_dict(state)
@@ -251,10 +326,10 @@ def test_from_a_checkpoint_it_goes_on_with_the_same_bits(method):
     assert torch.equal(run(first, problem, 6), run(second, problem, 6))
 
 
-@pytest.mark.parametrize("method", STATEFUL)
-def test_a_round_beyond_what_messages_hold_leaves_the_tables_as_they_were(method):
+@pytest.mark.parametrize("method", KEEPING)
+def test_a_round_beyond_what_messages_hold_leaves_all_that_is_kept_as_it_was(method):
     problem = Quadratics.draw()
-    bench = STATEFUL[method]()
+    bench = KEEPING[method]()
     run(bench, problem, 2)
     before = {name: value.clone() for name, value in bench.strategy.state_dict().items()}
     step = bench.strategy.step
@@ -282,11 +357,22 @@ def test_who_never_answered_counts_as_zero_in_a_tables_average():
         (lambda: Scaffold(LAYOUT, N, 0.0, "examples"), "server_lr must be positive"),
         (lambda: Scaffold(LAYOUT, N, 1.0, "equal"), "alpha must be examples or uniform"),
         (lambda: FedDyn(LAYOUT, N, 0, "examples"), "penalty must be positive"),
-        (lambda: FedDynClient(LAYOUT, -1.0, **LOCAL), "penalty must be positive"),
+        (lambda: AugmentedSgd(LAYOUT, -1.0, **LOCAL), "penalty must be positive"),
         (lambda: FedAdmm(LAYOUT, N, 1.0, 0.0, "examples"), "eta must be positive"),
-        (lambda: FedAdmmClient(LAYOUT, 0.0, **LOCAL), "rho must be positive"),
+        (lambda: AugmentedSgd(LAYOUT, 0.0, **LOCAL), "penalty must be positive"),
+        (lambda: FedSmoo(LAYOUT, N, 1.0, -1.0, "examples"), "radius must not be negative"),
+        (lambda: FedSmooClient(LAYOUT, 0.0, 0.1, **LOCAL), "penalty must be positive"),
         (lambda: FedNova(LAYOUT, -1.0, "examples"), "server_lr must be positive"),
         (lambda: FedNovaClient(LAYOUT, **LOCAL, mu=-1.0), "mu must not be negative"),
+        *[
+            (lambda make=make: make(LAYOUT, **LOCAL | {"optimizer": ADAMW}), "optimizer must be sgd or sam: ")
+            for make in (FedNovaClient, ScaffoldClient)
+        ],
+        (
+            lambda: FedCmClient(LAYOUT, 0.1, 0.1, 0.0, 1, optimizer=ADAMW),
+            "optimizer must be sgd or sam: FedCM",
+        ),
+        (lambda: FedCm(LAYOUT, 0.1, "examples", lr_decay=0.0), "lr_decay must be above 0 and at most 1"),
     ],
 )
 def test_impossible_numbers_are_refused(make, words):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from plain_loops import BATCH, SIZES, assert_moved_alike, half, make_problem, sgd
+from torch.nn.utils import parameters_to_vector
 
 from pisa_fl.engines.local import LocalGrid
 
@@ -58,16 +59,62 @@ def over_all(rows, uniform=False):
     return {name: len(rows) / len(SIZES) * t for name, t in mean(rows, uniform).items()}
 
 
-def scaffold(problem, momentum, server_lr=1.0, uniform=False):
+def stepping(problem, start, client, number, optimizers, radius=0.0):
+    """Local steps of PyTorch's optimizers, given tensors with matrices as such, at the gradients of points nearby."""
+    at = {
+        name: torch.nn.Parameter(t.clone().flatten(1) if t.dim() > 1 else t.clone())
+        for name, t in start.items()
+    }
+    made = optimizers(list(at.values()))
+    for rows in problem.batches(client, number, LOCAL["epochs"]):
+        here = {name: p.detach().view_as(start[name]) for name, p in at.items()}
+        g = problem.gradient(here, rows)
+        if radius:
+            length = sum(t.square().sum() for t in g.values()).sqrt()
+            g = problem.gradient({name: here[name] + radius * g[name] / length for name in here}, rows)
+        for name, p in at.items():
+            p.grad = g[name].view_as(p)
+        for optimizer in made:
+            optimizer.step()
+    return {name: p.detach().view_as(start[name]) for name, p in at.items()}
+
+
+def adamw(parameters, lr, beta_2):
+    return torch.optim.AdamW(parameters, lr, (0.9, beta_2), weight_decay=LOCAL["weight_decay"])
+
+
+def muon(parameters, lr):
+    matrices = [p for p in parameters if p.dim() > 1]
+    rule = {"weight_decay": LOCAL["weight_decay"], "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
+    return [torch.optim.Muon(matrices, lr, **rule), adamw([p for p in parameters if p.dim() == 1], lr, 0.95)]
+
+
+def fedavg(problem, name, lr_decay):
+    w = dict(problem.start)
+    for number in range(1, ROUNDS + 1):
+        lr = LOCAL["lr"] * lr_decay ** (number - 1)
+        make = {
+            "adamw": lambda parameters, lr=lr: [adamw(parameters, lr, 0.999)],
+            "muon": lambda parameters, lr=lr: muon(parameters, lr),
+        }.get(
+            name, lambda parameters, lr=lr: [torch.optim.SGD(parameters, lr, 0.9, 0.0, LOCAL["weight_decay"])]
+        )
+        radius = 0.3 if name == "sam" else 0.0
+        w = mean({i: stepping(problem, w, i, number, make, radius) for i in heard(number)})
+    return w, {}
+
+
+def scaffold(problem, momentum, server_lr=1.0, uniform=False, lr_decay=1.0):
     w, held = dict(problem.start), {}
     c = zeros(w)
     for number in range(1, ROUNDS + 1):
+        lr = LOCAL["lr"] * lr_decay ** (number - 1)
         y, old = {}, dict(held)
         for i in heard(number):
             own = old.get(i, zeros(w))
             slope = {name: c[name] - own[name] for name in w}
-            y[i] = sgd(problem, w, i, number, **LOCAL | {"momentum": momentum}, slope=slope)
-            length = LOCAL["lr"] * sum(coefficients(steps(i), momentum, 0.0))
+            y[i] = sgd(problem, w, i, number, **LOCAL | {"momentum": momentum, "lr": lr}, slope=slope)
+            length = lr * sum(coefficients(steps(i), momentum, 0.0))
             held[i] = {name: own[name] - c[name] + (w[name] - y[i][name]) / length for name in w}
         reached, c = mean(y, uniform), over_all(held, uniform)
         w = {name: w[name] + server_lr * (reached[name] - w[name]) for name in w}
@@ -81,13 +128,41 @@ def feddyn(problem, alpha):
     for number in range(1, ROUNDS + 1):
         answers = {}
         for i in heard(number):
-            own = held.get(i, zeros(w))
-            slope = {name: -own[name] for name in w}
-            answers[i] = sgd(problem, w, i, number, **LOCAL, mu=alpha, slope=slope)
-            held[i] = {name: own[name] - alpha * (answers[i][name] - w[name]) for name in w}
+            own = held.get(i, zeros(w))  # of the paper's grad L_i, the negative
+            answers[i] = sgd(problem, w, i, number, **LOCAL, mu=alpha, slope=own)
+            held[i] = {name: own[name] + alpha * (answers[i][name] - w[name]) for name in w}
         for name in w:
             h[name] = h[name] - alpha / len(SIZES) * sum(a[name] - w[name] for a in answers.values())
         w = {name: t - h[name] / alpha for name, t in mean(answers, uniform=True).items()}
+    return w, held
+
+
+def fedsmoo(problem, alpha, radius):
+    w, held, shifts, lr = dict(problem.start), {}, {}, LOCAL["lr"]
+    s, h = zeros(w), zeros(w)
+    for number in range(1, ROUNDS + 1):
+        answers = {}
+        for i in heard(number):
+            y, dual, m, b = dict(w), held.get(i, zeros(w)), dict(shifts.get(i, zeros(w))), zeros(w)
+            for rows in problem.batches(i, number, LOCAL["epochs"]):
+                g = problem.gradient(y, rows)
+                pull = {name: g[name] - m[name] - s[name] for name in w}
+                length = sum(t.square().sum() for t in pull.values()).sqrt()
+                e = {name: radius * t / length for name, t in pull.items()}
+                m = {name: m[name] + e[name] - s[name] for name in w}
+                g = problem.gradient({name: y[name] + e[name] for name in w}, rows)
+                for name in w:
+                    g[name] = g[name] + LOCAL["weight_decay"] * y[name] + dual[name]
+                    b[name] = LOCAL["momentum"] * b[name] + g[name] + alpha * (y[name] - w[name])
+                y = {name: y[name] - lr * b[name] for name in w}
+            answers[i], shifts[i] = y, m
+            held[i] = {name: dual[name] + alpha * (y[name] - w[name]) for name in w}
+        for name in w:
+            h[name] = h[name] - alpha / len(SIZES) * sum(a[name] - w[name] for a in answers.values())
+        w = {name: t - h[name] / alpha for name, t in mean(answers, uniform=True).items()}
+        s = mean({i: shifts[i] for i in answers}, uniform=True)
+        length = sum(t.square().sum() for t in s.values()).sqrt()
+        s = {name: radius * t / length for name, t in s.items()}
     return w, held
 
 
@@ -142,10 +217,11 @@ def remembering(problem, all_of_them):
     return w, last
 
 
-def fedcm(problem, mix):
-    w, lr = dict(problem.start), LOCAL["lr"]
+def fedcm(problem, mix, lr_decay):
+    w = dict(problem.start)
     v = zeros(w)
     for number in range(1, ROUNDS + 1):
+        lr = LOCAL["lr"] * lr_decay ** (number - 1)
         answers, pace = {}, {}
         for i in heard(number):
             y = dict(w)
@@ -160,14 +236,65 @@ def fedcm(problem, mix):
     return w, {}
 
 
+def orthogonal(matrix):
+    """Five steps of Newton and Schulz's iteration, with Muon's coefficients."""
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * (x @ x.T @ x) + 2.0315 * (x @ x.T @ x @ x.T @ x)
+    return x
+
+
+def fedpac(problem, mix, beta, beta_2, muon):
+    w, lr = dict(problem.start), LOCAL["lr"]
+    v, m, s, mass = zeros(w), zeros(w), zeros(w), torch.zeros(2, dtype=torch.float64)
+    for number in range(1, ROUNDS + 1):
+        ends, pace, firsts, seconds, masses = {}, {}, {}, {}, {}
+        for i in heard(number):
+            y, first, second, total = dict(w), dict(m), dict(s), mass.clone()
+            for rows in problem.batches(i, number, LOCAL["epochs"]):
+                g = problem.gradient(y, rows)
+                betas = torch.tensor([beta, beta_2])
+                total = betas * total + 1 - betas
+                for name in w:
+                    first[name] = beta * first[name] + (1 - beta) * g[name]
+                    if muon and g[name].dim() > 1:
+                        ahead = (beta * first[name] + (1 - beta) * g[name]).flatten(1)
+                        d = (0.2 * max(ahead.shape) ** 0.5 * orthogonal(ahead)).view_as(g[name])
+                    else:
+                        second[name] = beta_2 * second[name] + (1 - beta_2) * g[name] ** 2
+                        d = first[name] / total[0] / ((second[name] / total[1]).sqrt() + 1e-8)
+                    d = d + LOCAL["weight_decay"] * y[name]
+                    y[name] = y[name] - lr * (mix * d + (1 - mix) * v[name])
+            ends[i], firsts[i], seconds[i], masses[i] = y, first, second, {"mass": total}
+            pace[i] = {name: (w[name] - y[name]) / (lr * steps(i)) for name in w}
+        w, v, m, s, mass = mean(ends), mean(pace), mean(firsts), mean(seconds), mean(masses)["mass"]
+    return w, {}
+
+
 UNIFORM = "strategy.alpha=uniform"
+DECAYING = "strategy.lr_decay=0.7"
 VARIANTS = {
+    "fedavg": (["strategy=fedavg", DECAYING], fedavg, ("sgd", 0.7)),
+    "fedsam": (
+        ["strategy=fedsam", "strategy.optimizer.radius=0.3"],
+        *(fedavg, ("sam", 1.0)),
+    ),
+    "fedavg with adamw": (["strategy=fedavg", "strategy/optimizer=adamw", DECAYING], fedavg, ("adamw", 0.7)),
+    "fedavg with muon": (["strategy=fedavg", "strategy/optimizer=muon", DECAYING], fedavg, ("muon", 0.7)),
     "scaffold": (["strategy=scaffold", "strategy.momentum=0.9"], scaffold, (0.9,)),
     "scaffold of the paper": (
         ["strategy=scaffold", "strategy.momentum=0.0", UNIFORM, "strategy.server_lr=0.8"],
         *(scaffold, (0.0, 0.8, True)),
     ),
+    "scaffold with a falling lr": (
+        ["strategy=scaffold", "strategy.momentum=0.5", DECAYING],
+        *(scaffold, (0.5, 1.0, False, 0.7)),
+    ),
     "feddyn": (["strategy=feddyn", "strategy.penalty=0.3", "strategy.momentum=0.9", UNIFORM], feddyn, (0.3,)),
+    "fedsmoo": (
+        ["strategy=fedsmoo", "strategy.penalty=0.3", "strategy.radius=0.3", "strategy.momentum=0.9", UNIFORM],
+        *(fedsmoo, (0.3, 0.3)),
+    ),
     "fedadmm": (
         ["strategy=fedadmm", "strategy.rho=0.3", "strategy.eta=0.7", "strategy.momentum=0.9", UNIFORM],
         *(fedadmm, (0.3, 0.7)),
@@ -183,8 +310,22 @@ VARIANTS = {
     ),
     "fedvarp": (["strategy=fedvarp", UNIFORM], remembering, (False,)),
     "mifa": (["strategy=mifa", UNIFORM], remembering, (True,)),
-    "fedcm": (["strategy=fedcm", "strategy.mix=0.2"], fedcm, (0.2,)),
+    "fedcm": (["strategy=fedcm", "strategy.mix=0.2", DECAYING], fedcm, (0.2, 0.7)),
+    "fedpac": (["strategy=fedpac", "strategy.mix=0.3"], fedpac, (0.3, 0.9, 0.999, False)),
+    "fedmuon": (["strategy=fedmuon", "strategy.mix=0.3"], fedpac, (0.3, 0.95, 0.95, True)),
 }
+
+
+def sent(variant, tensors):
+    """Sizes of the arrays that go down and up."""
+    size = sum(t.numel() for t in tensors)
+    vectors = sum(t.numel() for t in tensors if t.dim() == 1)
+    if "scaffold" in variant or variant == "fedsmoo":  # control variates; multipliers
+        return [size] * 2, [size] * 2
+    if variant == "fedcm":  # the velocity
+        return [size] * 2, [size]
+    memory = {"fedpac": [size, size, 2], "fedmuon": [size - vectors, vectors, vectors, 2]}.get(variant)
+    return ([size] * 2 + memory, [size, *memory]) if memory else ([size], [size])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -197,6 +338,7 @@ def test_a_rival_follows_the_plain_loop(problem, variant, monkeypatch):
         return replies[1:] if len(exchanges) == LOST else replies
 
     monkeypatch.setattr(LocalGrid, "send_and_receive", lose_one)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # in which PyTorch's Muon computes
     said, loop, numbers = VARIANTS[variant]
     federation, metrics = problem.run(ROUNDS, *said, *SAID)
     expected, held = loop(problem, *numbers)
@@ -205,11 +347,20 @@ def test_a_rival_follows_the_plain_loop(problem, variant, monkeypatch):
         flat = torch.cat([t.flatten() for t in row.values()])
         kept = next(iter(federation.strategy.tables.values()))[client]
         assert (kept.double() - flat).norm() <= 3e-4 * flat.norm()
-    # control variates double what is sent either way, and FedCM's velocity what is sent down
-    size = 4 * sum(t.numel() for t in problem.start.values()) + 128
-    down, up = (2, 2) if "scaffold" in variant else (2, 1) if variant == "fedcm" else (1, 1)
+    down, up = sent(variant, list(problem.start.values()))
     assert exchanges == [2] * ROUNDS
-    assert metrics[-1]["bytes_down"] == 2 * ROUNDS * down * size
-    assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * up * size
-    seen = sum(LOCAL["epochs"] * SIZES[i] for number in range(1, ROUNDS + 1) for i in heard(number))
+    assert metrics[-1]["bytes_down"] == 2 * ROUNDS * sum(4 * size + 128 for size in down)
+    assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * sum(4 * size + 128 for size in up)
+    epochs = LOCAL["epochs"] * (2 if variant in ("fedsam", "fedsmoo") else 1)
+    seen = sum(epochs * SIZES[i] for number in range(1, ROUNDS + 1) for i in heard(number))
     assert metrics[-1]["passes"] == pytest.approx(seen / sum(SIZES))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_clients_that_advance_together_are_as_when_alone(problem, variant):
+    said, *_ = VARIANTS[variant]
+    alone, together = (problem.run(2, *said, *SAID[1:], f"engine.stack={size}") for size in (1, len(SIZES)))
+    start = torch.cat([t.flatten() for t in problem.start.values()])
+    ends = [parameters_to_vector(f.model.module.parameters()).double() for f, _ in (alone, together)]
+    assert (ends[0] - ends[1]).norm() <= 1e-4 * (ends[0] - start).norm()
+    assert alone[1][-1]["passes"] == together[1][-1]["passes"]

@@ -158,7 +158,9 @@ def test_local_sgd_is_pytorchs_for_clients_with_different_numbers_of_batches(pro
         losses.append(seen / (2 * len(own)))
     layout = FlatModel(network(), Classification(), CPU).layout
     half = LocalSgd(layout, lr=0.1, momentum=0.8, weight_decay=0.02, local_epochs=2)
-    instruction = Instruction({WEIGHTS: start}, {"proximal-mu": proximal} if proximal else {})
+    instruction = Instruction(
+        {WEIGHTS: start}, {"server-round": 1} | ({"proximal-mu": proximal} if proximal else {})
+    )
     together = stack(everyone, data)
     update = half.solve(together, instruction, {})
     torch.testing.assert_close(update.arrays[WEIGHTS], torch.stack(expected), rtol=1e-4, atol=1e-6)
@@ -187,7 +189,7 @@ def test_running_statistics_are_those_of_a_plain_module(how):
     else:
         order = [torch.from_numpy(draw.permutation(len(own))) for _ in range(2)]
         half = LocalSgd(flat.layout, lr=0.1, momentum=0.0, weight_decay=0.0, local_epochs=2)
-        half.solve(one, Instruction({WEIGHTS: weights}, {}), {})
+        half.solve(one, Instruction({WEIGHTS: weights}, {"server-round": 1}), {})
     optimiser = torch.optim.SGD(plain.parameters(), lr=0.1 if how == "sgd" else 1e-30)
     for rows in (r for o in order for r in o.split(BATCH)):
         images, labels = plain_images(data, own, rows)

@@ -15,7 +15,19 @@ from strategies import ClientHalf
 PROMISED = {
     "strategy": {
         *("sisa", "pisa", "nsisa", "sisa_official", "fedavg", "fedprox"),
-        *("scaffold", "feddyn", "fedadmm", "fednova", "fedcm", "fedvarp", "mifa"),
+        *(
+            "scaffold",
+            "feddyn",
+            "fedadmm",
+            "fednova",
+            "fedcm",
+            "fedvarp",
+            "mifa",
+            "fedsam",
+            "fedsmoo",
+            "fedpac",
+            "fedmuon",
+        ),
     },
     "partition": {
         "label_skew",
@@ -45,11 +57,12 @@ MANDATORY = {
     "data/adult": ["data.root=somewhere"],
     "data/shakespeare": ["data.path=somewhere"],
     "partition/from_file": ["partition.path=somewhere"],
+    **{f"strategy/optimizer/{name}": ["strategy=fedavg"] for name in ("sgd", "sam", "adamw", "muon")},
     "task/tabular_classification": ["data.path=somewhere", "data.target=one"],
     "task/tabular_regression": ["data.path=somewhere", "data.target=one"],
     "task/next_character": ["data.path=somewhere"],
 }
-"""Values for the keys that have no default."""
+"""Values for the keys that have no default, and a strategy for what the default one has not."""
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)

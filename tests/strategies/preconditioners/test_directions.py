@@ -9,9 +9,9 @@ from quadratics import ALPHA, Quadratics, pisa_bench, solving
 from torch import nn
 
 from strategies import Layout
+from strategies.base.polar import polar
 from strategies.preconditioners import Auon, DctLowRank, Fismo, Frugal, Muon, PolarGrad, Swan
 from strategies.preconditioners.dct_low_rank import cosines
-from strategies.preconditioners.polar import polar
 from strategies.preconditioners.swan import normalised
 
 SHAPES = {"wide": (3, 5), "filter": (6, 2, 2, 1), "vector": (4,), "number": (1,)}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from strategies.preconditioners.polar import EXPRESS, polar
+from strategies.base.polar import EXPRESS, polar
 
 SHAPES = [(3, 7), (7, 3), (5, 5)]
 
