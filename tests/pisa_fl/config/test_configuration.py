@@ -15,6 +15,7 @@ from strategies import ClientHalf
 PROMISED = {
     "strategy": {
         *("sisa", "pisa", "nsisa", "sisa_official", "fedavg", "fedprox"),
+        *("fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedmedian", "fedtrimmedavg", "krum", "multikrum"),
         *("scaffold", "feddyn", "fedadmm", "fednova", "fedcm", "fedvarp", "mifa"),
     },
     "partition": {
