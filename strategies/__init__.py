@@ -8,7 +8,9 @@ from strategies.base.transform import Transform
 from strategies.fedadmm import FedAdmm, FedAdmmClient
 from strategies.fedcm import FedCm, FedCmClient
 from strategies.feddyn import FedDyn, FedDynClient
+from strategies.fedlc import FedLcClient
 from strategies.fednova import FedNova, FedNovaClient
+from strategies.fedrs import FedRsClient
 from strategies.fedvarp import FedVarp
 from strategies.local_sgd import LocalSgd
 from strategies.mifa import Mifa
@@ -24,8 +26,10 @@ __all__ = [
     "FedCmClient",
     "FedDyn",
     "FedDynClient",
+    "FedLcClient",
     "FedNova",
     "FedNovaClient",
+    "FedRsClient",
     "FedVarp",
     "Forward",
     "Instruction",

@@ -20,14 +20,14 @@ proximal term, and what K steps with them amount to. w_i - w = -lr reach times a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from strategies.base import checks
-from strategies.base.client import ClientHalf, Instruction, Stack, Update
+from strategies.base.client import Batch, ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.messages import WEIGHTS, real
 
@@ -88,7 +88,13 @@ class LocalSgd(ClientHalf):
         return torch.tensor([reached[count] for count in steps], dtype=torch.float64)
 
     def descend(
-        self, stack: Stack, start: Tensor, lr: float, mu: float, slope: Tensor | None = None
+        self,
+        stack: Stack,
+        start: Tensor,
+        lr: float,
+        mu: float,
+        slope: Tensor | None = None,
+        differentiate: Callable[[Tensor, Batch], tuple[Tensor, Tensor]] | None = None,
     ) -> Descent:
         """The local epochs, on F_i(w_i) + (weight_decay/2)|w_i|^2 + <slope_i, w_i> + (mu/2)|w_i - start|^2.
 
@@ -98,14 +104,17 @@ class LocalSgd(ClientHalf):
             lr: Learning rate.
             mu: Weight of the proximal term.
             slope: A linear term of each client's, (C, d), or None.
+            differentiate: Gradients (C, d) and losses (C,) of a batch at the clients' weights, of another objective
+                than F_i; None: `stack.gradient`.
         """
+        differentiate = differentiate or stack.gradient
         weights = start.repeat(len(stack.clients), 1)
         buffer = torch.zeros_like(weights) if self.momentum else None
         loss = weights.new_zeros(len(stack.clients))
         examples = torch.zeros_like(loss)
         steps = [0] * len(stack.clients)
         for batch in stack.batches(self.local_epochs):
-            gradient, batch_loss = stack.gradient(weights, batch)
+            gradient, batch_loss = differentiate(weights, batch)
             if self.weight_decay:
                 gradient.add_(weights, alpha=self.weight_decay)
             if slope is not None:

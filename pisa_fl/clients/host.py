@@ -98,6 +98,11 @@ class Clients:
         Raises:
             ConfigurationError: It cannot be trained, or not on these clients' examples.
         """
+        if self.half.needs_classes and not self.learnt.classes:
+            raise ConfigurationError(
+                f"{type(self.half).__name__} needs targets that are classes, and {type(self.learnt).__name__} has none:"
+                " use another strategy"
+            )
         found = examine(self.model, self.learnt, self.data)
         if any(self.noise_std.values()):  # refused now, where there is none for such inputs
             with global_generators(0):

@@ -133,6 +133,15 @@ class LocalStack:
         """Norms of the gradients of examples' own losses, (C, B); zero for padding."""
         return self._model.example_norms(weights, batch.data, batch.weights)
 
+    def label_counts(self) -> Tensor:
+        """How many labels of each class every client has, (C, K), as floating-point numbers."""
+        classes = len(self._data.output_names)
+        counts = [
+            e.fields[TARGETS][e.rows.to(e.fields[TARGETS].device)].flatten().bincount(minlength=classes)
+            for e in self._examples
+        ]
+        return torch.stack(counts).to(self._model.device, torch.float32)
+
     @contextmanager
     def probed(self, probe: Probe) -> Iterator[Mapping[str, Tensor]]:
         """Have a probe see all that is differentiated meanwhile; gives the sums of what it makes, (C, size)."""

@@ -84,6 +84,13 @@ class Stack(Protocol):
         """
         ...
 
+    def label_counts(self) -> Tensor:
+        """How many labels of each of the K classes every client's examples have, (C, K).
+
+        Only for a client half that `needs_classes`.
+        """
+        ...
+
     def probed(self, probe: Probe) -> AbstractContextManager[Mapping[str, Tensor]]:
         """Have a probe see all that is differentiated meanwhile.
 
@@ -130,10 +137,15 @@ class Update:
 
 
 class ClientHalf(ABC):
-    """The client half of an algorithm: a local solver for a stack."""
+    """The client half of an algorithm: a local solver for a stack.
+
+    Attributes:
+        needs_classes: Whether it works only where targets are numbers of classes, and the model gives their logits.
+    """
 
     layout: Layout
     transforms: Sequence[Transform] = ()
+    needs_classes: bool = False
 
     def state_sizes(self) -> dict[str, int]:
         """Vectors that a client keeps between rounds -> their lengths. They start as zeros."""

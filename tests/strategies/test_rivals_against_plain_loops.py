@@ -1,5 +1,7 @@
 """Whole runs of the rivals against the papers' equations, as slow loops over tensors in double precision."""
 
+from functools import partial
+
 import pytest
 import torch
 from plain_loops import BATCH, SIZES, assert_moved_alike, half, make_problem, sgd
@@ -160,6 +162,43 @@ def fedcm(problem, mix):
     return w, {}
 
 
+def counted(problem, client):
+    """How many examples of each class a client has."""
+    return torch.bincount(problem.labels[problem.partition[client]], minlength=10).double()
+
+
+def softmax_of(changed):
+    """Mean over a batch of -log of the share of the right class, of logits that are changed first."""
+
+    def loss(logits, labels):
+        powers = changed(logits).exp()
+        return -(powers[torch.arange(len(labels)), labels] / powers.sum(dim=1)).log().mean()
+
+    return loss
+
+
+def of_labels(problem, changed):
+    """FedAvg of a loss that knows each client's counts."""
+    w = dict(problem.start)
+    for number in range(1, ROUNDS + 1):
+        answers = {}
+        for i in heard(number):
+            loss = softmax_of(partial(changed, counts=counted(problem, i)))
+            answers[i] = sgd(problem, w, i, number, **LOCAL, gradient=partial(problem.gradient, loss=loss))
+        w = mean(answers)
+    return w, {}
+
+
+def fedlc(problem, tau):
+    return of_labels(
+        problem, lambda logits, counts: logits - tau / torch.where(counts > 0, counts, 1e-8) ** 0.25
+    )
+
+
+def fedrs(problem, alpha):
+    return of_labels(problem, lambda logits, counts: logits * torch.where(counts > 0, 1.0, alpha))
+
+
 UNIFORM = "strategy.alpha=uniform"
 VARIANTS = {
     "scaffold": (["strategy=scaffold", "strategy.momentum=0.9"], scaffold, (0.9,)),
@@ -183,6 +222,8 @@ VARIANTS = {
     ),
     "fedvarp": (["strategy=fedvarp", UNIFORM], remembering, (False,)),
     "mifa": (["strategy=mifa", UNIFORM], remembering, (True,)),
+    "fedlc": (["strategy=fedlc", "strategy.tau=0.7"], fedlc, (0.7,)),
+    "fedrs": (["strategy=fedrs", "strategy.restriction=0.3"], fedrs, (0.3,)),
     "fedcm": (["strategy=fedcm", "strategy.mix=0.2"], fedcm, (0.2,)),
 }
 
@@ -201,7 +242,7 @@ def test_a_rival_follows_the_plain_loop(problem, variant, monkeypatch):
     federation, metrics = problem.run(ROUNDS, *said, *SAID)
     expected, held = loop(problem, *numbers)
     assert_moved_alike(federation, expected, problem.start)
-    for client, row in held.items():
+    for client, row in held.items():  # what a server keeps of its clients
         flat = torch.cat([t.flatten() for t in row.values()])
         kept = next(iter(federation.strategy.tables.values()))[client]
         assert (kept.double() - flat).norm() <= 3e-4 * flat.norm()
@@ -213,3 +254,29 @@ def test_a_rival_follows_the_plain_loop(problem, variant, monkeypatch):
     assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * up * size
     seen = sum(LOCAL["epochs"] * SIZES[i] for number in range(1, ROUNDS + 1) for i in heard(number))
     assert metrics[-1]["passes"] == pytest.approx(seen / sum(SIZES))
+
+
+TOGETHER = ["fedlc", "fedrs"]
+"""Rivals whose gradients are not those of all others."""
+
+
+@pytest.mark.parametrize("variant", TOGETHER)
+def test_clients_computed_together_follow_the_plain_loop_too(problem, variant):
+    said, _, _ = VARIANTS[variant]
+    alone, _ = problem.run(2, *said, *SAID, "participation=1.0")
+    together, _ = problem.run(2, *said, *SAID, "participation=1.0", "engine.stack=3", "engine.workers=0")
+    torch.testing.assert_close(together.model.weights, alone.model.weights, rtol=1e-5, atol=1e-6)
+
+
+WITHOUT = {"fedlc": "strategy.tau=0", "fedrs": "strategy.restriction=1"}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_rival_without_what_it_adds_is_fedavg_to_the_bit(problem, name):
+    plain, lines = problem.run(2, "strategy=fedavg", *SAID)
+    same, again = problem.run(2, f"strategy={name}", WITHOUT[name], *SAID)
+    assert torch.equal(same.model.weights, plain.model.weights)
+    other, _ = problem.run(2, f"strategy={name}", *SAID)
+    assert not torch.equal(other.model.weights, plain.model.weights)
+    own = ("round", "train_loss", "passes", "bytes_up", "bytes_down")
+    assert [[line[key] for key in own] for line in lines] == [[line[key] for key in own] for line in again]
