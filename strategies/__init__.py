@@ -14,6 +14,7 @@ from strategies.fedrs import FedRsClient
 from strategies.fedvarp import FedVarp
 from strategies.local_sgd import LocalSgd
 from strategies.mifa import Mifa
+from strategies.moon import MoonClient
 from strategies.pisa import Ledger, Penalty, Pisa, PisaClient, PisaLocalClient
 from strategies.scaffold import Scaffold, ScaffoldClient
 
@@ -37,6 +38,7 @@ __all__ = [
     "Ledger",
     "LocalSgd",
     "Mifa",
+    "MoonClient",
     "Penalty",
     "Pisa",
     "PisaClient",

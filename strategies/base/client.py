@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from strategies.base.beyond_gradients import Forward, Probe, Term
@@ -73,7 +74,10 @@ class Stack(Protocol):
         ...
 
     def outputs(self, weights: Tensor, batch: Batch, layers: Sequence[str] = ()) -> Forward:
-        """Outputs of a batch, (C, B, ...), and inputs of layers, at (d,) or (C, d), as an evaluation has them."""
+        """Outputs of a batch, (C, B, ...), and inputs of layers, at (d,) or (C, d), as an evaluation has them.
+
+        In `passes`, an example counts a third for it, which is about the share of the forward pass in a gradient.
+        """
         ...
 
     def example_norms(self, weights: Tensor, batch: Batch) -> Tensor:
@@ -209,3 +213,8 @@ class ClientHalf(ABC):
     @abstractmethod
     def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """Solve the local problem of every client of the stack."""
+
+
+def remembered(held: Tensor, otherwise: Tensor) -> Tensor:
+    """What each client remembers of one vector, (C, size), or else another: zeros are no memory, but its beginning."""
+    return torch.where(held.any(dim=1, keepdim=True), held, otherwise)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from flwr.serverapp.strategy import FedAvg, FedProx
-from quadratics import ALPHA, EXAMPLES, LAYOUT, Bench, Quadratics, QuadraticStack, solving
+from quadratics import ALPHA, EXAMPLES, LAYOUT, SHAPES, Bench, Quadratics, QuadraticStack, solving
 
 from strategies import (
     Batch,
@@ -16,8 +16,10 @@ from strategies import (
     FedNova,
     FedNovaClient,
     FedVarp,
+    Layout,
     LocalSgd,
     Mifa,
+    MoonClient,
     Scaffold,
     ScaffoldClient,
 )
@@ -287,6 +289,12 @@ def test_who_never_answered_counts_as_zero_in_a_tables_average():
         (lambda: FedAdmmClient(LAYOUT, 0.0, **LOCAL), "rho must be positive"),
         (lambda: FedNova(LAYOUT, -1.0, "examples"), "server_lr must be positive"),
         (lambda: FedNovaClient(LAYOUT, **LOCAL, mu=-1.0), "mu must not be negative"),
+        (lambda: MoonClient(LAYOUT, -1.0, 0.5, **LOCAL), "mu must not be negative"),
+        (lambda: MoonClient(LAYOUT, 1.0, 0.0, **LOCAL), "temperature must be positive"),
+        (
+            lambda: MoonClient(Layout(SHAPES), 1.0, 0.5, **LOCAL),
+            "the last linear layer, and the model has none",
+        ),
     ],
 )
 def test_impossible_numbers_are_refused(make, words):

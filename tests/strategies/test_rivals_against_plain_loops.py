@@ -1,11 +1,16 @@
 """Whole runs of the rivals against the papers' equations, as slow loops over tensors in double precision."""
 
+import copy
+import math
+from fractions import Fraction
 from functools import partial
 
 import pytest
 import torch
 from plain_loops import BATCH, SIZES, assert_moved_alike, half, make_problem, sgd
+from torch.nn.functional import cross_entropy
 
+from pisa_fl.clients.host import ClientState
 from pisa_fl.engines.local import LocalGrid
 
 ROUNDS = 6
@@ -199,6 +204,55 @@ def fedrs(problem, alpha):
     return of_labels(problem, lambda logits, counts: logits * torch.where(counts > 0, 1.0, alpha))
 
 
+def seen_through(model, images):
+    """What goes into the last layer."""
+    kept = []
+    handle = model.fc3.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    model(images)
+    handle.remove()
+    return kept[0]
+
+
+def at(problem, weights):
+    """A model of its own, which is not differentiated."""
+    model = copy.deepcopy(problem.model)
+    model.load_state_dict(weights)
+    return model.requires_grad_(False)
+
+
+def contrasting(problem, w, before, mu, temperature):
+    """The gradient of a client's loss with the contrast."""
+    server, previous = at(problem, w), at(problem, before)
+
+    def gradient(weights, rows):
+        def loss(logits, labels):
+            z, z_w, z_p = (
+                seen_through(model, problem.images[rows]) for model in (problem.model, server, previous)
+            )
+            near, far = (
+                ((z * other).sum(1) / z.norm(dim=1) / other.norm(dim=1) / temperature).exp()
+                for other in (z_w, z_p)
+            )
+            return cross_entropy(logits, labels) - mu * (near / (near + far)).log().mean()
+
+        return problem.gradient(weights, rows, loss)
+
+    return gradient
+
+
+def moon(problem, mu, temperature, forgets=()):
+    w, before = dict(problem.start), {}
+    for number in range(1, ROUNDS + 1):
+        answers = {}
+        for i in heard(number):
+            if number in forgets:
+                before.pop(i, None)
+            gradient = contrasting(problem, w, before.get(i, w), mu, temperature)
+            answers[i] = before[i] = sgd(problem, w, i, number, **LOCAL, gradient=gradient)
+        w = mean(answers)
+    return w, {}
+
+
 UNIFORM = "strategy.alpha=uniform"
 VARIANTS = {
     "scaffold": (["strategy=scaffold", "strategy.momentum=0.9"], scaffold, (0.9,)),
@@ -224,8 +278,13 @@ VARIANTS = {
     "mifa": (["strategy=mifa", UNIFORM], remembering, (True,)),
     "fedlc": (["strategy=fedlc", "strategy.tau=0.7"], fedlc, (0.7,)),
     "fedrs": (["strategy=fedrs", "strategy.restriction=0.3"], fedrs, (0.3,)),
+    "moon": (["strategy=moon", "strategy.mu=3", "strategy.temperature=0.4"], moon, (3.0, 0.4)),
     "fedcm": (["strategy=fedcm", "strategy.mix=0.2"], fedcm, (0.2,)),
 }
+
+
+WORK = {"moon": Fraction(5, 3)}
+"""Passes for each of FedAvg's, where there are more: two forward passes beside, of three equal parts of a gradient."""
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -252,11 +311,16 @@ def test_a_rival_follows_the_plain_loop(problem, variant, monkeypatch):
     assert exchanges == [2] * ROUNDS
     assert metrics[-1]["bytes_down"] == 2 * ROUNDS * down * size
     assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * up * size
-    seen = sum(LOCAL["epochs"] * SIZES[i] for number in range(1, ROUNDS + 1) for i in heard(number))
-    assert metrics[-1]["passes"] == pytest.approx(seen / sum(SIZES))
+    share = WORK.get(variant, 1)
+    seen = sum(
+        math.ceil(share * LOCAL["epochs"] * SIZES[i])
+        for number in range(1, ROUNDS + 1)
+        for i in heard(number)
+    )
+    assert metrics[-1]["passes"] == pytest.approx(seen / sum(SIZES), rel=1e-12)
 
 
-TOGETHER = ["fedlc", "fedrs"]
+TOGETHER = ["fedlc", "fedrs", "moon"]
 """Rivals whose gradients are not those of all others."""
 
 
@@ -268,7 +332,7 @@ def test_clients_computed_together_follow_the_plain_loop_too(problem, variant):
     torch.testing.assert_close(together.model.weights, alone.model.weights, rtol=1e-5, atol=1e-6)
 
 
-WITHOUT = {"fedlc": "strategy.tau=0", "fedrs": "strategy.restriction=1"}
+WITHOUT = {"fedlc": "strategy.tau=0", "fedrs": "strategy.restriction=1", "moon": "strategy.mu=0"}
 
 
 @pytest.mark.parametrize("name", WITHOUT)
@@ -278,5 +342,37 @@ def test_a_rival_without_what_it_adds_is_fedavg_to_the_bit(problem, name):
     assert torch.equal(same.model.weights, plain.model.weights)
     other, _ = problem.run(2, f"strategy={name}", *SAID)
     assert not torch.equal(other.model.weights, plain.model.weights)
-    own = ("round", "train_loss", "passes", "bytes_up", "bytes_down")
+    own = ("round", "train_loss", "bytes_up", "bytes_down")
     assert [[line[key] for key in own] for line in lines] == [[line[key] for key in own] for line in again]
+
+
+FORGET = 5
+"""A round before which those who take part lose what they remember."""
+OF_ONES_OWN = ["moon"]
+"""Rivals whose clients remember what the server does not know."""
+
+
+@pytest.mark.parametrize("variant", OF_ONES_OWN)
+def test_a_client_that_lost_what_nobody_else_knows_begins_anew_and_says_so(
+    problem, variant, monkeypatch, caplog
+):
+    send_and_receive, exchanges = LocalGrid.send_and_receive, []
+
+    def forget(grid, messages, **kwargs):
+        asked = list(messages)
+        if asked[0].metadata.message_type == "train":
+            exchanges.append(asked)
+            if len(exchanges) == FORGET:
+                grid.host.states |= {m.metadata.dst_node_id: ClientState() for m in asked}
+        replies = sorted(send_and_receive(grid, asked, **kwargs), key=lambda r: r.metadata.src_node_id)
+        return replies[1:] if len(exchanges) == LOST else replies
+
+    monkeypatch.setattr(LocalGrid, "send_and_receive", forget)
+    said, loop, numbers = VARIANTS[variant]
+    federation, metrics = problem.run(ROUNDS, *said, *SAID)
+    expected, _ = loop(problem, *numbers, forgets={FORGET})
+    assert_moved_alike(federation, expected, problem.start)
+    assert metrics[-1]["clients_ok"] == 2
+    anew = [line for line in caplog.messages if "has lost what it remembered, and begins anew" in line]
+    known = {i for number in range(1, FORGET) for i in heard(number)}
+    assert len(anew) == len(known & set(heard(FORGET))) > 0

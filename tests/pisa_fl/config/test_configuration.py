@@ -16,7 +16,7 @@ PROMISED = {
     "strategy": {
         *("sisa", "pisa", "nsisa", "sisa_official", "fedavg", "fedprox"),
         *("fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedmedian", "fedtrimmedavg", "krum", "multikrum"),
-        *("scaffold", "feddyn", "fedadmm", "fednova", "fedcm", "fedvarp", "mifa", "fedlc", "fedrs"),
+        *("scaffold", "feddyn", "fedadmm", "fednova", "fedcm", "fedvarp", "mifa", "fedlc", "fedrs", "moon"),
     },
     "partition": {
         "label_skew",
