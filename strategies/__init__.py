@@ -5,11 +5,14 @@ from strategies.base.client import Batch, ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.server import ServerHalf
 from strategies.base.transform import Transform
+from strategies.ditto import DittoClient
 from strategies.fedadmm import FedAdmm, FedAdmmClient
 from strategies.fedcm import FedCm, FedCmClient
 from strategies.feddyn import FedDyn, FedDynClient
 from strategies.fedlc import FedLcClient
 from strategies.fednova import FedNova, FedNovaClient
+from strategies.fedper import FedPer, FedPerClient
+from strategies.fedrep import FedRepClient
 from strategies.fedrs import FedRsClient
 from strategies.fedvarp import FedVarp
 from strategies.local_sgd import LocalSgd
@@ -21,6 +24,7 @@ from strategies.scaffold import Scaffold, ScaffoldClient
 __all__ = [
     "Batch",
     "ClientHalf",
+    "DittoClient",
     "FedAdmm",
     "FedAdmmClient",
     "FedCm",
@@ -30,6 +34,9 @@ __all__ = [
     "FedLcClient",
     "FedNova",
     "FedNovaClient",
+    "FedPer",
+    "FedPerClient",
+    "FedRepClient",
     "FedRsClient",
     "FedVarp",
     "Forward",

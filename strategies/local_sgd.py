@@ -95,25 +95,29 @@ class LocalSgd(ClientHalf):
         mu: float,
         slope: Tensor | None = None,
         differentiate: Callable[[Tensor, Batch], tuple[Tensor, Tensor]] | None = None,
+        epochs: int | None = None,
+        fixed: Tensor | None = None,
     ) -> Descent:
         """The local epochs, on F_i(w_i) + (weight_decay/2)|w_i|^2 + <slope_i, w_i> + (mu/2)|w_i - start|^2.
 
         Args:
             stack: The clients.
-            start: Where all of them begin, (d,).
+            start: Where they begin, (d,) or (C, d).
             lr: Learning rate.
             mu: Weight of the proximal term.
             slope: A linear term of each client's, (C, d), or None.
             differentiate: Gradients (C, d) and losses (C,) of a batch at the clients' weights, of another objective
                 than F_i; None: `stack.gradient`.
+            epochs: Passes over the examples; None: `local_epochs`.
+            fixed: Which weights stay as they are, (d,); None: none of them.
         """
         differentiate = differentiate or stack.gradient
-        weights = start.repeat(len(stack.clients), 1)
+        weights = start.expand(len(stack.clients), -1).clone()
         buffer = torch.zeros_like(weights) if self.momentum else None
         loss = weights.new_zeros(len(stack.clients))
         examples = torch.zeros_like(loss)
         steps = [0] * len(stack.clients)
-        for batch in stack.batches(self.local_epochs):
+        for batch in stack.batches(self.local_epochs if epochs is None else epochs):
             gradient, batch_loss = differentiate(weights, batch)
             if self.weight_decay:
                 gradient.add_(weights, alpha=self.weight_decay)
@@ -125,6 +129,8 @@ class LocalSgd(ClientHalf):
             if len(stack.clients) > 1:  # some may have no batch any more
                 step = step * batch.active[:, None]
             weights.sub_(step, alpha=lr)
+            if fixed is not None:
+                weights = torch.where(fixed, start, weights)
             seen = torch.tensor(batch.examples, dtype=loss.dtype, device=loss.device)
             loss += batch_loss * seen
             examples += seen

@@ -145,11 +145,13 @@ class ClientHalf(ABC):
 
     Attributes:
         needs_classes: Whether it works only where targets are numbers of classes, and the model gives their logits.
+        personal: Whether clients are evaluated, each on its own examples, with weights of their own.
     """
 
     layout: Layout
     transforms: Sequence[Transform] = ()
     needs_classes: bool = False
+    personal: bool = False
 
     def state_sizes(self) -> dict[str, int]:
         """Vectors that a client keeps between rounds -> their lengths. They start as zeros."""
@@ -209,6 +211,15 @@ class ClientHalf(ABC):
     def prepare(self, arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Any:
         """What all clients would compute alike from an instruction: done once, kept for as long as it is in hand."""
         return None
+
+    def own_weights(self, weights: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """The weights that clients are evaluated with, (C, d), where they are `personal`.
+
+        Args:
+            weights: The server's, (C, d), the same for all; not to be written to.
+            state: What the clients remember, {name: (C, size)}; zeros before their first round, and if it was lost.
+        """
+        return weights
 
     @abstractmethod
     def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:

@@ -386,11 +386,25 @@ class SpectralRule(MomentRule):
 
 
 def sgd(
-    problem, start, client, number, *, lr, momentum, weight_decay, epochs, mu=0.0, slope=None, gradient=None
+    problem,
+    start,
+    client,
+    number,
+    *,
+    lr,
+    momentum,
+    weight_decay,
+    epochs,
+    mu=0.0,
+    centre=None,
+    slope=None,
+    gradient=None,
+    fixed=(),
 ):
     """Local SGD from the server's weights: what one client sends back.
 
-    `slope` is a linear term of its loss; `gradient` is that of another loss, at weights and of rows.
+    The proximal term is around `centre`, or the start; `slope` is a linear term of its loss; `gradient` is that of
+    another loss, at weights and of rows; tensors whose names are in `fixed` stay as they are.
     """
     w = dict(start)
     gradient = gradient or problem.gradient
@@ -398,9 +412,9 @@ def sgd(
     for rows in problem.batches(client, number, epochs):
         g = gradient(w, rows)
         for name in w:
-            pull = g[name] + weight_decay * w[name] + mu * (w[name] - start[name])
+            pull = g[name] + weight_decay * w[name] + mu * (w[name] - (centre or start)[name])
             buffer[name] = momentum * buffer[name] + pull + (slope[name] if slope else 0)
-        w = {name: w[name] - lr * buffer[name] for name in w}
+        w = {name: w[name] - (name not in fixed) * lr * buffer[name] for name in w}
     return w
 
 

@@ -250,7 +250,45 @@ def moon(problem, mu, temperature, forgets=()):
             gradient = contrasting(problem, w, before.get(i, w), mu, temperature)
             answers[i] = before[i] = sgd(problem, w, i, number, **LOCAL, gradient=gradient)
         w = mean(answers)
-    return w, {}
+    return w, before
+
+
+def of_modules(w, modules):
+    """Tensors of some modules."""
+    return {name: t for name, t in w.items() if name.split(".")[0] in modules}
+
+
+def fedper(problem, modules, head_epochs=0, forgets=()):
+    """FedPer, or FedRep where the head has epochs of its own; only what is shared is given back, and the rest."""
+    w, own = dict(problem.start), {}
+    personal = of_modules(w, modules)
+    for number in range(1, ROUNDS + 1):
+        answers = {}
+        for i in heard(number):
+            if number in forgets:
+                own.pop(i, None)
+            begin, fixed = w | own.get(i, {}), ()
+            if head_epochs:
+                alone = {"epochs": head_epochs, "fixed": set(w) - set(personal)}
+                begin, fixed = sgd(problem, begin, i, number, **LOCAL | alone), set(personal)
+            answers[i] = sgd(problem, begin, i, number, **LOCAL, fixed=fixed)
+            own[i] = of_modules(answers[i], modules)
+        w = mean(answers) | personal
+    return {name: t for name, t in w.items() if name not in personal}, own
+
+
+def ditto(problem, pull, epochs, forgets=()):
+    w, own = dict(problem.start), {}
+    for number in range(1, ROUNDS + 1):
+        answers = {}
+        for i in heard(number):
+            if number in forgets:
+                own.pop(i, None)
+            answers[i] = sgd(problem, w, i, number, **LOCAL)
+            beside = LOCAL | {"epochs": epochs, "mu": pull, "centre": w}
+            own[i] = sgd(problem, own.get(i, w), i, number, **beside)
+        w = mean(answers)
+    return w, own
 
 
 UNIFORM = "strategy.alpha=uniform"
@@ -279,12 +317,27 @@ VARIANTS = {
     "fedlc": (["strategy=fedlc", "strategy.tau=0.7"], fedlc, (0.7,)),
     "fedrs": (["strategy=fedrs", "strategy.restriction=0.3"], fedrs, (0.3,)),
     "moon": (["strategy=moon", "strategy.mu=3", "strategy.temperature=0.4"], moon, (3.0, 0.4)),
+    "fedper": (["strategy=fedper", "strategy.personal_layers=2"], fedper, (("fc2", "fc3"),)),
+    "fedrep": (["strategy=fedrep", "strategy.head_epochs=1"], fedper, (("fc3",), 1)),
+    "ditto": (["strategy=ditto", "strategy.lambda=0.7", "strategy.personal_epochs=1"], ditto, (0.7, 1)),
     "fedcm": (["strategy=fedcm", "strategy.mix=0.2"], fedcm, (0.2,)),
 }
 
 
-WORK = {"moon": Fraction(5, 3)}
-"""Passes for each of FedAvg's, where there are more: two forward passes beside, of three equal parts of a gradient."""
+WORK = {"moon": Fraction(5, 3), "fedrep": Fraction(3, 2), "ditto": Fraction(3, 2)}
+"""Passes for each of FedAvg's, where there are more; a forward pass alone is a third of one."""
+UNSENT = {"fedper": 10 * 7 + 110, "fedrep": 110}
+"""Numbers of a client that it does not send: of fc2 and fc3, or of fc3."""
+
+
+def kept(federation, client):
+    """What a client remembers as the server accepted it, or what the server keeps of it."""
+    if tables := getattr(federation.strategy, "tables", {}):
+        return next(iter(tables.values()))[client]
+    state = federation.grid.host.states[client]
+    pending = state.pending_round == federation.gateway.accepted[client]
+    [row] = (state.pending if pending else state.accepted).values()
+    return row
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -301,16 +354,15 @@ def test_a_rival_follows_the_plain_loop(problem, variant, monkeypatch):
     federation, metrics = problem.run(ROUNDS, *said, *SAID)
     expected, held = loop(problem, *numbers)
     assert_moved_alike(federation, expected, problem.start)
-    for client, row in held.items():  # what a server keeps of its clients
+    for client, row in held.items():
         flat = torch.cat([t.flatten() for t in row.values()])
-        kept = next(iter(federation.strategy.tables.values()))[client]
-        assert (kept.double() - flat).norm() <= 3e-4 * flat.norm()
+        assert (kept(federation, client).double() - flat).norm() <= 3e-4 * flat.norm()
     # control variates double what is sent either way, and FedCM's velocity what is sent down
     size = 4 * sum(t.numel() for t in problem.start.values()) + 128
     down, up = (2, 2) if "scaffold" in variant else (2, 1) if variant == "fedcm" else (1, 1)
     assert exchanges == [2] * ROUNDS
     assert metrics[-1]["bytes_down"] == 2 * ROUNDS * down * size
-    assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * up * size
+    assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * (up * size - 4 * UNSENT.get(variant, 0))
     share = WORK.get(variant, 1)
     seen = sum(
         math.ceil(share * LOCAL["epochs"] * SIZES[i])
@@ -320,8 +372,8 @@ def test_a_rival_follows_the_plain_loop(problem, variant, monkeypatch):
     assert metrics[-1]["passes"] == pytest.approx(seen / sum(SIZES), rel=1e-12)
 
 
-TOGETHER = ["fedlc", "fedrs", "moon"]
-"""Rivals whose gradients are not those of all others."""
+TOGETHER = ["fedlc", "fedrs", "moon", "fedper", "fedrep", "ditto"]
+"""Rivals whose gradients, or beginnings, are not those of all others."""
 
 
 @pytest.mark.parametrize("variant", TOGETHER)
@@ -330,25 +382,41 @@ def test_clients_computed_together_follow_the_plain_loop_too(problem, variant):
     alone, _ = problem.run(2, *said, *SAID, "participation=1.0")
     together, _ = problem.run(2, *said, *SAID, "participation=1.0", "engine.stack=3", "engine.workers=0")
     torch.testing.assert_close(together.model.weights, alone.model.weights, rtol=1e-5, atol=1e-6)
+    for client, state in alone.grid.host.states.items():
+        for name, row in state.pending.items():
+            other = together.grid.host.states[client].pending[name]
+            torch.testing.assert_close(other, row, rtol=1e-5, atol=1e-6)
 
 
-WITHOUT = {"fedlc": "strategy.tau=0", "fedrs": "strategy.restriction=1", "moon": "strategy.mu=0"}
+WITHOUT = {
+    "fedlc": "strategy.tau=0",
+    "fedrs": "strategy.restriction=1",
+    "moon": "strategy.mu=0",
+    "fedper": "strategy.personal_layers=0",
+    "ditto": "strategy.lambda=0",
+}
+
+
+@pytest.fixture(scope="module")
+def fedavg(problem):
+    return problem.run(2, "strategy=fedavg", *SAID)
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-def test_a_rival_without_what_it_adds_is_fedavg_to_the_bit(problem, name):
-    plain, lines = problem.run(2, "strategy=fedavg", *SAID)
+def test_a_rival_without_what_it_adds_is_fedavg_to_the_bit(problem, fedavg, name):
+    plain, lines = fedavg
     same, again = problem.run(2, f"strategy={name}", WITHOUT[name], *SAID)
     assert torch.equal(same.model.weights, plain.model.weights)
     other, _ = problem.run(2, f"strategy={name}", *SAID)
-    assert not torch.equal(other.model.weights, plain.model.weights)
+    # Ditto's server never knows what its clients have of their own
+    assert torch.equal(other.model.weights, plain.model.weights) == (name == "ditto")
     own = ("round", "train_loss", "bytes_up", "bytes_down")
     assert [[line[key] for key in own] for line in lines] == [[line[key] for key in own] for line in again]
 
 
 FORGET = 5
 """A round before which those who take part lose what they remember."""
-OF_ONES_OWN = ["moon"]
+OF_ONES_OWN = ["moon", "fedper", "fedrep", "ditto"]
 """Rivals whose clients remember what the server does not know."""
 
 
