@@ -13,7 +13,8 @@ What could not be established from public text: whether the paper's sum has clas
 and in public code, among it fluke's. Public code has tau between 0.5 and 1, some of it with shares in the place of n_c.
 
 On stability: as FedAvg's. A client of a single class has nothing to tell it apart from: its loss is zero from the
-start, and it stays where it is. With one class for each client nothing is learnt at all.
+start, and it stays where it is. With one class for each client nothing is learnt at all. What was seen once, in the
+setting that `strategies.moon` tells of: 79.9 % (FedAvg 82.7 %).
 """
 
 from __future__ import annotations

@@ -14,9 +14,11 @@ part for the first time, or that lost p_i, which is said in the run's messages.
 
 What is measured. A client's own metrics (`evaluate_clients_every`) are those of (b, p_i), with the server's present b
 and its own p_i, which was learnt with an earlier b. The server's test set is given to b with the initial personal part,
-which nobody has trained: those numbers mean nothing unless there are no personal layers, which is FedAvg.
+where every p_i began and which nobody trains: that tells how b goes with it, and nothing of what the clients have.
+Without personal layers, all of this is FedAvg.
 
-On stability: as FedAvg's. With few classes a client, shared weights suffice that tell little more than p_i needs.
+On stability: as FedAvg's. What was seen once, in the setting that `strategies.moon` tells of: 94.5 % on the clients'
+own test examples (FedAvg 86.8 %), 76.9 % on the server's (82.7 %).
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ is not used, and a round has `head_epochs` + `local_epochs` of them. The loss th
 
 The paper's head is the last layer. Its algorithm has one step of the representation a round.
 
-On stability: as FedAvg's; many epochs of a head alone over-fit it to few examples.
+On stability: as FedAvg's; many epochs of a head alone over-fit it to few examples. What was seen once, in the setting
+that `strategies.moon` tells of, with 5 epochs of the head and 1 of the representation: 87.9 % on the clients' own test
+examples (FedAvg 86.8 %).
 """
 
 from __future__ import annotations

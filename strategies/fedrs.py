@@ -12,7 +12,8 @@ Authors' code, where it differs: the factor is alpha + (1 - alpha) n_c / (the gr
 restricted too, and its last layer has no bias. Here the bias is a part of the logit, and scaled with it.
 
 On stability: as FedAvg's. A logit far below zero is *raised* by alpha: where absent classes have such, the client's
-loss is greater than FedAvg's.
+loss is greater than FedAvg's. What was seen once, in the setting that `strategies.moon` tells of: 81.2 % (FedAvg
+82.7 %).
 """
 
 from __future__ import annotations
