@@ -6,15 +6,21 @@ from strategies.base.client import Batch, ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.server import ServerHalf
 from strategies.base.transform import Transform
+from strategies.ditto import DittoClient
 from strategies.fedadmm import FedAdmm
 from strategies.fedcm import FedCm, FedCmClient
 from strategies.feddyn import FedDyn
+from strategies.fedlc import FedLcClient
 from strategies.fednova import FedNova, FedNovaClient
 from strategies.fedpac import FedPac, FedPacClient
+from strategies.fedper import FedPer, FedPerClient
+from strategies.fedrep import FedRepClient
+from strategies.fedrs import FedRsClient
 from strategies.fedsmoo import FedSmoo, FedSmooClient
 from strategies.fedvarp import FedVarp
 from strategies.local_sgd import LocalSgd
 from strategies.mifa import Mifa
+from strategies.moon import MoonClient
 from strategies.pisa import Ledger, Penalty, Pisa, PisaClient, PisaLocalClient
 from strategies.scaffold import Scaffold, ScaffoldClient
 
@@ -22,14 +28,20 @@ __all__ = [
     "AugmentedSgd",
     "Batch",
     "ClientHalf",
+    "DittoClient",
     "FedAdmm",
     "FedCm",
     "FedCmClient",
     "FedDyn",
+    "FedLcClient",
     "FedNova",
     "FedNovaClient",
     "FedPac",
     "FedPacClient",
+    "FedPer",
+    "FedPerClient",
+    "FedRepClient",
+    "FedRsClient",
     "FedSmoo",
     "FedSmooClient",
     "FedVarp",
@@ -39,6 +51,7 @@ __all__ = [
     "Ledger",
     "LocalSgd",
     "Mifa",
+    "MoonClient",
     "Penalty",
     "Pisa",
     "PisaClient",

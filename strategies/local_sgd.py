@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from strategies.base import checks
-from strategies.base.client import ClientHalf, Instruction, Stack, Update
+from strategies.base.client import Batch, ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.messages import ROUND, WEIGHTS, integer, real
 from strategies.optimizers import Optimizer, Sgd
@@ -149,28 +149,35 @@ class LocalSgd(ClientHalf):
         mu: float,
         slope: Tensor | None = None,
         given: Mapping[str, Tensor] | None = None,
+        differentiate: Callable[[Tensor, Batch], tuple[Tensor, Tensor]] | None = None,
+        epochs: int | None = None,
+        fixed: Tensor | None = None,
     ) -> Descent:
         """The local epochs, on F_i(w_i) + <slope_i, w_i> + (mu/2)|w_i - start|^2, with weight decay.
 
         Args:
             stack: The clients.
-            start: Where all of them begin, (d,).
+            start: Where they begin, (d,) or (C, d).
             lr: Learning rate.
             mu: Weight of the proximal term.
             slope: A linear term of each client's, (C, d), or None.
             given: What the optimizer remembers at the beginning, and needs besides, (C, size); None: zeros.
+            differentiate: Gradients (C, d) and losses (C,) of a batch at the clients' weights, of another objective
+                than F_i; None: `stack.gradient`.
+            epochs: Passes over the examples; None: `local_epochs`.
+            fixed: Which weights stay as they are, (d,); None: none of them.
         """
-        weights = start.repeat(len(stack.clients), 1)
+        differentiate = differentiate or stack.gradient
+        weights = start.expand(len(stack.clients), -1).clone()
         memory = self.optimizer.begin(weights) | {name: rows.clone() for name, rows in (given or {}).items()}
         remembered = [memory[name] for name in self.optimizer.memory_fields()]
         loss = weights.new_zeros(len(stack.clients))
         examples = torch.zeros_like(loss)
         steps = [0] * len(stack.clients)
-        for batch in stack.batches(self.local_epochs):
+        for batch in stack.batches(self.local_epochs if epochs is None else epochs):
             idle = [row for row, count in enumerate(batch.examples) if not count]
             held = [(rows, rows[idle]) for rows in (weights, *remembered)] if idle else []
-            differentiate = partial(stack.gradient, batch=batch)
-            gradient, batch_loss = self.optimizer.gradient(memory, differentiate, weights)
+            gradient, batch_loss = self.optimizer.gradient(memory, partial(differentiate, batch=batch), weights)
             if slope is not None:
                 gradient.add_(slope)
             if mu:
@@ -178,6 +185,8 @@ class LocalSgd(ClientHalf):
             weights.sub_(self.optimizer.direction(memory, gradient, weights), alpha=lr)
             for rows, before in held:  # of those who have no batch any more
                 rows[idle] = before
+            if fixed is not None:
+                weights.copy_(torch.where(fixed, start, weights))
             seen = torch.tensor(batch.examples, dtype=loss.dtype, device=loss.device)
             loss += batch_loss * seen
             examples += seen

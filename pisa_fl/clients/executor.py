@@ -50,9 +50,9 @@ class Job:
     """The work of one stack.
 
     Attributes:
-        kind: `train`: to solve the local problem; `evaluate`: to evaluate the weights on the clients' own test
-            examples, or on those that they train on where they have none;
-            `test`: to do so on parts of the test set, which are no clients but take their place.
+        kind: `train`: to solve the local problem; `evaluate`: to evaluate the weights, or those that the client half
+            makes the clients' own of them, on the clients' own test examples, or on those that they train on where
+            they have none; `test`: to do so on parts of the test set, which are no clients but take their place.
         clients: Their numbers.
         arrays: What the server sent, {name: (size,)}; jobs of one instruction share it.
         config: Numbers and texts that it sent.
@@ -151,10 +151,7 @@ class Executor:
             self._batch_size,
             self._chunk,
         )
-        state = {
-            name: torch.stack([self._vector(held, name, size) for held in job.state])
-            for name, size in self.half.kept_sizes().items()
-        }
+        state = self._state(job)
         # dropout and its like draw from PyTorch's global generators: give them an address of their own
         seed = torch_seed(self._seed, "model", round_number, job.clients[0])
         with global_generators(seed, self.model.device):
@@ -184,17 +181,22 @@ class Executor:
         return Outcome(metrics, arrays, rows if kept else (), norms)
 
     def _evaluate(self, job: Job) -> Outcome:
-        """Loss and metrics of the sent weights; of the test set, sums to be put together."""
-        self.model.load(job.arrays[WEIGHTS], job.arrays.get(BUFFERS))
+        """Loss and metrics of the sent weights, or of the clients' own; of the test set, sums to be put together."""
+        weights = job.arrays[WEIGHTS].expand(len(job.clients), -1)
+        own = self.half.personal and job.kind == "evaluate"
+        if own:
+            weights = self.half.own_weights(weights, self._state(job))
         metrics: list[dict[str, int | float]] = []
-        for client in job.clients:
+        for row, client in enumerate(job.clients):
+            if own or not row:
+                self.model.load(weights[row], job.arrays.get(BUFFERS))
             if job.kind == "test":
                 rows = torch.arange(client * TEST_PART, min((client + 1) * TEST_PART, self.data.tests))
                 metrics.append(dict(self.model.totals(self.test, rows, self.data)))
             else:
-                own = self.clients[client]
-                rows = own.tests if len(own.tests) else own.rows
-                found = self.model.evaluate(own.fields, rows, self.data, self._chunk, own.raw)
+                its = self.clients[client]
+                rows = its.tests if len(its.tests) else its.rows
+                found = self.model.evaluate(its.fields, rows, self.data, self._chunk, its.raw)
                 metrics.append({EXAMPLES: len(rows), **found})
         return Outcome(metrics)
 
@@ -218,6 +220,13 @@ class Executor:
         own = {name: array for name, array in job.arrays.items() if name != BUFFERS}
         self._last = job.arrays, Instruction(own, job.config, self.half.prepare(own, job.config))
         return self._last[1]
+
+    def _state(self, job: Job) -> dict[str, Tensor]:
+        """What the clients remember, {name: (C, size)}."""
+        return {
+            name: torch.stack([self._vector(held, name, size) for held in job.state])
+            for name, size in self.half.kept_sizes().items()
+        }
 
     def _vector(self, held: Mapping[str, Tensor], name: str, size: int) -> Tensor:
         return held[name] if name in held else torch.zeros(size, device=self.model.device)

@@ -98,6 +98,11 @@ class Clients:
         Raises:
             ConfigurationError: It cannot be trained, or not on these clients' examples.
         """
+        if self.half.needs_classes and not self.learnt.classes:
+            raise ConfigurationError(
+                f"{type(self.half).__name__} needs targets that are classes, and {type(self.learnt).__name__} has none:"
+                " use another strategy"
+            )
         found = examine(self.model, self.learnt, self.data)
         if any(self.noise_std.values()):  # refused now, where there is none for such inputs
             with global_generators(0):
@@ -280,7 +285,7 @@ class ClientHost:
             instruction = contents[id(content), train]
             if instruction.refused is not None:
                 yield Message(Error(CLIENT_FAILED, instruction.refused), reply_to=message)
-            elif train and not self._settle(client, instruction):
+            elif self._remembering(train) and not self._settle(client, instruction):
                 reason = f"client {client} does not hold the state that the server accepted"
                 yield Message(Error(STATE_LOST, reason), reply_to=message)
             else:
@@ -318,7 +323,8 @@ class ClientHost:
 
     def _job(self, group: _Group) -> Job:
         clients = [client for client, _ in group.messages]
-        states = [self.states[client].accepted for client in clients] if group.train else []
+        remembering = self._remembering(group.train)
+        states = [self.states[client].accepted for client in clients] if remembering else []
         kind: Literal["train", "evaluate"] = "train" if group.train else "evaluate"
         return Job(kind, clients, group.instruction.arrays, group.instruction.config, states)
 
@@ -340,20 +346,27 @@ class ClientHost:
             content[METRICS] = MetricRecord(dict(outcome.metrics[row]))
             yield Message(content, reply_to=message)
 
+    def _remembering(self, train: bool) -> bool:
+        """Whether what clients remember matters: to training, and to an evaluation of weights of their own."""
+        return train or self._half.personal
+
     def _read(self, content: RecordDict, train: bool, arrays: _Arrays) -> _Received:
         """Read and check what a message says; arrays that another one has too are read once."""
         try:
             self._check_arrays(content, train)
-            if train:
-                self._check_rounds(content)
+            if self._remembering(train):
+                self._check_rounds(content, int(train))
             sent = content.array_records[ARRAYS]
             if id(sent) not in arrays:
                 arrays[id(sent)] = self._flat(sent)
             flat, names = arrays[id(sent)]
             config = config_of(content)
             accepted = config.pop(ACCEPTED, None)
-            supplied = content.array_records.get(STATE) if train else None
-            state = None if supplied is None else vectors(supplied, self._model.device)
+            supplied = content.array_records.get(STATE) if self._remembering(train) else None
+            state = None
+            if supplied is not None:
+                self._check_state(supplied)
+                state = vectors(supplied, self._model.device)
             return _Received(flat, names, config, accepted, state)
         except Exception as error:  # whatever a stranger's message makes the checks raise
             return _Received(refused=failure_reason(error))
@@ -380,23 +393,33 @@ class ClientHost:
         if reason := problem(arrays, expected):
             raise InstructionError(reason)
 
-    def _check_rounds(self, content: RecordDict) -> None:
-        """Refuse impossible rounds and a state that is no state of a client.
+    def _check_rounds(self, content: RecordDict, later: int) -> None:
+        """Refuse impossible rounds.
+
+        Args:
+            content: What was sent.
+            later: By how many rounds it is later than any that was accepted, at least.
 
         Raises:
             InstructionError: They are.
         """
         config = config_of(content)
         round_number, accepted = config.get(ROUND), config.get(ACCEPTED, 0)
-        if type(round_number) is not int or not 1 <= round_number < 2**31:
+        if type(round_number) is not int or not later <= round_number < 2**31:
             raise InstructionError(f"{ROUND} is {round_number!r}")
-        if type(accepted) is not int or not 0 <= accepted < round_number:
+        if type(accepted) is not int or not 0 <= accepted <= round_number - later:
             raise InstructionError(f"{ACCEPTED} is {accepted!r} in round {round_number}")
-        if STATE in content.array_records:
-            supplied, sizes = content.array_records[STATE], self._half.kept_sizes()
-            expected = {name: Field(sizes[name]) for name in supplied if name in sizes}
-            if reason := problem(supplied, expected) if expected else "a state without vectors":
-                raise InstructionError(reason)
+
+    def _check_state(self, supplied: ArrayRecord) -> None:
+        """Refuse a state that is no state of a client.
+
+        Raises:
+            InstructionError: It is none.
+        """
+        sizes = self._half.kept_sizes()
+        expected = {name: Field(sizes[name]) for name in supplied if name in sizes}
+        if reason := problem(supplied, expected) if expected else "a state without vectors":
+            raise InstructionError(reason)
 
     def _settle(self, client: int, instruction: _Received) -> bool:
         """Bring the client to the state that the server accepted; False if it does not hold it."""

@@ -82,7 +82,7 @@ class LocalStack:
         if len(examples) > 1 and model.buffer_layout.size:
             raise ValueError("a model with running statistics needs stacks of one client: set engine.stack=1")
         self.clients, self.layout = list(examples), model.layout
-        self.differentiated = [0] * len(examples)
+        self._work = [0] * len(examples)  # in thirds of an example differentiated
         self._model, self._data, self._examples = model, data, list(examples.values())
         self._seed, self._round = seed, round_number
         self._batch_size, self._chunk = batch_size, chunk
@@ -99,6 +99,11 @@ class LocalStack:
         if not model.module.training:  # walking through the modules takes as long as a small client's step
             model.module.train()
         model.load_buffers(buffers)
+
+    @property
+    def differentiated(self) -> list[int]:
+        """Examples differentiated by each client so far, with those of which only outputs were asked for as thirds."""
+        return [-(-thirds // 3) for thirds in self._work]
 
     @property
     def buffers(self) -> Tensor:
@@ -127,11 +132,21 @@ class LocalStack:
 
     def outputs(self, weights: Tensor, batch: Batch, layers: Sequence[str] = ()) -> Forward:
         """Outputs (C, B, ...) of each client's batch, and what went into some layers, as an evaluation has them."""
+        self._count(batch.examples, 1)
         return self._model.outputs(weights, batch.data, layers)
 
     def example_norms(self, weights: Tensor, batch: Batch) -> Tensor:
         """Norms of the gradients of examples' own losses, (C, B); zero for padding."""
         return self._model.example_norms(weights, batch.data, batch.weights)
+
+    def label_counts(self) -> Tensor:
+        """How many labels of each class every client has, (C, K), as floating-point numbers."""
+        classes = len(self._data.output_names)
+        counts = [
+            e.fields[TARGETS][e.rows.to(e.fields[TARGETS].device)].flatten().bincount(minlength=classes)
+            for e in self._examples
+        ]
+        return torch.stack(counts).to(self._model.device, torch.float32)
 
     @contextmanager
     def probed(self, probe: Probe) -> Iterator[Mapping[str, Tensor]]:
@@ -175,10 +190,7 @@ class LocalStack:
     def _counted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, each counted as it is differentiated."""
         for batch in batches:
-            passes = 2 if self._draws_targets else 1
-            self.differentiated = [
-                d + passes * n for d, n in zip(self.differentiated, batch.examples, strict=True)
-            ]
+            self._count(batch.examples, 6 if self._draws_targets else 3)
             yield batch
 
     def _shares(self, chosen: Tensor, examples: int, gradient: str) -> Tensor:
@@ -209,6 +221,9 @@ class LocalStack:
             active=torch.tensor([float(n > 0) for n in counts], device=device),
             examples=counts,
         )
+
+    def _count(self, examples: Sequence[int], thirds: int) -> None:
+        self._work = [w + thirds * n for w, n in zip(self._work, examples, strict=True)]
 
     def _read_alone(self, chosen: list[Tensor]) -> dict[str, Tensor]:
         """The batch of every client by itself, (C, B, ...), padded with zeros."""

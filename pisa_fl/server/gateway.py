@@ -257,14 +257,15 @@ class Gateway(Grid):
     def _acknowledge(self, sent: Mapping[int, Message]) -> None:
         """Tell every client that remembers something which of its replies was accepted last; 0: none, begin anew.
 
-        Messages that shared their content and say the same still share it.
+        So is an evaluation of weights of the clients' own. Messages that shared their content and say the same still
+        share it.
         """
         if not self._remembers:
             return
         contents: dict[tuple[int, int], RecordDict] = {}
         before = [message.content for message in sent.values()]  # whose identities are in use meanwhile
         for (node, message), content in zip(sent.items(), before, strict=True):
-            if message.metadata.message_type != MessageType.TRAIN:
+            if message.metadata.message_type != MessageType.TRAIN and not self._half.personal:
                 continue
             void = self._server is not None and self._server.begins_anew(node)
             key = id(content), 0 if void else self.accepted.get(node, 0)

@@ -33,10 +33,12 @@ class Task(ABC):
     Attributes:
         metrics: What is measured beside the mean loss; by the first, runs are compared.
         loss_unit: Unit of the loss.
+        classes: Whether targets are numbers of classes, (B, ...), and outputs their logits, (B, ..., K).
     """
 
     metrics: tuple[Metric, ...]
     loss_unit: str = ""
+    classes: bool = False
 
     @property
     def measures(self) -> Measures:

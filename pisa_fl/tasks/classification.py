@@ -17,6 +17,7 @@ class Classification(Task):
 
     metrics = (Metric("accuracy", "higher", "%", 100, 2, most=1),)
     loss_unit = "nats"
+    classes = True
 
     def losses(self, output: Tensor, batch: Batch) -> Tensor:
         """Cross-entropies, (B,)."""

@@ -22,6 +22,7 @@ class NextCharacter(Task):
 
     metrics = (Metric("accuracy", "higher", "%", 100, 2, most=1), Metric("perplexity", "lower", "", 1, 3))
     loss_unit = "nats a character"
+    classes = True
 
     def losses(self, output: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropies of the sequences, (B,)."""

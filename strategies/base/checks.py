@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 GREATEST = 1e12
@@ -90,7 +90,7 @@ def whole(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be a whole number of {least} or more, got {value}")
 
 
-_FLOWERS = {
+_FLOWERS: dict[str, Callable[[str, Any], None]] = {
     "eta": positive,
     "eta_l": positive,
     "tau": positive,
@@ -99,6 +99,8 @@ _FLOWERS = {
     "server_learning_rate": positive,
     "server_momentum": decay,
     "proximal_mu": not_negative,
+    "num_malicious_nodes": partial(whole, least=0),
+    "num_nodes_to_select": partial(whole, least=1),
 }
 """Arguments and attributes of Flower's strategies, and what they may be."""
 

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from strategies.base.beyond_gradients import Forward, Probe, Term
@@ -73,7 +74,10 @@ class Stack(Protocol):
         ...
 
     def outputs(self, weights: Tensor, batch: Batch, layers: Sequence[str] = ()) -> Forward:
-        """Outputs of a batch, (C, B, ...), and inputs of layers, at (d,) or (C, d), as an evaluation has them."""
+        """Outputs of a batch, (C, B, ...), and inputs of layers, at (d,) or (C, d), as an evaluation has them.
+
+        In `passes`, an example counts a third for it, which is about the share of the forward pass in a gradient.
+        """
         ...
 
     def example_norms(self, weights: Tensor, batch: Batch) -> Tensor:
@@ -81,6 +85,13 @@ class Stack(Protocol):
 
         Raises:
             ValueError: The model keeps running statistics, so that an example alone has no gradient.
+        """
+        ...
+
+    def label_counts(self) -> Tensor:
+        """How many labels of each of the K classes every client's examples have, (C, K).
+
+        Only for a client half that `needs_classes`.
         """
         ...
 
@@ -130,10 +141,17 @@ class Update:
 
 
 class ClientHalf(ABC):
-    """The client half of an algorithm: a local solver for a stack."""
+    """The client half of an algorithm: a local solver for a stack.
+
+    Attributes:
+        needs_classes: Whether it works only where targets are numbers of classes, and the model gives their logits.
+        personal: Whether clients are evaluated, each on its own examples, with weights of their own.
+    """
 
     layout: Layout
     transforms: Sequence[Transform] = ()
+    needs_classes: bool = False
+    personal: bool = False
 
     def state_sizes(self) -> dict[str, int]:
         """Vectors that a client keeps between rounds -> their lengths. They start as zeros."""
@@ -194,6 +212,20 @@ class ClientHalf(ABC):
         """What all clients would compute alike from an instruction: done once, kept for as long as it is in hand."""
         return None
 
+    def own_weights(self, weights: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """The weights that clients are evaluated with, (C, d), where they are `personal`.
+
+        Args:
+            weights: The server's, (C, d), the same for all; not to be written to.
+            state: What the clients remember, {name: (C, size)}; zeros before their first round, and if it was lost.
+        """
+        return weights
+
     @abstractmethod
     def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """Solve the local problem of every client of the stack."""
+
+
+def remembered(held: Tensor, otherwise: Tensor) -> Tensor:
+    """What each client remembers of one vector, (C, size), or else another: zeros are no memory, but its beginning."""
+    return torch.where(held.any(dim=1, keepdim=True), held, otherwise)

@@ -64,12 +64,12 @@ class Problem:
     labels: torch.Tensor
     partition: list
 
-    def gradient(self, weights, rows):
-        """Gradient of the mean loss over some rows, one tensor a name."""
+    def gradient(self, weights, rows, loss=cross_entropy):
+        """Gradient of the mean loss of logits and labels over some rows, one tensor a name."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(weights[name])
-        loss = cross_entropy(self.model(self.images[rows]), self.labels[rows])
+        loss = loss(self.model(self.images[rows]), self.labels[rows])
         return dict(zip(weights, torch.autograd.grad(loss, list(self.model.parameters())), strict=True))
 
     def sum_of_batches(self, weights, rows):
@@ -385,16 +385,36 @@ class SpectralRule(MomentRule):
         self.grams.finish(shares)
 
 
-def sgd(problem, start, client, number, *, lr, momentum, weight_decay, epochs, mu=0.0, slope=None):
-    """Local SGD from the server's weights: what one client sends back; `slope` is a linear term of its loss."""
+def sgd(
+    problem,
+    start,
+    client,
+    number,
+    *,
+    lr,
+    momentum,
+    weight_decay,
+    epochs,
+    mu=0.0,
+    centre=None,
+    slope=None,
+    gradient=None,
+    fixed=(),
+):
+    """Local SGD from the server's weights: what one client sends back.
+
+    The proximal term is around `centre`, or the start; `slope` is a linear term of its loss; `gradient` is that of
+    another loss, at weights and of rows; tensors whose names are in `fixed` stay as they are.
+    """
     w = dict(start)
+    gradient = gradient or problem.gradient
     buffer = {name: torch.zeros_like(t) for name, t in w.items()}
     for rows in problem.batches(client, number, epochs):
-        g = problem.gradient(w, rows)
+        g = gradient(w, rows)
         for name in w:
-            pull = g[name] + weight_decay * w[name] + mu * (w[name] - start[name])
+            pull = g[name] + weight_decay * w[name] + mu * (w[name] - (centre or start)[name])
             buffer[name] = momentum * buffer[name] + pull + (slope[name] if slope else 0)
-        w = {name: w[name] - lr * buffer[name] for name in w}
+        w = {name: w[name] - (name not in fixed) * lr * buffer[name] for name in w}
     return w
 
 

@@ -34,6 +34,14 @@ METHODS = {
     "own moments": ["strategy=sisa_official"],
     "adaptive server": ["strategy=fedadam", "strategy.local_epochs=1"],
     "control variates": ["strategy=scaffold", "strategy.local_epochs=1"],
+    "weights of their own": [
+        *(
+            "strategy=ditto",
+            "strategy.local_epochs=1",
+            "strategy.personal_epochs=1",
+            "evaluate_clients_every=1",
+        )
+    ],
 }
 
 
@@ -49,6 +57,8 @@ def metrics_of(directory):
 def assert_same_end(directory, reference):
     assert (directory / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
     assert metrics_of(directory) == metrics_of(reference)
+    measured = [folder / "clients.jsonl" for folder in (directory, reference)]
+    assert len({file.read_bytes() if file.exists() else b"" for file in measured}) == 1
     assert (directory / "summary.json").is_file()
     assert (directory / "curves.png").is_file()
     assert len(list(directory.glob("events.out.tfevents.*"))) == 1

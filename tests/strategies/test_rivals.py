@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from flwr.serverapp.strategy import FedAvg, FedProx
-from quadratics import ALPHA, EXAMPLES, LAYOUT, Bench, Quadratics, QuadraticStack, solving
+from quadratics import ALPHA, EXAMPLES, LAYOUT, SHAPES, Bench, Quadratics, QuadraticStack, solving
 
 from strategies import (
     AugmentedSgd,
@@ -22,8 +22,10 @@ from strategies import (
     FedSmoo,
     FedSmooClient,
     FedVarp,
+    Layout,
     LocalSgd,
     Mifa,
+    MoonClient,
     Scaffold,
     ScaffoldClient,
 )
@@ -373,6 +375,12 @@ def test_who_never_answered_counts_as_zero_in_a_tables_average():
             "optimizer must be sgd or sam: FedCM",
         ),
         (lambda: FedCm(LAYOUT, 0.1, "examples", lr_decay=0.0), "lr_decay must be above 0 and at most 1"),
+        (lambda: MoonClient(LAYOUT, -1.0, 0.5, **LOCAL), "mu must not be negative"),
+        (lambda: MoonClient(LAYOUT, 1.0, 0.0, **LOCAL), "temperature must be positive"),
+        (
+            lambda: MoonClient(Layout(SHAPES), 1.0, 0.5, **LOCAL),
+            "the last linear layer, and the model has none",
+        ),
     ],
 )
 def test_impossible_numbers_are_refused(make, words):

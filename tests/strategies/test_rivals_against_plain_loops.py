@@ -1,10 +1,17 @@
 """Whole runs of the rivals against the papers' equations, as slow loops over tensors in double precision."""
 
+import copy
+import math
+from fractions import Fraction
+from functools import partial
+
 import pytest
 import torch
 from plain_loops import BATCH, SIZES, assert_moved_alike, half, make_problem, sgd
 from torch.nn.utils import parameters_to_vector
+from torch.nn.functional import cross_entropy
 
+from pisa_fl.clients.host import ClientState
 from pisa_fl.engines.local import LocalGrid
 
 ROUNDS = 6
@@ -271,6 +278,130 @@ def fedpac(problem, mix, beta, beta_2, muon):
     return w, {}
 
 
+def counted(problem, client):
+    """How many examples of each class a client has."""
+    return torch.bincount(problem.labels[problem.partition[client]], minlength=10).double()
+
+
+def softmax_of(changed):
+    """Mean over a batch of -log of the share of the right class, of logits that are changed first."""
+
+    def loss(logits, labels):
+        powers = changed(logits).exp()
+        return -(powers[torch.arange(len(labels)), labels] / powers.sum(dim=1)).log().mean()
+
+    return loss
+
+
+def of_labels(problem, changed):
+    """FedAvg of a loss that knows each client's counts."""
+    w = dict(problem.start)
+    for number in range(1, ROUNDS + 1):
+        answers = {}
+        for i in heard(number):
+            loss = softmax_of(partial(changed, counts=counted(problem, i)))
+            answers[i] = sgd(problem, w, i, number, **LOCAL, gradient=partial(problem.gradient, loss=loss))
+        w = mean(answers)
+    return w, {}
+
+
+def fedlc(problem, tau):
+    return of_labels(
+        problem, lambda logits, counts: logits - tau / torch.where(counts > 0, counts, 1e-8) ** 0.25
+    )
+
+
+def fedrs(problem, alpha):
+    return of_labels(problem, lambda logits, counts: logits * torch.where(counts > 0, 1.0, alpha))
+
+
+def seen_through(model, images):
+    """What goes into the last layer."""
+    kept = []
+    handle = model.fc3.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    model(images)
+    handle.remove()
+    return kept[0]
+
+
+def at(problem, weights):
+    """A model of its own, which is not differentiated."""
+    model = copy.deepcopy(problem.model)
+    model.load_state_dict(weights)
+    return model.requires_grad_(False)
+
+
+def contrasting(problem, w, before, mu, temperature):
+    """The gradient of a client's loss with the contrast."""
+    server, previous = at(problem, w), at(problem, before)
+
+    def gradient(weights, rows):
+        def loss(logits, labels):
+            z, z_w, z_p = (
+                seen_through(model, problem.images[rows]) for model in (problem.model, server, previous)
+            )
+            near, far = (
+                ((z * other).sum(1) / z.norm(dim=1) / other.norm(dim=1) / temperature).exp()
+                for other in (z_w, z_p)
+            )
+            return cross_entropy(logits, labels) - mu * (near / (near + far)).log().mean()
+
+        return problem.gradient(weights, rows, loss)
+
+    return gradient
+
+
+def moon(problem, mu, temperature, forgets=()):
+    w, before = dict(problem.start), {}
+    for number in range(1, ROUNDS + 1):
+        answers = {}
+        for i in heard(number):
+            if number in forgets:
+                before.pop(i, None)
+            gradient = contrasting(problem, w, before.get(i, w), mu, temperature)
+            answers[i] = before[i] = sgd(problem, w, i, number, **LOCAL, gradient=gradient)
+        w = mean(answers)
+    return w, before
+
+
+def of_modules(w, modules):
+    """Tensors of some modules."""
+    return {name: t for name, t in w.items() if name.split(".")[0] in modules}
+
+
+def fedper(problem, modules, head_epochs=0, forgets=()):
+    """FedPer, or FedRep where the head has epochs of its own; only what is shared is given back, and the rest."""
+    w, own = dict(problem.start), {}
+    personal = of_modules(w, modules)
+    for number in range(1, ROUNDS + 1):
+        answers = {}
+        for i in heard(number):
+            if number in forgets:
+                own.pop(i, None)
+            begin, fixed = w | own.get(i, {}), ()
+            if head_epochs:
+                alone = {"epochs": head_epochs, "fixed": set(w) - set(personal)}
+                begin, fixed = sgd(problem, begin, i, number, **LOCAL | alone), set(personal)
+            answers[i] = sgd(problem, begin, i, number, **LOCAL, fixed=fixed)
+            own[i] = of_modules(answers[i], modules)
+        w = mean(answers) | personal
+    return {name: t for name, t in w.items() if name not in personal}, own
+
+
+def ditto(problem, pull, epochs, forgets=()):
+    w, own = dict(problem.start), {}
+    for number in range(1, ROUNDS + 1):
+        answers = {}
+        for i in heard(number):
+            if number in forgets:
+                own.pop(i, None)
+            answers[i] = sgd(problem, w, i, number, **LOCAL)
+            beside = LOCAL | {"epochs": epochs, "mu": pull, "centre": w}
+            own[i] = sgd(problem, own.get(i, w), i, number, **beside)
+        w = mean(answers)
+    return w, own
+
+
 UNIFORM = "strategy.alpha=uniform"
 DECAYING = "strategy.lr_decay=0.7"
 VARIANTS = {
@@ -326,6 +457,30 @@ def sent(variant, tensors):
         return [size] * 2, [size]
     memory = {"fedpac": [size, size, 2], "fedmuon": [size - vectors, vectors, vectors, 2]}.get(variant)
     return ([size] * 2 + memory, [size, *memory]) if memory else ([size], [size])
+    "fedlc": (["strategy=fedlc", "strategy.tau=0.7"], fedlc, (0.7,)),
+    "fedrs": (["strategy=fedrs", "strategy.restriction=0.3"], fedrs, (0.3,)),
+    "moon": (["strategy=moon", "strategy.mu=3", "strategy.temperature=0.4"], moon, (3.0, 0.4)),
+    "fedper": (["strategy=fedper", "strategy.personal_layers=2"], fedper, (("fc2", "fc3"),)),
+    "fedrep": (["strategy=fedrep", "strategy.head_epochs=1"], fedper, (("fc3",), 1)),
+    "ditto": (["strategy=ditto", "strategy.lambda=0.7", "strategy.personal_epochs=1"], ditto, (0.7, 1)),
+    "fedcm": (["strategy=fedcm", "strategy.mix=0.2"], fedcm, (0.2,)),
+}
+
+
+WORK = {"moon": Fraction(5, 3), "fedrep": Fraction(3, 2), "ditto": Fraction(3, 2)}
+"""Passes for each of FedAvg's, where there are more; a forward pass alone is a third of one."""
+UNSENT = {"fedper": 10 * 7 + 110, "fedrep": 110}
+"""Numbers of a client that it does not send: of fc2 and fc3, or of fc3."""
+
+
+def kept(federation, client):
+    """What a client remembers as the server accepted it, or what the server keeps of it."""
+    if tables := getattr(federation.strategy, "tables", {}):
+        return next(iter(tables.values()))[client]
+    state = federation.grid.host.states[client]
+    pending = state.pending_round == federation.gateway.accepted[client]
+    [row] = (state.pending if pending else state.accepted).values()
+    return row
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -364,3 +519,91 @@ def test_clients_that_advance_together_are_as_when_alone(problem, variant):
     ends = [parameters_to_vector(f.model.module.parameters()).double() for f, _ in (alone, together)]
     assert (ends[0] - ends[1]).norm() <= 1e-4 * (ends[0] - start).norm()
     assert alone[1][-1]["passes"] == together[1][-1]["passes"]
+        assert (kept(federation, client).double() - flat).norm() <= 3e-4 * flat.norm()
+    # control variates double what is sent either way, and FedCM's velocity what is sent down
+    size = 4 * sum(t.numel() for t in problem.start.values()) + 128
+    down, up = (2, 2) if "scaffold" in variant else (2, 1) if variant == "fedcm" else (1, 1)
+    assert exchanges == [2] * ROUNDS
+    assert metrics[-1]["bytes_down"] == 2 * ROUNDS * down * size
+    assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * (up * size - 4 * UNSENT.get(variant, 0))
+    share = WORK.get(variant, 1)
+    seen = sum(
+        math.ceil(share * LOCAL["epochs"] * SIZES[i])
+        for number in range(1, ROUNDS + 1)
+        for i in heard(number)
+    )
+    assert metrics[-1]["passes"] == pytest.approx(seen / sum(SIZES), rel=1e-12)
+
+
+TOGETHER = ["fedlc", "fedrs", "moon", "fedper", "fedrep", "ditto"]
+"""Rivals whose gradients, or beginnings, are not those of all others."""
+
+
+@pytest.mark.parametrize("variant", TOGETHER)
+def test_clients_computed_together_follow_the_plain_loop_too(problem, variant):
+    said, _, _ = VARIANTS[variant]
+    alone, _ = problem.run(2, *said, *SAID, "participation=1.0")
+    together, _ = problem.run(2, *said, *SAID, "participation=1.0", "engine.stack=3", "engine.workers=0")
+    torch.testing.assert_close(together.model.weights, alone.model.weights, rtol=1e-5, atol=1e-6)
+    for client, state in alone.grid.host.states.items():
+        for name, row in state.pending.items():
+            other = together.grid.host.states[client].pending[name]
+            torch.testing.assert_close(other, row, rtol=1e-5, atol=1e-6)
+
+
+WITHOUT = {
+    "fedlc": "strategy.tau=0",
+    "fedrs": "strategy.restriction=1",
+    "moon": "strategy.mu=0",
+    "fedper": "strategy.personal_layers=0",
+    "ditto": "strategy.lambda=0",
+}
+
+
+@pytest.fixture(scope="module")
+def fedavg(problem):
+    return problem.run(2, "strategy=fedavg", *SAID)
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_rival_without_what_it_adds_is_fedavg_to_the_bit(problem, fedavg, name):
+    plain, lines = fedavg
+    same, again = problem.run(2, f"strategy={name}", WITHOUT[name], *SAID)
+    assert torch.equal(same.model.weights, plain.model.weights)
+    other, _ = problem.run(2, f"strategy={name}", *SAID)
+    # Ditto's server never knows what its clients have of their own
+    assert torch.equal(other.model.weights, plain.model.weights) == (name == "ditto")
+    own = ("round", "train_loss", "bytes_up", "bytes_down")
+    assert [[line[key] for key in own] for line in lines] == [[line[key] for key in own] for line in again]
+
+
+FORGET = 5
+"""A round before which those who take part lose what they remember."""
+OF_ONES_OWN = ["moon", "fedper", "fedrep", "ditto"]
+"""Rivals whose clients remember what the server does not know."""
+
+
+@pytest.mark.parametrize("variant", OF_ONES_OWN)
+def test_a_client_that_lost_what_nobody_else_knows_begins_anew_and_says_so(
+    problem, variant, monkeypatch, caplog
+):
+    send_and_receive, exchanges = LocalGrid.send_and_receive, []
+
+    def forget(grid, messages, **kwargs):
+        asked = list(messages)
+        if asked[0].metadata.message_type == "train":
+            exchanges.append(asked)
+            if len(exchanges) == FORGET:
+                grid.host.states |= {m.metadata.dst_node_id: ClientState() for m in asked}
+        replies = sorted(send_and_receive(grid, asked, **kwargs), key=lambda r: r.metadata.src_node_id)
+        return replies[1:] if len(exchanges) == LOST else replies
+
+    monkeypatch.setattr(LocalGrid, "send_and_receive", forget)
+    said, loop, numbers = VARIANTS[variant]
+    federation, metrics = problem.run(ROUNDS, *said, *SAID)
+    expected, _ = loop(problem, *numbers, forgets={FORGET})
+    assert_moved_alike(federation, expected, problem.start)
+    assert metrics[-1]["clients_ok"] == 2
+    anew = [line for line in caplog.messages if "has lost what it remembered, and begins anew" in line]
+    known = {i for number in range(1, FORGET) for i in heard(number)}
+    assert len(anew) == len(known & set(heard(FORGET))) > 0

@@ -129,7 +129,8 @@ def test_every_number_of_a_strategy_is_blamed_itself(file):
 
 def build_strategy(config):
     for node in (config.strategy.server, config.strategy.client):
-        build(node, layout=Layout.of_parameters(nn.Linear(2, 2)), seed=0, device=torch.device("cpu"))
+        layout = Layout.of_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+        build(node, layout=layout, seed=0, device=torch.device("cpu"))
 
 
 def refuses(width: int = 1, share: float = 0.5, sides: tuple[int, ...] = ()) -> None:

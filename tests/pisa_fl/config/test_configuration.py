@@ -15,19 +15,9 @@ from strategies import ClientHalf
 PROMISED = {
     "strategy": {
         *("sisa", "pisa", "nsisa", "sisa_official", "fedavg", "fedprox"),
-        *(
-            "scaffold",
-            "feddyn",
-            "fedadmm",
-            "fednova",
-            "fedcm",
-            "fedvarp",
-            "mifa",
-            "fedsam",
-            "fedsmoo",
-            "fedpac",
-            "fedmuon",
-        ),
+        *("fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedmedian", "fedtrimmedavg", "krum", "multikrum"),
+        *("scaffold", "feddyn", "fedadmm", "fednova", "fedcm", "fedvarp", "mifa", "fedlc", "fedrs", "moon"),
+        *("fedper", "fedrep", "ditto", "fedsam", "fedsmoo", "fedpac", "fedmuon"),
     },
     "partition": {
         "label_skew",
@@ -95,10 +85,10 @@ def test_the_promised_defaults():
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_builds(name):
-    federation = pisa_fl.prepare(pisa_fl.compose(f"strategy={name}", "model=logistic"))
+    federation = pisa_fl.prepare(pisa_fl.compose(f"strategy={name}", "model=mlp", "model.hidden=[2]"))
     assert isinstance(federation.strategy, Strategy)
     assert isinstance(federation.grid.host._half, ClientHalf)
-    assert federation.model.layout.size == 7850
+    assert federation.model.layout.size == 2 * 784 + 2 + 10 * 2 + 10
     assert [len(federation.partition), federation.round] == [10, 0]
 
 

@@ -608,6 +608,14 @@ METHODS = {
         "strategy.local_epochs=1",
         "participation=0.5",
     ],
+    "ditto, half of the clients": [
+        "quantity",
+        "strategy=ditto",
+        "strategy.local_epochs=1",
+        "strategy.personal_epochs=1",
+        "participation=0.5",
+        "evaluate_clients_every=1",
+    ],
 }
 
 
@@ -620,9 +628,14 @@ def local(tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_client_apps_give_the_same_bits_as_the_local_engine(method, tmp_path, in_new_processes):
     partition, *overrides = METHODS[method]
-    reference = run(configure(tmp_path, *overrides, partition=partition, engine="local"))
+    ends = [tmp_path / "local", tmp_path / "flower"]
+    reference = run(configure(tmp_path, *overrides, partition=partition, engine="local"), ends[0])
     config = configure(tmp_path, *overrides, partition=partition)
-    assert_same_end(on_apps(config, None, in_new_processes), reference)
+    assert_same_end(on_apps(config, ends[1], in_new_processes), reference)
+    measured = [(end / "clients.jsonl").read_text() for end in ends if (end / "clients.jsonl").exists()]
+    assert (len(measured), len(set(measured))) == (
+        (2, 1) if "evaluate_clients_every=1" in overrides else (0, 0)
+    )
 
 
 @pytest.mark.parametrize("lost", [(), (1,)], ids=["", "one lost its state"])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAdam, FedAvgM, FedProx
+from flwr.serverapp.strategy import FedAdam, FedAvgM, FedProx, MultiKrum
 from quadratics import LAYOUT, PRECONDITIONERS, pisa_bench
 
 from strategies import LocalSgd, Penalty, Pisa, PisaClient, PisaLocalClient
@@ -65,6 +65,10 @@ MAKE = {
         ["server_learning_rate", "server_momentum"],
     ),
     "proximal": (lambda **n: checks.flowers_own(FedProx(**{"proximal_mu": 0.1} | n)), ["proximal_mu"]),
+    "selecting": (
+        lambda **n: checks.flowers_own(MultiKrum(**{"num_malicious_nodes": 1, "num_nodes_to_select": 2} | n)),
+        ["num_malicious_nodes", "num_nodes_to_select"],
+    ),
 }
 
 
