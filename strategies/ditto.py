@@ -8,7 +8,7 @@ Li et al. 2021, arXiv 2012.04221, Algorithm 1. A round, for every client i that 
 
 Symbols: w the server's weights, w_i the client's answer, v_i the client's own model, lambda its pull towards w. The
 server half is FedAvg's, and w follows the same path as FedAvg's whatever lambda is: v_i is nobody else's business. With
-lambda = 0 clients learn alone; with a great lambda v_i is w, for as long as lr lambda < 2 (1 + momentum).
+lambda = 0 clients learn alone; with a great lambda v_i is w, for as long as lr lambda < 2 (1 + momentum), with SGD.
 
 v_i is kept by the client and never sent: d numbers. It begins at w, in the client's first round, and anew if the client
 lost it, which is said in the run's messages. Both trainings go through the mini-batches in the same order, and both are
@@ -22,6 +22,7 @@ On stability: as FedAvg's.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Unpack
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from strategies.base import checks
 from strategies.base.client import Instruction, Stack, Update, remembered
 from strategies.base.layout import Layout
 from strategies.base.messages import WEIGHTS
-from strategies.local_sgd import LocalSgd
+from strategies.local_sgd import Local, LocalSgd
 
 OWN = "own"
 """v_i in what a client remembers."""
@@ -42,10 +43,7 @@ class DittoClient(LocalSgd):
         layout: Layout of the model's parameters.
         lambda_: Pull of the client's own model towards the server's.
         personal_epochs: Passes over the client's examples for its own model.
-        lr: Learning rate, of both.
-        momentum: Momentum within a round, of both.
-        weight_decay: Added to the gradient as weight_decay times the weights, of both.
-        local_epochs: Passes over the client's examples in a round.
+        local: As `LocalSgd`'s, of both but for `local_epochs`.
 
     Raises:
         ValueError: A number is outside its range.
@@ -53,17 +51,8 @@ class DittoClient(LocalSgd):
 
     personal = True
 
-    def __init__(
-        self,
-        layout: Layout,
-        lambda_: float,
-        personal_epochs: int,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        local_epochs: int,
-    ) -> None:
-        super().__init__(layout, lr, momentum, weight_decay, local_epochs)
+    def __init__(self, layout: Layout, lambda_: float, personal_epochs: int, **local: Unpack[Local]) -> None:
+        super().__init__(layout, **local)
         checks.not_negative("lambda_", lambda_)
         checks.whole("personal_epochs", personal_epochs, 1)
         self.lambda_, self.personal_epochs = lambda_, personal_epochs
@@ -83,5 +72,6 @@ class DittoClient(LocalSgd):
         before = self.own_weights(w, state)
         # the pull is towards w, and that of `descend` towards where it begins
         slope = self.lambda_ * (before - w)
-        own = self.descend(stack, before, self.lr, self.lambda_, slope, epochs=self.personal_epochs)
+        lr = self.lr_now(instruction)
+        own = self.descend(stack, before, lr, self.lambda_, slope, epochs=self.personal_epochs)
         return Update(update.arrays, update.loss, lambda sent: {OWN: own.weights})

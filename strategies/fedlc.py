@@ -19,11 +19,14 @@ setting that `strategies.moon` tells of: 79.9 % (FedAvg 82.7 %).
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from torch import Tensor
 
 from strategies.base import checks
 from strategies.base.layout import Layout
 from strategies.label_loss import LabelLoss
+from strategies.local_sgd import Local
 
 ABSENT = 1e-8
 """Examples that a class without any counts as."""
@@ -35,25 +38,14 @@ class FedLcClient(LabelLoss):
     Args:
         layout: Layout of the model's parameters.
         tau: Width of the margins; 0: none, which is FedAvg.
-        lr: Learning rate.
-        momentum: Momentum within a round.
-        weight_decay: Added to the gradient as weight_decay * w_i.
-        local_epochs: Passes over the client's examples in a round.
+        local: As `LocalSgd`'s.
 
     Raises:
         ValueError: A number is outside its range.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        tau: float,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        local_epochs: int,
-    ) -> None:
-        super().__init__(layout, lr, momentum, weight_decay, local_epochs)
+    def __init__(self, layout: Layout, tau: float, **local: Unpack[Local]) -> None:
+        super().__init__(layout, **local)
         checks.not_negative("tau", tau)
         self.tau = tau
 

@@ -24,7 +24,7 @@ own test examples (FedAvg 86.8 %), 76.9 % on the server's (82.7 %).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from flwr.app import ArrayRecord
@@ -35,7 +35,7 @@ from strategies.base.averaging import Answers, Averaging, mean
 from strategies.base.client import Instruction, Stack, Update, remembered
 from strategies.base.layout import Layout
 from strategies.base.messages import WEIGHTS, Field, tensor
-from strategies.local_sgd import LocalSgd
+from strategies.local_sgd import Local, LocalSgd
 
 SHARED, PERSONAL = "shared", "personal"
 """b_i in a reply, and p_i in what a client remembers."""
@@ -95,10 +95,7 @@ class FedPerClient(LocalSgd):
     Args:
         layout: Layout of the model's parameters.
         personal_layers: How many of the last layers are the client's own; the server's.
-        lr: Learning rate.
-        momentum: Momentum within a round.
-        weight_decay: Added to the gradient as weight_decay * w_i.
-        local_epochs: Passes over the client's examples in a round.
+        local: As `LocalSgd`'s.
 
     Raises:
         ValueError: A number is outside its range.
@@ -106,16 +103,8 @@ class FedPerClient(LocalSgd):
 
     personal = True
 
-    def __init__(
-        self,
-        layout: Layout,
-        personal_layers: int,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        local_epochs: int,
-    ) -> None:
-        super().__init__(layout, lr, momentum, weight_decay, local_epochs)
+    def __init__(self, layout: Layout, personal_layers: int, **local: Unpack[Local]) -> None:
+        super().__init__(layout, **local)
         self.places = personal_places(layout, personal_layers)
 
     def state_sizes(self) -> dict[str, int]:
@@ -137,11 +126,11 @@ class FedPerClient(LocalSgd):
     def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """The local epochs; see the module's equations."""
         start = instruction.arrays[WEIGHTS].expand(len(stack.clients), -1)
-        weights, loss = self.train(stack, self.own_weights(start, state))
+        weights, loss = self.train(stack, self.own_weights(start, state), self.lr_now(instruction))
         kept = dict.fromkeys(self.state_sizes(), weights[:, self.places])
         return Update({SHARED: weights[:, ~self.places]}, loss, lambda sent: kept)
 
-    def train(self, stack: Stack, start: Tensor) -> tuple[Tensor, Tensor]:
+    def train(self, stack: Stack, start: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """Weights (C, d) and losses (C,) of a round, from each client's own start."""
-        done = self.descend(stack, start, self.lr, 0.0)
+        done = self.descend(stack, start, lr, 0.0)
         return done.weights, done.loss

@@ -18,12 +18,15 @@ loss is greater than FedAvg's. What was seen once, in the setting that `strategi
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from strategies.base import checks
 from strategies.base.layout import Layout
 from strategies.label_loss import LabelLoss
+from strategies.local_sgd import Local
 
 
 class FedRsClient(LabelLoss):
@@ -32,25 +35,15 @@ class FedRsClient(LabelLoss):
     Args:
         layout: Layout of the model's parameters.
         restriction: alpha; 1: none, which is FedAvg.
-        lr: Learning rate.
-        momentum: Momentum within a round.
-        weight_decay: Added to the gradient as weight_decay * w_i.
-        local_epochs: Passes over the client's examples in a round.
+        local: As `LocalSgd`'s; the optimizer must be SGD or SAM.
 
     Raises:
-        ValueError: A number is outside its range.
+        ValueError: A number is outside its range, or the optimizer another.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        restriction: float,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        local_epochs: int,
-    ) -> None:
-        super().__init__(layout, lr, momentum, weight_decay, local_epochs)
+    def __init__(self, layout: Layout, restriction: float, **local: Unpack[Local]) -> None:
+        super().__init__(layout, **local)
+        self.require_sgd("FedRS scales down gradients of absent classes, and others' steps do not follow")
         checks.fraction("restriction", restriction)
         self.restriction = restriction
 

@@ -43,7 +43,8 @@ class LabelLoss(LocalSgd):
             return stack.gradient(weights, batch, Term(self._change, given=given))
 
         mu = real(instruction.config, "proximal-mu", 0.0)
-        done = self.descend(stack, instruction.arrays[WEIGHTS], self.lr, mu, differentiate=differentiate)
+        start, lr = instruction.arrays[WEIGHTS], self.lr_now(instruction)
+        done = self.descend(stack, start, lr, mu, differentiate=differentiate)
         return Update({WEIGHTS: done.weights}, done.loss)
 
     def _change(self, forward: Forward, given: Mapping[str, Tensor]) -> Tensor:

@@ -165,9 +165,14 @@ class LocalSgd(ClientHalf):
             differentiate: Gradients (C, d) and losses (C,) of a batch at the clients' weights, of another objective
                 than F_i; None: `stack.gradient`.
             epochs: Passes over the examples; None: `local_epochs`.
-            fixed: Which weights stay as they are, (d,); None: none of them.
+            fixed: Which weights stay as they are, (d,); None: none of them. The optimizer sees no gradient of theirs.
         """
-        differentiate = differentiate or stack.gradient
+        of_all = differentiate or stack.gradient
+
+        def of_free(weights: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+            gradient, loss = of_all(weights, batch)
+            return (gradient if fixed is None else gradient.masked_fill_(fixed, 0.0)), loss
+
         weights = start.expand(len(stack.clients), -1).clone()
         memory = self.optimizer.begin(weights) | {name: rows.clone() for name, rows in (given or {}).items()}
         remembered = [memory[name] for name in self.optimizer.memory_fields()]
@@ -177,7 +182,7 @@ class LocalSgd(ClientHalf):
         for batch in stack.batches(self.local_epochs if epochs is None else epochs):
             idle = [row for row, count in enumerate(batch.examples) if not count]
             held = [(rows, rows[idle]) for rows in (weights, *remembered)] if idle else []
-            gradient, batch_loss = self.optimizer.gradient(memory, partial(differentiate, batch=batch), weights)
+            gradient, batch_loss = self.optimizer.gradient(memory, partial(of_free, batch=batch), weights)
             if slope is not None:
                 gradient.add_(slope)
             if mu:

@@ -31,6 +31,7 @@ clients of two classes each, a fifth of their examples kept for tests, an MLP wi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Unpack
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,7 +41,7 @@ from strategies.base.beyond_gradients import Forward, Term
 from strategies.base.client import Batch, Instruction, Stack, Update, remembered
 from strategies.base.layout import Layout
 from strategies.base.messages import WEIGHTS
-from strategies.local_sgd import LocalSgd
+from strategies.local_sgd import Local, LocalSgd
 
 PREVIOUS = "previous"
 """w_p in what a client remembers."""
@@ -53,26 +54,14 @@ class MoonClient(LocalSgd):
         layout: Layout of the model's parameters.
         mu: Weight of the contrast.
         temperature: T.
-        lr: Learning rate.
-        momentum: Momentum within a round.
-        weight_decay: Added to the gradient as weight_decay * w_i.
-        local_epochs: Passes over the client's examples in a round.
+        local: As `LocalSgd`'s.
 
     Raises:
         ValueError: A number is outside its range, or the model has no linear layer.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        mu: float,
-        temperature: float,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        local_epochs: int,
-    ) -> None:
-        super().__init__(layout, lr, momentum, weight_decay, local_epochs)
+    def __init__(self, layout: Layout, mu: float, temperature: float, **local: Unpack[Local]) -> None:
+        super().__init__(layout, **local)
         checks.not_negative("mu", mu)
         checks.positive("temperature", temperature)
         self.mu, self.temperature = mu, temperature
@@ -97,7 +86,7 @@ class MoonClient(LocalSgd):
             }
             return stack.gradient(weights, batch, Term(self._contrast, [self.layer], given))
 
-        done = self.descend(stack, start, self.lr, 0.0, differentiate=differentiate)
+        done = self.descend(stack, start, self.lr_now(instruction), 0.0, differentiate=differentiate)
         return Update({WEIGHTS: done.weights}, done.loss, lambda sent: {PREVIOUS: done.weights})
 
     def _contrast(self, forward: Forward, given: Mapping[str, Tensor]) -> Tensor:

@@ -1,5 +1,7 @@
 """FedLC and FedRS: what they leave alone, and what they refuse."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,10 @@ from pisa_fl.data import ImageData, TextData
 from pisa_fl.federation import Federation
 from pisa_fl.models.gpt import GPT
 from strategies import FedLcClient, FedRsClient, Layout, LocalSgd
+from strategies.optimizers import AdamW
 
 LOCAL = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.0, "local_epochs": 2}
+ADAMW = partial(AdamW, beta_2=0.99, eps=1e-8)
 CLASSES = ("a", "b", "c", "d")
 
 
@@ -98,6 +102,10 @@ def test_a_task_without_classes_is_refused_in_one_sentence(name, tmp_path):
     [
         (lambda layout: FedLcClient(layout, -0.1, **LOCAL), "tau must not be negative"),
         (lambda layout: FedRsClient(layout, 1.1, **LOCAL), "restriction must be from 0 to 1"),
+        (
+            lambda layout: FedRsClient(layout, 0.5, **LOCAL, optimizer=ADAMW),
+            "optimizer must be sgd or sam: FedRS",
+        ),
     ],
 )
 def test_impossible_margins_and_restrictions_are_refused(make, words):

@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 from plain_loops import BATCH, SIZES, assert_moved_alike, half, make_problem, sgd
-from torch.nn.utils import parameters_to_vector
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parameters_to_vector
 
 from pisa_fl.clients.host import ClientState
 from pisa_fl.engines.local import LocalGrid
@@ -19,6 +19,8 @@ LOCAL = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01, "epochs": 2}
 SAID = ["participation=0.5", "strategy.lr=0.02", "strategy.local_epochs=2", "strategy.weight_decay=0.01"]
 LOST = 3
 """A round of which the reply of the client with the lowest number is lost."""
+DECAY = 0.7
+DECAYING = f"strategy.lr_decay={DECAY}"
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,11 @@ def heard(number):
 
 def steps(client):
     return LOCAL["epochs"] * -(-SIZES[client] // BATCH)
+
+
+def falling(number):
+    """Local steps of a round where lr falls."""
+    return LOCAL | {"lr": LOCAL["lr"] * DECAY ** (number - 1)}
 
 
 def coefficients(count, momentum, shrink):
@@ -300,7 +307,9 @@ def of_labels(problem, changed):
         answers = {}
         for i in heard(number):
             loss = softmax_of(partial(changed, counts=counted(problem, i)))
-            answers[i] = sgd(problem, w, i, number, **LOCAL, gradient=partial(problem.gradient, loss=loss))
+            answers[i] = sgd(
+                problem, w, i, number, **falling(number), gradient=partial(problem.gradient, loss=loss)
+            )
         w = mean(answers)
     return w, {}
 
@@ -359,7 +368,7 @@ def moon(problem, mu, temperature, forgets=()):
             if number in forgets:
                 before.pop(i, None)
             gradient = contrasting(problem, w, before.get(i, w), mu, temperature)
-            answers[i] = before[i] = sgd(problem, w, i, number, **LOCAL, gradient=gradient)
+            answers[i] = before[i] = sgd(problem, w, i, number, **falling(number), gradient=gradient)
         w = mean(answers)
     return w, before
 
@@ -381,8 +390,8 @@ def fedper(problem, modules, head_epochs=0, forgets=()):
             begin, fixed = w | own.get(i, {}), ()
             if head_epochs:
                 alone = {"epochs": head_epochs, "fixed": set(w) - set(personal)}
-                begin, fixed = sgd(problem, begin, i, number, **LOCAL | alone), set(personal)
-            answers[i] = sgd(problem, begin, i, number, **LOCAL, fixed=fixed)
+                begin, fixed = sgd(problem, begin, i, number, **falling(number) | alone), set(personal)
+            answers[i] = sgd(problem, begin, i, number, **falling(number), fixed=fixed)
             own[i] = of_modules(answers[i], modules)
         w = mean(answers) | personal
     return {name: t for name, t in w.items() if name not in personal}, own
@@ -395,15 +404,14 @@ def ditto(problem, pull, epochs, forgets=()):
         for i in heard(number):
             if number in forgets:
                 own.pop(i, None)
-            answers[i] = sgd(problem, w, i, number, **LOCAL)
-            beside = LOCAL | {"epochs": epochs, "mu": pull, "centre": w}
+            answers[i] = sgd(problem, w, i, number, **falling(number))
+            beside = falling(number) | {"epochs": epochs, "mu": pull, "centre": w}
             own[i] = sgd(problem, own.get(i, w), i, number, **beside)
         w = mean(answers)
     return w, own
 
 
 UNIFORM = "strategy.alpha=uniform"
-DECAYING = "strategy.lr_decay=0.7"
 VARIANTS = {
     "fedavg": (["strategy=fedavg", DECAYING], fedavg, ("sgd", 0.7)),
     "fedsam": (
@@ -444,7 +452,23 @@ VARIANTS = {
     "fedcm": (["strategy=fedcm", "strategy.mix=0.2", DECAYING], fedcm, (0.2, 0.7)),
     "fedpac": (["strategy=fedpac", "strategy.mix=0.3"], fedpac, (0.3, 0.9, 0.999, False)),
     "fedmuon": (["strategy=fedmuon", "strategy.mix=0.3"], fedpac, (0.3, 0.95, 0.95, True)),
+    "fedlc": (["strategy=fedlc", DECAYING, "strategy.tau=0.7"], fedlc, (0.7,)),
+    "fedrs": (["strategy=fedrs", DECAYING, "strategy.restriction=0.3"], fedrs, (0.3,)),
+    "moon": (["strategy=moon", DECAYING, "strategy.mu=3", "strategy.temperature=0.4"], moon, (3.0, 0.4)),
+    "fedper": (["strategy=fedper", DECAYING, "strategy.personal_layers=2"], fedper, (("fc2", "fc3"),)),
+    "fedrep": (["strategy=fedrep", DECAYING, "strategy.head_epochs=1"], fedper, (("fc3",), 1)),
+    "ditto": (
+        ["strategy=ditto", DECAYING, "strategy.lambda=0.7", "strategy.personal_epochs=1"],
+        ditto,
+        (0.7, 1),
+    ),
 }
+
+
+WORK = {"fedsam": 2, "fedsmoo": 2, "moon": Fraction(5, 3), "fedrep": Fraction(3, 2), "ditto": Fraction(3, 2)}
+"""Passes for each of FedAvg's, where there are more; a forward pass alone is a third of one."""
+UNSENT = {"fedper": 10 * 7 + 110, "fedrep": 110}
+"""Numbers of a client that it does not send: of fc2 and fc3, or of fc3."""
 
 
 def sent(variant, tensors):
@@ -456,21 +480,7 @@ def sent(variant, tensors):
     if variant == "fedcm":  # the velocity
         return [size] * 2, [size]
     memory = {"fedpac": [size, size, 2], "fedmuon": [size - vectors, vectors, vectors, 2]}.get(variant)
-    return ([size] * 2 + memory, [size, *memory]) if memory else ([size], [size])
-    "fedlc": (["strategy=fedlc", "strategy.tau=0.7"], fedlc, (0.7,)),
-    "fedrs": (["strategy=fedrs", "strategy.restriction=0.3"], fedrs, (0.3,)),
-    "moon": (["strategy=moon", "strategy.mu=3", "strategy.temperature=0.4"], moon, (3.0, 0.4)),
-    "fedper": (["strategy=fedper", "strategy.personal_layers=2"], fedper, (("fc2", "fc3"),)),
-    "fedrep": (["strategy=fedrep", "strategy.head_epochs=1"], fedper, (("fc3",), 1)),
-    "ditto": (["strategy=ditto", "strategy.lambda=0.7", "strategy.personal_epochs=1"], ditto, (0.7, 1)),
-    "fedcm": (["strategy=fedcm", "strategy.mix=0.2"], fedcm, (0.2,)),
-}
-
-
-WORK = {"moon": Fraction(5, 3), "fedrep": Fraction(3, 2), "ditto": Fraction(3, 2)}
-"""Passes for each of FedAvg's, where there are more; a forward pass alone is a third of one."""
-UNSENT = {"fedper": 10 * 7 + 110, "fedrep": 110}
-"""Numbers of a client that it does not send: of fc2 and fc3, or of fc3."""
+    return ([size] * 2 + memory, [size, *memory]) if memory else ([size], [size - UNSENT.get(variant, 0)])
 
 
 def kept(federation, client):
@@ -500,15 +510,18 @@ def test_a_rival_follows_the_plain_loop(problem, variant, monkeypatch):
     assert_moved_alike(federation, expected, problem.start)
     for client, row in held.items():
         flat = torch.cat([t.flatten() for t in row.values()])
-        kept = next(iter(federation.strategy.tables.values()))[client]
-        assert (kept.double() - flat).norm() <= 3e-4 * flat.norm()
+        assert (kept(federation, client).double() - flat).norm() <= 3e-4 * flat.norm()
     down, up = sent(variant, list(problem.start.values()))
     assert exchanges == [2] * ROUNDS
     assert metrics[-1]["bytes_down"] == 2 * ROUNDS * sum(4 * size + 128 for size in down)
     assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * sum(4 * size + 128 for size in up)
-    epochs = LOCAL["epochs"] * (2 if variant in ("fedsam", "fedsmoo") else 1)
-    seen = sum(epochs * SIZES[i] for number in range(1, ROUNDS + 1) for i in heard(number))
-    assert metrics[-1]["passes"] == pytest.approx(seen / sum(SIZES))
+    share = WORK.get(variant, 1)
+    seen = sum(
+        math.ceil(share * LOCAL["epochs"] * SIZES[i])
+        for number in range(1, ROUNDS + 1)
+        for i in heard(number)
+    )
+    assert metrics[-1]["passes"] == pytest.approx(seen / sum(SIZES), rel=1e-12)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -519,36 +532,10 @@ def test_clients_that_advance_together_are_as_when_alone(problem, variant):
     ends = [parameters_to_vector(f.model.module.parameters()).double() for f, _ in (alone, together)]
     assert (ends[0] - ends[1]).norm() <= 1e-4 * (ends[0] - start).norm()
     assert alone[1][-1]["passes"] == together[1][-1]["passes"]
-        assert (kept(federation, client).double() - flat).norm() <= 3e-4 * flat.norm()
-    # control variates double what is sent either way, and FedCM's velocity what is sent down
-    size = 4 * sum(t.numel() for t in problem.start.values()) + 128
-    down, up = (2, 2) if "scaffold" in variant else (2, 1) if variant == "fedcm" else (1, 1)
-    assert exchanges == [2] * ROUNDS
-    assert metrics[-1]["bytes_down"] == 2 * ROUNDS * down * size
-    assert metrics[-1]["bytes_up"] == (2 * ROUNDS - 1) * (up * size - 4 * UNSENT.get(variant, 0))
-    share = WORK.get(variant, 1)
-    seen = sum(
-        math.ceil(share * LOCAL["epochs"] * SIZES[i])
-        for number in range(1, ROUNDS + 1)
-        for i in heard(number)
-    )
-    assert metrics[-1]["passes"] == pytest.approx(seen / sum(SIZES), rel=1e-12)
-
-
-TOGETHER = ["fedlc", "fedrs", "moon", "fedper", "fedrep", "ditto"]
-"""Rivals whose gradients, or beginnings, are not those of all others."""
-
-
-@pytest.mark.parametrize("variant", TOGETHER)
-def test_clients_computed_together_follow_the_plain_loop_too(problem, variant):
-    said, _, _ = VARIANTS[variant]
-    alone, _ = problem.run(2, *said, *SAID, "participation=1.0")
-    together, _ = problem.run(2, *said, *SAID, "participation=1.0", "engine.stack=3", "engine.workers=0")
-    torch.testing.assert_close(together.model.weights, alone.model.weights, rtol=1e-5, atol=1e-6)
-    for client, state in alone.grid.host.states.items():
+    for client, state in alone[0].grid.host.states.items():
         for name, row in state.pending.items():
-            other = together.grid.host.states[client].pending[name]
-            torch.testing.assert_close(other, row, rtol=1e-5, atol=1e-6)
+            other = together[0].grid.host.states[client].pending[name]
+            assert (other - row).norm() <= 1e-4 * row.norm()
 
 
 WITHOUT = {
@@ -561,18 +548,18 @@ WITHOUT = {
 
 
 @pytest.fixture(scope="module")
-def fedavg(problem):
+def plain(problem):
     return problem.run(2, "strategy=fedavg", *SAID)
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-def test_a_rival_without_what_it_adds_is_fedavg_to_the_bit(problem, fedavg, name):
-    plain, lines = fedavg
+def test_a_rival_without_what_it_adds_is_fedavg_to_the_bit(problem, plain, name):
+    averaged, lines = plain
     same, again = problem.run(2, f"strategy={name}", WITHOUT[name], *SAID)
-    assert torch.equal(same.model.weights, plain.model.weights)
+    assert torch.equal(same.model.weights, averaged.model.weights)
     other, _ = problem.run(2, f"strategy={name}", *SAID)
     # Ditto's server never knows what its clients have of their own
-    assert torch.equal(other.model.weights, plain.model.weights) == (name == "ditto")
+    assert torch.equal(other.model.weights, averaged.model.weights) == (name == "ditto")
     own = ("round", "train_loss", "bytes_up", "bytes_down")
     assert [[line[key] for key in own] for line in lines] == [[line[key] for key in own] for line in again]
 

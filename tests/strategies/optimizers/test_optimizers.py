@@ -1,8 +1,10 @@
 """Optimizers of local steps against PyTorch's own, in double precision, and SAM against its equations."""
 
+from functools import partial
+
 import pytest
 import torch
-from quadratics import LAYOUT
+from quadratics import EXAMPLES, LAYOUT, Quadratics, QuadraticStack
 
 from strategies import Instruction, LocalSgd
 from strategies.base.messages import WEIGHTS
@@ -95,6 +97,44 @@ def test_sam_takes_the_gradient_of_the_worst_point_nearby():
     torch.testing.assert_close(loss, differentiate(weights)[1])
     assert torch.equal(asked[0], weights)
     torch.testing.assert_close((asked[1] - weights).norm(dim=1), torch.tensor([radius, radius, 0.0]).double())
+
+
+FIXED = torch.arange(LAYOUT.size) % 3 == 1
+FACTORIES = {
+    "sgd": Sgd,
+    "sam": partial(Sam, radius=0.3),
+    "adamw": partial(AdamW, beta_2=0.99, eps=1e-6),
+    "muon": exact_muon,
+}
+
+
+def descend_in_part(name):
+    """Where clients with quadratic losses begin, and where their free weights take them."""
+    problem, start = Quadratics.draw(), torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(4))
+    half = LocalSgd(LAYOUT, LR, 0.9, DECAY, STEPS, optimizer=FACTORIES[name])
+    stack = QuadraticStack(problem, range(len(EXAMPLES)))
+    return problem, start, half.descend(stack, start, LR, 0.0, fixed=FIXED).weights
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_what_is_fixed_stays_whatever_the_optimizer(name):
+    _, start, ends = descend_in_part(name)
+    assert torch.equal(ends[:, FIXED], start[FIXED].expand(len(EXAMPLES), -1))
+    assert (ends - start)[:, ~FIXED].all()
+
+
+def test_sams_points_nearby_are_among_the_free_weights_alone():
+    problem, start, ends = descend_in_part("sam")
+    free, constant = start.double()[~FIXED], start.double()[FIXED]
+    for a, b, end in zip(problem.a, problem.b, ends, strict=True):
+        # the client's loss as a function of its free weights
+        a, b = a[~FIXED][:, ~FIXED], b[~FIXED] - a[~FIXED][:, FIXED] @ constant
+        w, buffer = free.clone(), torch.zeros_like(free)
+        for _ in range(STEPS):
+            h = a @ w - b
+            buffer = 0.9 * buffer + a @ (w + 0.3 * h / h.norm()) - b + DECAY * w
+            w = w - LR * buffer
+        torch.testing.assert_close(end[~FIXED].double(), w, rtol=1e-5, atol=1e-5)
 
 
 def test_lr_falls_by_its_decay_from_round_to_round():
