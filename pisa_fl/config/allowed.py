@@ -55,6 +55,7 @@ PARTS = (
         (
             "strategies.base.client.ClientHalf",
             "strategies.preconditioners.base.Preconditioner",
+            "strategies.optimizers.base.Optimizer",
             "strategies.pisa.penalty.Penalty",
             "flwr.serverapp.strategy.strategy.Strategy",
         ),
