@@ -20,7 +20,7 @@ install: $(VENV)/installed  ## make the environment
 run: install  ## the default federation: PISA, 10 clients of two classes each
 	$(BIN)/pisa-fl $(ARGS)
 
-compare: install  ## PISA, SISA, FedAvg and FedProx on two federations: pictures and tables
+compare: install  ## PISA, SISA and their rivals on two federations: pictures and tables
 	$(BIN)/python -m experiments.compare $(ARGS)
 
 test: install lint  ## everything CI checks

@@ -1,14 +1,15 @@
-"""PISA and SISA beside FedAvg and FedProx, each at its best: a picture and a table for each of two federations.
+"""PISA and SISA beside their rivals, each at its best: a picture and a table for each of two federations.
 
     make compare
     make compare ARGS="seed=0,1,2"
     make compare ARGS="--only part"
 
 `whole`: ten clients of one class each, everybody in every round. `part`: 100 clients of two classes, ten a round. A
-PISA or SISA round is one pass and is run with its defaults. FedAvg and FedProx are run with as many passes in two ways,
-as many short rounds and few long ones, each with two learning rates; in `part` FedAvg makes five passes a round in
-batches of ten (PISA one pass, a fifth of its budget), with two learning rates and two momenta. The report keeps the
-setting of the best final test accuracy: more than a fair share for them. Further arguments are overrides, given to all.
+PISA or SISA round is one pass and is run with its defaults. In `whole`, FedAvg, FedProx, SCAFFOLD, FedDyn and FedADMM
+are run with as many passes in two ways, as many short rounds and few long ones, each with two learning rates; in `part`
+they make five passes a round in batches of ten (PISA one pass, a fifth of that), with two learning rates and two
+momenta. FedDyn and FedADMM are also run with two penalties. The report keeps the setting of the best final test
+accuracy: more than a fair share for the rivals. Further arguments are overrides, given to all.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import product
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -37,18 +39,19 @@ FEDERATIONS = {
     ],
 }
 OURS = {"pisa": ["strategy=pisa"], "sisa": ["strategy=sisa"]}
+RIVALS = {
+    "fedavg": [],
+    "fedprox": [],
+    "scaffold": [],
+    "feddyn": ["strategy.penalty=0.01,0.1"],
+    "fedadmm": ["strategy.rho=0.01,0.1"],
+}
 TUNED = {
     "whole": ["strategy.lr=0.01,0.03"],
     "part": ["strategy.lr=0.01,0.03", "strategy.momentum=0,0.9"],
 }
-RIVALS = {
-    "whole": {
-        f"{name}-{rounds}": [f"strategy={name}", f"rounds={rounds}", f"strategy.local_epochs={100 // rounds}"]
-        for name in ("fedavg", "fedprox")
-        for rounds in (100, 10)
-    },
-    "part": {"fedavg": ["strategy=fedavg", "rounds=100", "strategy.local_epochs=5"]},
-}
+BUDGETS = {"whole": [(100, 1), (10, 10)], "part": [(100, 5)]}
+"""Rounds, and local epochs of each."""
 
 
 def sweep(folder: Path, overrides: Sequence[str]) -> None:
@@ -65,13 +68,13 @@ def sweep(folder: Path, overrides: Sequence[str]) -> None:
         sys.exit(status)
 
 
-def keep_best(folder: Path) -> None:
-    """Keep the runs of the learning rate and momentum whose final accuracy is best, on average over the seeds."""
-    finals: dict[tuple[float, float], list[float]] = {}
-    runs: dict[tuple[float, float], list[Path]] = {}
+def keep_best(folder: Path, tuned: Sequence[str]) -> None:
+    """Keep the runs of the values of some keys whose final accuracy is best, on average over the seeds."""
+    finals: dict[tuple[float, ...], list[float]] = {}
+    runs: dict[tuple[float, ...], list[Path]] = {}
     for path in sorted(folder.glob("*/summary.json")):
-        strategy = OmegaConf.load(path.parent / "config.yaml").strategy
-        setting = strategy.lr, strategy.momentum
+        config = OmegaConf.load(path.parent / "config.yaml")
+        setting = tuple(OmegaConf.select(config, key) for key in tuned)
         finals.setdefault(setting, []).append(json.loads(path.read_text())["final_accuracy"])
         runs.setdefault(setting, []).append(path.parent)
     best = max(finals, key=lambda setting: sum(finals[setting]) / len(finals[setting]))
@@ -95,10 +98,13 @@ def main(arguments: list[str]) -> None:
         (folder / "other-settings").mkdir(parents=True)
         for method, own in OURS.items():
             sweep(folder / method, [*federation, *own, *overrides])
-        for method, own in RIVALS[name].items():
-            sweep(folder / method, [*federation, *own, *TUNED[name], *overrides])
-            keep_best(folder / method)
-        kept = [folder / method for method in (*OURS, *RIVALS[name])]
+        kept = [folder / method for method in OURS]
+        for (method, own), (rounds, epochs) in product(RIVALS.items(), BUDGETS[name]):
+            kept.append(folder / f"{method}-{rounds}")
+            tried = [*TUNED[name], *own]
+            budget = [f"strategy={method}", f"rounds={rounds}", f"strategy.local_epochs={epochs}"]
+            sweep(kept[-1], [*federation, *budget, *tried, *overrides])
+            keep_best(kept[-1], [override.split("=")[0] for override in tried])
         print(report(kept, folder, "Same data, deal, model and initial weights"))
         print(folder / "comparison.png")
 

@@ -16,6 +16,6 @@ def test_the_best_on_average_is_kept_and_the_others_are_put_aside(tmp_path):
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(f"strategy:\n  lr: {lr}\n  momentum: {momentum}\n")
         (run / "summary.json").write_text(json.dumps({"final_accuracy": final}))
-    keep_best(sweep)
+    keep_best(sweep, ["strategy.lr", "strategy.momentum"])
     assert sorted(path.name for path in sweep.iterdir()) == ["0", "1"]
     assert len(list((tmp_path / "other-settings").iterdir())) == 4
