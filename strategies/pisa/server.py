@@ -63,7 +63,7 @@ class Pisa(ServerHalf):
         local_steps: As the clients'.
         wire: `primal` or `gradient`; `auto`: `gradient` where that is possible.
         consensus: `all` (the paper) or `fresh`; see `strategies.pisa.ledger`.
-        bound: Share of its size by which a tensor may move in a round; None for no bound.
+        bound: Sum of the shares by which all matrices may move in a round (`strategies.pisa.bound`); None for no bound.
         friction: Share of the duals' average that a round takes away, in [0, 1); 0 in the paper.
         device: Where Q is kept and solved with; the ledger's rows stay in the CPU's memory.
 

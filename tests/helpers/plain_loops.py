@@ -439,6 +439,26 @@ def blended(v, u, left, z, right, factored):
     return (1 - factored) * v + factored * torch.outer(a, b) / a.sum()
 
 
+def allowed(start, moved, w, bound):
+    """What of its step each tensor may take, as a share: halved widths of a limit on the shares of matrices."""
+
+    def share(name, size):
+        if w[name].dim() < 2:
+            return float(size[name].norm()) / max(float(start[name].norm()), 0.1 * size[name].numel() ** 0.5)
+        return float(torch.linalg.matrix_norm(size[name], 2)) / max(
+            float(torch.linalg.matrix_norm(start[name], 2)), 0.3
+        )
+
+    shares = {name: share(name, moved) for name in w}
+    matrices = [shares[name] for name in w if w[name].dim() > 1]
+    low, high = 0.0, max(matrices)
+    if sum(matrices) > bound:
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(min(x, middle) for x in matrices) < bound else (low, middle)
+    return {name: min(1.0, (high if w[name].dim() > 1 else bound) / shares[name]) for name in w}
+
+
 def kronecker_pisa(problem, rounds, numbers, q, *, drawn=everyone, horizon):
     """`strategy=pisa`: the second moment in Kronecker eigenbases, of a table of gradients; fresh primals, all duals."""
     w, beta = dict(problem.start), q["beta"]
@@ -457,7 +477,7 @@ def kronecker_pisa(problem, rounds, numbers, q, *, drawn=everyone, horizon):
         known = sum(SIZES[i] for i in table)
         present = sum(SIZES[i] for i in drawn(number))
         mass = beta * mass + 1 - beta
-        after = {}
+        after, moved = {}, {}
         for name, before in w.items():
             g = sum(SIZES[i] / known * table[i][name] for i in table)
             m, n = g.shape
@@ -484,9 +504,11 @@ def kronecker_pisa(problem, rounds, numbers, q, *, drawn=everyone, horizon):
             for i in dual:
                 dual[i][name] = dual[i][name] - slowed
             duals = sum(SIZES[i] / known * dual[i][name] for i in dual)
-            moved = (sigma * total + duals) / (sigma + numbers["lambda"]) - start
-            longest = numbers["bound"] * max(float(start.norm()), 0.1 * start.numel() ** 0.5)
-            moved = moved * min(1.0, longest / float(moved.norm()))
-            after[name] = (start + moved).view_as(before)
+            moved[name] = (sigma * total + duals) / (sigma + numbers["lambda"]) - start
+        longest = allowed(
+            {name: flat[name](before) for name, before in w.items()}, moved, w, numbers["bound"]
+        )
+        for name, before in w.items():
+            after[name] = before + (longest[name] * moved[name]).view_as(before)
         w = after
     return w, {i: {name: row.view_as(w[name]) for name, row in rows.items()} for i, rows in dual.items()}
