@@ -393,7 +393,7 @@ class Ledger:
         total = torch.stack(list(in_threads(add, _blocks(vectors)))).sum(dim=0, dtype=torch.float64)
         return (total / sum(shares.values())).float()
 
-    def consensus(self, sigma: Tensor, lambda_: float) -> Tensor:
+    def consensus(self, sigma: Tensor, lambda_: float | Tensor) -> Tensor:
         """w of the next round; see the module's equations, (d,)."""
         primal, sigma = self._centre + self._sums.primal / self._weighed, sigma.double()
         return ((sigma * primal + self._sums.dual / self._total) / (sigma + lambda_)).float()
@@ -406,7 +406,7 @@ class Ledger:
         )
         return math.sqrt(max(0.0, squares) / self._weighed)
 
-    def dual_residual(self, consensus: Tensor, lambda_: float) -> float:
+    def dual_residual(self, consensus: Tensor, lambda_: float | Tensor) -> float:
         """|sum alpha_i pi_i - lambda w|."""
         return float((self._sums.dual / self._total - lambda_ * consensus).norm())
 

@@ -44,6 +44,9 @@ from strategies.pisa.wire import (
 )
 from strategies.preconditioners import Preconditioner
 
+LARGEST = "largest"
+"""The greatest q that each tensor has had, in checkpoints."""
+
 
 @checks.literals
 class Pisa(ServerHalf):
@@ -53,7 +56,9 @@ class Pisa(ServerHalf):
         layout: Layout of the model's parameters.
         preconditioner: Q, given its layout.
         penalty: sigma and rho.
-        lambda_: Weight of (lambda/2)|w|^2; the authors' federated setting: 5e-3.
+        lambda_: Weight of (lambda/2)|w|^2; the authors' federated setting: 5e-3. With an automatic penalty, in each
+            tensor no more than the greatest q so far: where gradients are small, lambda / (sigma + lambda) of the
+            weights would be taken away in a round, and they would be gone before anything was learnt.
         align_every: Rounds between exchanges of the statistic; 0 leaves every client its own.
         alpha: `examples` (n_i/n, the paper) or `uniform` (1/N).
         state: Where the ledger's rows are kept: in `memory`, or on `disk` (`strategies.base.rows.zeros`).
@@ -111,6 +116,7 @@ class Pisa(ServerHalf):
         self._shared = self.preconditioner.nothing(device)
         always = align_every == 1 and not lag
         self._kept = self.preconditioner.memory_fields() if always else self.preconditioner.state_fields()
+        self._largest = torch.zeros(len(layout.shapes))
         self._consensus = torch.empty(0)
         self._asked: tuple[dict[str, Tensor], Observed] | None = None
 
@@ -168,13 +174,15 @@ class Pisa(ServerHalf):
         weights = self._weights(server_round, held, step, sigma, answers)
         gone = self._gone(server_round, answers)
         self.ledger.begin(server_round, weights, examples, self._consensus, sigma, following, gone, observed)
-        consensus = self._consensus
+        consensus, largest = self._consensus, self._largest_after(shared)
+        lambda_ = self.layout.expand(largest.clamp(max=self.lambda_))
         if following is not None:
-            consensus = self.ledger.consensus(following, self.lambda_)
+            consensus = self.ledger.consensus(following, lambda_)
         if wrong := out_of_range({WEIGHTS: consensus, DUAL: self.ledger.largest_dual}):
             self.ledger.undo()
             raise RoundError(f"{wrong} of the server")
         self.ledger.commit()
+        self._largest = largest
         if self.bound is not None:
             consensus = bounded(consensus, self._consensus, self.bound, self.layout)
         kept, moved = {name: shared[name] for name in self._kept}, (consensus - self._consensus)[None]
@@ -182,10 +190,19 @@ class Pisa(ServerHalf):
         metrics = MetricRecord(
             {
                 "primal-residual": self.ledger.primal_residual(consensus),
-                "dual-residual": self.ledger.dual_residual(consensus, self.lambda_),
+                "dual-residual": self.ledger.dual_residual(consensus, lambda_),
             }
         )
         return record({WEIGHTS: consensus}), metrics
+
+    def _largest_after(self, shared: Mapping[str, Tensor]) -> Tensor:
+        """The greatest q that each tensor has had, (T,); no limit to lambda where the penalty is by hand."""
+        if self.penalty.sigma is not None:
+            return torch.full_like(self._largest, torch.inf)
+        scale = self.preconditioner.scale(dict(shared)) if self.lambda_ else None
+        if scale is None:
+            return self._largest
+        return torch.maximum(self._largest, self.layout.mean(scale.cpu()[None])[0])
 
     def _measures(self, server_round: int) -> bool:
         return measures(self.preconditioner, server_round, self.align_every)
@@ -279,14 +296,19 @@ class Pisa(ServerHalf):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The ledger and the common Q, for a checkpoint."""
-        return {f"ledger.{name}": v for name, v in self.ledger.state_dict().items()} | {
-            f"shared.{name}": v.cpu() for name, v in self._shared.items()
-        }
+        return (
+            {f"ledger.{name}": v for name, v in self.ledger.state_dict().items()}
+            | {f"shared.{name}": v.cpu() for name, v in self._shared.items()}
+            | {LARGEST: self._largest}
+        )
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave."""
         parts: dict[str, dict[str, Tensor]] = {"ledger": {}, "shared": {}}
+        self._largest = state[LARGEST].clone()
         for name, value in state.items():
+            if name == LARGEST:
+                continue
             part, _, key = name.partition(".")
             parts[part][key] = value
         self.ledger.load_state_dict(parts["ledger"])

@@ -161,7 +161,7 @@ def admm(
     Returns the final consensus and the duals.
     """
     w = dict(problem.start)
-    local, dual = {}, {}
+    local, dual, largest = {}, {}, {}
     for number in range(1, rounds + 1):
         sigma = rule.sigma(number)
         for i in drawn(number):
@@ -198,9 +198,11 @@ def admm(
             rule.finish({i: alpha[i] for i in drawn(number)})
         sigma = rule.sigma(number + 1)
         if sigma is not None:
+            if rule.by_hand is None:
+                largest = {name: max(largest.get(name, 0.0), float(rule.scale(name))) for name in w}
             w = {
                 name: sum(alpha[i] * (sigma[name] * local[i][name] + dual[i][name]) for i in local)
-                / (sigma[name] + lambda_)
+                / (sigma[name] + min(lambda_, largest.get(name, lambda_)))
                 for name in w
             }
     return w, dual
@@ -464,7 +466,7 @@ def kronecker_pisa(problem, rounds, numbers, q, *, drawn=everyone, horizon):
     w, beta = dict(problem.start), q["beta"]
     flat = {name: (lambda t: t.flatten(1) if t.dim() > 1 else t[None]) for name in w}
     dual, table = {}, {}
-    left, right, u, z, v, mass = {}, {}, {}, {}, {}, 0.0
+    left, right, u, z, v, largest, mass = {}, {}, {}, {}, {}, {}, 0.0
     for number in range(1, rounds + 1):
         done = min(1.0, (number - 1) / (horizon - 1))
         final = numbers["final"]
@@ -504,7 +506,8 @@ def kronecker_pisa(problem, rounds, numbers, q, *, drawn=everyone, horizon):
             for i in dual:
                 dual[i][name] = dual[i][name] - slowed
             duals = sum(SIZES[i] / known * dual[i][name] for i in dual)
-            moved[name] = (sigma * total + duals) / (sigma + numbers["lambda"]) - start
+            largest[name] = max(largest.get(name, 0.0), float(root.mean()))
+            moved[name] = (sigma * total + duals) / (sigma + min(numbers["lambda"], largest[name])) - start
         longest = allowed(
             {name: flat[name](before) for name, before in w.items()}, moved, w, numbers["bound"]
         )

@@ -1,6 +1,5 @@
 """The automatic penalty's schedule."""
 
-
 import pytest
 import torch
 
