@@ -175,7 +175,9 @@ class Pisa(ServerHalf):
         gone = self._gone(server_round, answers)
         self.ledger.begin(server_round, weights, examples, self._consensus, sigma, following, gone, observed)
         consensus, largest = self._consensus, self._largest_after(shared)
-        lambda_ = self.layout.expand(largest.clamp(max=self.lambda_))
+        lambda_: float | Tensor = self.lambda_
+        if self.penalty.sigma is None:
+            lambda_ = self.layout.expand(largest.clamp(max=self.lambda_))
         if following is not None:
             consensus = self.ledger.consensus(following, lambda_)
         if wrong := out_of_range({WEIGHTS: consensus, DUAL: self.ledger.largest_dual}):
@@ -196,10 +198,9 @@ class Pisa(ServerHalf):
         return record({WEIGHTS: consensus}), metrics
 
     def _largest_after(self, shared: Mapping[str, Tensor]) -> Tensor:
-        """The greatest q that each tensor has had, (T,); no limit to lambda where the penalty is by hand."""
-        if self.penalty.sigma is not None:
-            return torch.full_like(self._largest, torch.inf)
-        scale = self.preconditioner.scale(dict(shared)) if self.lambda_ else None
+        """The greatest q that each tensor has had, (T,); zeros where nothing depends on it."""
+        limited = self.lambda_ and self.penalty.sigma is None
+        scale = self.preconditioner.scale(dict(shared)) if limited else None
         if scale is None:
             return self._largest
         return torch.maximum(self._largest, self.layout.mean(scale.cpu()[None])[0])
