@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from itertools import product
 from pathlib import Path
+from statistics import mean
 
 from omegaconf import OmegaConf
 
@@ -55,7 +56,7 @@ BUDGETS = {"whole": [(100, 1), (10, 10)], "part": [(100, 5)]}
 
 
 def sweep(folder: Path, overrides: Sequence[str]) -> None:
-    """Run a sweep into a folder."""
+    """Run a sweep into a folder; a run of it may end in error, as one that diverges does, but not all of them."""
     command = [
         sys.executable,
         "-m",
@@ -64,12 +65,16 @@ def sweep(folder: Path, overrides: Sequence[str]) -> None:
         f"hydra.sweep.dir={folder}",
         *overrides,
     ]
-    if (status := subprocess.run(command).returncode) != 0:
-        sys.exit(status)
+    status = subprocess.run(command).returncode
+    if status not in (0, 1) or not any(folder.glob("*/summary.json")):
+        sys.exit(status or 1)
 
 
 def keep_best(folder: Path, tuned: Sequence[str]) -> None:
-    """Keep the runs of the values of some keys whose final accuracy is best, on average over the seeds."""
+    """Keep the runs of the values of some keys whose final accuracy is best, on average over the seeds.
+
+    Values with which a seed did not come to its end are behind all others.
+    """
     finals: dict[tuple[float, ...], list[float]] = {}
     runs: dict[tuple[float, ...], list[Path]] = {}
     for path in sorted(folder.glob("*/summary.json")):
@@ -77,7 +82,7 @@ def keep_best(folder: Path, tuned: Sequence[str]) -> None:
         setting = tuple(OmegaConf.select(config, key) for key in tuned)
         finals.setdefault(setting, []).append(json.loads(path.read_text())["final_accuracy"])
         runs.setdefault(setting, []).append(path.parent)
-    best = max(finals, key=lambda setting: sum(finals[setting]) / len(finals[setting]))
+    best = max(finals, key=lambda setting: (len(finals[setting]), mean(finals[setting])))
     for setting, directories in runs.items():
         if setting != best:
             for directory in directories:

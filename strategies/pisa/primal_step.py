@@ -25,6 +25,7 @@ class PrimalStep:
         held: The state of the common Q, a row for all.
         sigma: The penalty of this round, () or (d,).
         rho: The weight of Q in this round.
+        scale: Typical size q of Q, (d,), that an automatic penalty follows; else None.
         size: Norm of each tensor if its elements are q, (T,), where an automatic penalty follows a q that knows nothing
             of the gradients at hand; else None.
     """
@@ -34,6 +35,7 @@ class PrimalStep:
     held: State
     sigma: Tensor
     rho: float
+    scale: Tensor | None
     size: Tensor | None
 
     @classmethod
@@ -53,7 +55,7 @@ class PrimalStep:
         sigma = penalty.sigma_at(round_number, scale)
         assert sigma is not None
         size = None if scale is None or not lag else preconditioner.layout.norms(scale.to(device))
-        return cls(preconditioner, penalty, held, sigma.to(device), penalty.rho_at(round_number), size)
+        return cls(preconditioner, penalty, held, sigma.to(device), penalty.rho_at(round_number), scale, size)
 
     @classmethod
     def with_own(

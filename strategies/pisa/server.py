@@ -44,9 +44,6 @@ from strategies.pisa.wire import (
 )
 from strategies.preconditioners import Preconditioner
 
-LARGEST = "largest"
-"""The greatest q that each tensor has had, in checkpoints."""
-
 
 @checks.literals
 class Pisa(ServerHalf):
@@ -168,13 +165,15 @@ class Pisa(ServerHalf):
             self.preconditioner, self.penalty, held, server_round, self.lag, self.device
         )
         sigma = following = self.penalty.sigma_at(server_round, None) if step is None else step.sigma.cpu()
+        scale = None if step is None else step.scale
         if self.lag:
-            following = self.penalty.sigma_at(server_round + 1, self.preconditioner.scale(shared))
+            scale = self.preconditioner.scale(shared)
+            following = self.penalty.sigma_at(server_round + 1, scale)
             following = None if following is None else following.cpu()
         weights = self._weights(server_round, held, step, sigma, answers)
         gone = self._gone(server_round, answers)
         self.ledger.begin(server_round, weights, examples, self._consensus, sigma, following, gone, observed)
-        consensus, largest = self._consensus, self._largest_after(shared)
+        consensus, largest = self._consensus, self._largest_after(scale)
         lambda_: float | Tensor = self.lambda_
         if self.penalty.sigma is None:
             lambda_ = self.layout.expand(largest.clamp(max=self.lambda_))
@@ -197,11 +196,9 @@ class Pisa(ServerHalf):
         )
         return record({WEIGHTS: consensus}), metrics
 
-    def _largest_after(self, shared: Mapping[str, Tensor]) -> Tensor:
-        """The greatest q that each tensor has had, (T,); zeros where nothing depends on it."""
-        limited = self.lambda_ and self.penalty.sigma is None
-        scale = self.preconditioner.scale(dict(shared)) if limited else None
-        if scale is None:
+    def _largest_after(self, scale: Tensor | None) -> Tensor:
+        """The greatest q that each tensor has had, (T,), with that of a round, (d,); zeros if nothing depends on it."""
+        if scale is None or not self.lambda_ or self.penalty.sigma is not None:
             return self._largest
         return torch.maximum(self._largest, self.layout.mean(scale.cpu()[None])[0])
 
@@ -300,17 +297,15 @@ class Pisa(ServerHalf):
         return (
             {f"ledger.{name}": v for name, v in self.ledger.state_dict().items()}
             | {f"shared.{name}": v.cpu() for name, v in self._shared.items()}
-            | {LARGEST: self._largest}
+            | {"server.largest": self._largest}
         )
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave."""
-        parts: dict[str, dict[str, Tensor]] = {"ledger": {}, "shared": {}}
-        self._largest = state[LARGEST].clone()
+        parts: dict[str, dict[str, Tensor]] = {"ledger": {}, "shared": {}, "server": {}}
         for name, value in state.items():
-            if name == LARGEST:
-                continue
             part, _, key = name.partition(".")
             parts[part][key] = value
+        self._largest = parts["server"]["largest"].clone()
         self.ledger.load_state_dict(parts["ledger"])
         self._shared = {name: v.to(self.device) for name, v in parts["shared"].items()}
