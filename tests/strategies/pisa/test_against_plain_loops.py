@@ -193,8 +193,9 @@ def test_whatever_the_skew_the_path_is_the_same():
             == [classes] * 10
         )
         losses[classes] = [line["test_loss"] for line in federation.rounds(20)]
-    # but for the order in which clients are summed; with a network, that rounding would grow to a percent by now
-    assert losses[1] == pytest.approx(losses[10], rel=1e-4)
+    # but for the order in which clients are summed: a rounding that each round magnifies, other on every processor
+    assert losses[1][:11] == pytest.approx(losses[10][:11], rel=5e-5)
+    assert losses[1] == pytest.approx(losses[10], rel=2e-3)
     assert losses[1][-1] < 0.4 * losses[1][0]
 
 
