@@ -23,8 +23,9 @@ run: install  ## the default federation: PISA, 10 clients of two classes each
 compare: install  ## PISA, SISA and their rivals on two federations: pictures and tables
 	$(BIN)/python -m experiments.compare $(ARGS)
 
+# a worker more than CI has cores: those that test federations of processes mostly wait
 test: install lint  ## everything CI checks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 $(ARGS)
 
 lint: install  ## style and types
 	$(BIN)/ruff check .
