@@ -21,6 +21,7 @@ from pisa_fl.clients.host import ClientHost, Clients, ClientState
 from pisa_fl.config import ConfigurationError
 from pisa_fl.engines.base import ClientGrid, cores
 from pisa_fl.engines.packing import PackingError
+from pisa_fl.engines.unreliable import Unreliable
 from pisa_fl.engines.workers import Workers, start_method
 from strategies.base import checks
 from strategies.base.messages import TensorArray
@@ -41,6 +42,8 @@ def local_engine(
     compiled: bool = False,
     threads: int | Literal["auto"] | None = None,
     state: Literal["memory", "disk"] = "memory",
+    lost: float = 0.0,
+    stragglers: float = 0.0,
 ) -> LocalGrid:
     """All clients on this machine.
 
@@ -56,6 +59,8 @@ def local_engine(
         threads: PyTorch's threads in this process until the grid is closed; `auto`: one per core if it computes
             itself, else one; None leaves them. A worker has one.
         state: Where what clients remember is kept: in `memory`, or on `disk` (`strategies.base.rows.zeros`).
+        lost: Share of the replies that get lost (`pisa_fl.engines.unreliable`).
+        stragglers: Share of the clients that are seldom in time.
 
     Raises:
         ValueError: The workers are impossible here, or another value is.
@@ -77,10 +82,11 @@ def local_engine(
         raise ConfigurationError(
             "state=disk needs worker processes that are forked, which device=cpu on Linux has: engine.workers=1"
         )
+    network = Unreliable(clients.rows, clients.seed, lost, stragglers)
     ready = on_cpu and clients.data.ready_bytes <= READY
     host = clients.host(clients.rows, stack, chunk, precision, compiled, ready)
     try:
-        grid = LocalGrid(host, workers, state == "disk")
+        grid = LocalGrid(host, workers, state == "disk", network)
     except PackingError as error:
         if not auto:
             raise ConfigurationError(
@@ -88,7 +94,7 @@ def local_engine(
                 " it into a module, or use engine.workers=0"
             ) from error
         log.warning("workers cannot be sent what they need, so that this process computes alone: %s", error)
-        workers, grid = 0, LocalGrid(host)
+        workers, grid = 0, LocalGrid(host, network=network)
     grid.use_threads(1 if threads == "auto" and workers else threads)
     return grid
 
@@ -100,11 +106,14 @@ class LocalGrid(ClientGrid):
         host: The clients.
         workers: Processes that compute, 0 for this one.
         on_disk: Keep what clients remember on disk; with workers.
+        network: Which replies arrive; None: all.
     """
 
-    def __init__(self, host: ClientHost, workers: int = 0, on_disk: bool = False) -> None:
+    def __init__(
+        self, host: ClientHost, workers: int = 0, on_disk: bool = False, network: Unreliable | None = None
+    ) -> None:
         super().__init__()
-        self.host = host
+        self.host, self._network = host, network
         self._workers = Workers(host.executor, workers, on_disk) if workers else None
         self._lent: list[weakref.ref[TensorArray]] = []
 
@@ -126,6 +135,8 @@ class LocalGrid(ClientGrid):
             self._take_back()
             replies = list(self.host.handle(addressed, partial(self._workers.run, timeout=timeout)))
             self._lend(replies)
+        if self._network is not None:
+            replies = self._network.arriving(messages, replies)
         order = {message.metadata.message_id: position for position, message in enumerate(messages)}
         return sorted(replies, key=lambda reply: order[reply.metadata.reply_to_message_id])
 
