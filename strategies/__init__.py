@@ -14,6 +14,7 @@ from strategies.fedlc import FedLcClient
 from strategies.fednova import FedNova, FedNovaClient
 from strategies.fedpac import FedPac, FedPacClient
 from strategies.fedper import FedPer, FedPerClient
+from strategies.fedpm import FedPm, FedPmClient
 from strategies.fedrep import FedRepClient
 from strategies.fedrs import FedRsClient
 from strategies.fedsmoo import FedSmoo, FedSmooClient
@@ -40,6 +41,8 @@ __all__ = [
     "FedPacClient",
     "FedPer",
     "FedPerClient",
+    "FedPm",
+    "FedPmClient",
     "FedRepClient",
     "FedRsClient",
     "FedSmoo",

@@ -23,11 +23,9 @@ which Muon is here. FedMuon's public code aligns the momentum of matrices alone,
 every round, a momentum of 0.98, and clips gradients to a norm of 10. Local Muon, their baseline, is
 `strategy=fedavg strategy/optimizer=muon`.
 
-FedPM (Ishii et al. 2025, arXiv 2511.09100) is a relative that is not here: clients step by A_i^-1 grad F_i, A_i the
-mean a a^T of what goes into a layer, send A_i of the last step beside w_i, and the server has w = (mean of A_i)^-1 mean
-of (A_i w_i), which after one step is that of the mean A_i and the mean gradient. Missing are its damping, whether A_i
-is of one mini-batch or an average, what biases and norms follow, its learning rates, and who is averaged where few
-take part. `strategy=pisa` with `strategy/preconditioner=kfac` steps by the federation's mean factors from the start.
+FedPM (Ishii et al. 2025, arXiv 2511.09100) is a relative whose server takes account of the clients' preconditioners in
+the mean: `strategies.fedpm`. `strategy=pisa` with `strategy/preconditioner=kfac` steps by the federation's mean factors
+from the start.
 
 On stability. The first round goes but a share mix of the way, for v is zero, and v has a memory of 1 / mix rounds, as
 in `strategies.fedcm`. A mean of orthogonal directions is shorter than they are where clients differ, so v is, too: the

@@ -107,6 +107,24 @@ class Layout:
         for name, shape in self.matrices.items():
             yield name, flat[:, self.spans[name]].unflatten(-1, shape)
 
+    def extended(self, layer: Layer, flat: Tensor) -> Tensor:
+        """[W b] of a layer in flat vectors (C, d), (C, *axes, m, n)."""
+        weight = flat[:, self.spans[layer.weight]]
+        if layer.kind == "embedding":
+            return weight.unflatten(-1, layer.shape[::-1]).mT
+        matrix = weight.unflatten(-1, (*layer.axes, *layer.shape))
+        if layer.bias is None:
+            return matrix
+        bias = flat[:, self.spans[layer.bias]].unflatten(-1, (*layer.axes, -1))
+        return torch.cat([matrix, bias.unsqueeze(-1)], dim=-1)
+
+    def write(self, layer: Layer, flat: Tensor, matrix: Tensor) -> None:
+        """Write [W b] of a layer into flat vectors."""
+        if layer.bias is not None:
+            flat[:, self.spans[layer.bias]] = matrix[..., -1].flatten(1)
+        weight = matrix[..., : layer.shape[1]]
+        flat[:, self.spans[layer.weight]] = (weight.mT if layer.kind == "embedding" else weight).flatten(1)
+
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One flat vector (d,) from named tensors.
 

@@ -37,6 +37,31 @@ class Side:
         """Its eigenvalues in vectors of those of all sides, (C, k) -> (C, *axes, size), a view."""
         return flat[:, self.spectrum].unflatten(-1, (*self.axes, self.size))
 
+    @property
+    def packed(self) -> int:
+        """Length of its matrices as they are sent: upper triangles, or diagonals if it keeps the basis it has."""
+        return prod(self.axes) * (self.size if self.span is None else self.size * (self.size + 1) // 2)
+
+    def pack(self, matrices: Tensor) -> Tensor:
+        """Its matrices (..., *axes, size, size), or diagonals (..., *axes, size), as they are sent, (..., packed)."""
+        own = matrices if self.span is None else matrices[..., *self._triangle(matrices.device)]
+        return own.flatten(-1 - len(self.axes))
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """What `pack` was given; of a matrix, its upper triangle on both sides."""
+        packed = packed.unflatten(-1, (*self.axes, -1))
+        if self.span is None:
+            return packed
+        rows, columns = self._triangle(packed.device)
+        matrix = packed.new_empty(*packed.shape[:-1], self.size, self.size)
+        matrix[..., rows, columns] = matrix[..., columns, rows] = packed
+        return matrix
+
+    def _triangle(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows and columns of an upper triangle's elements."""
+        rows, columns = torch.triu_indices(self.size, self.size, device=device)
+        return rows, columns
+
 
 class Eigenbases:
     """The sides of some matrices, and where they lie in vectors of all of them.

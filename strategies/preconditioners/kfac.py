@@ -65,7 +65,6 @@ import torch
 from torch import Tensor
 
 from strategies.base import checks
-from strategies.base.layers import Layer
 from strategies.base.layout import Layout
 from strategies.base.messages import Field, averaged
 from strategies.preconditioners.base import LOSS, PROBED, Preconditioner, State
@@ -213,28 +212,8 @@ class Kfac(Preconditioner):
         step = self._others.solve(state, residual, sigma, rho)
         inverses = self.factored(state, sigma, rho, lambda: self._inverses(state, sigma, rho))
         for name, layer in self._layers.items():
-            self._write(layer, step, inverses[name](self._matrix(layer, residual)))
+            self.layout.write(layer, step, inverses[name](self.layout.extended(layer, residual)))
         return step
-
-    def _matrix(self, layer: Layer, flat: Tensor) -> Tensor:
-        """[W b] of a layer in flat vectors (C, d), (C, *axes, m, n)."""
-        weight = flat[:, self.layout.spans[layer.weight]]
-        if layer.kind == "embedding":
-            return weight.unflatten(-1, layer.shape[::-1]).mT
-        matrix = weight.unflatten(-1, (*layer.axes, *layer.shape))
-        if layer.bias is None:
-            return matrix
-        bias = flat[:, self.layout.spans[layer.bias]].unflatten(-1, (*layer.axes, -1))
-        return torch.cat([matrix, bias.unsqueeze(-1)], dim=-1)
-
-    def _write(self, layer: Layer, flat: Tensor, matrix: Tensor) -> None:
-        """Write [W b] of a layer into flat vectors."""
-        if layer.bias is not None:
-            flat[:, self.layout.spans[layer.bias]] = matrix[..., -1].flatten(1)
-        weight = matrix[..., : layer.shape[1]]
-        flat[:, self.layout.spans[layer.weight]] = (
-            weight.mT if layer.kind == "embedding" else weight
-        ).flatten(1)
 
     def _inverses(self, state: State, sigma: Tensor, rho: float) -> dict[str, Inverse]:
         """The inverse of each layer's sigma I + rho Q."""
@@ -256,7 +235,7 @@ class Kfac(Preconditioner):
         """Decrease of the loss along the step, (C, 1); the curvature is F's, and none of what belongs to no layer."""
         decrease = -(state["gradient"] * state["step"]).sum(dim=-1, keepdim=True)
         for name, layer in self._layers.items():
-            step = self._matrix(layer, state["step"])
+            step = self.layout.extended(layer, state["step"])
             left, right = self._eigen.sides[name]
             curved = _product(state, right, _product(state, left, step).mT).mT
             curved = curved + state["damping"].reshape(-1, *(1,) * (step.dim() - 1)) * step
@@ -269,7 +248,7 @@ class Kfac(Preconditioner):
             return torch.ones_like(held["mass"])
         length = torch.zeros_like(held["mass"])
         for name, layer in self._layers.items():
-            matrix = self._matrix(layer, gradient)
+            matrix = self.layout.extended(layer, gradient)
             length[:, 0] += (matrix * self._fisher(held, name)(matrix)).flatten(1).sum(dim=-1)
         return (self.kl_clip / length.clamp(min=torch.finfo(length.dtype).tiny)).sqrt().clamp(max=1.0)
 

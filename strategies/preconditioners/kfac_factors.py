@@ -1,4 +1,4 @@
-"""K-FAC's A and C of layers, from what goes into them and the gradients of what comes out.
+"""K-FAC's A and C of layers, from what goes into them and the gradients of what comes out; FedPM has A alone.
 
 Each is on its way as its upper triangle or, of a side that keeps its basis, as its diagonal; equations in
 `strategies.preconditioners.kfac`.
@@ -7,7 +7,6 @@ Each is on its way as its upper triangle or, of a side that keeps its basis, as 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,8 @@ from strategies.preconditioners.eigenbases import Side
 AT_ONCE = 2**24
 """Numbers that the rows of a layer's inputs, such as a convolution's patches, may take at once."""
 
-Sides = Mapping[str, tuple[Side, Side]]
-"""Layer -> the side of what comes out of it (C) and of what goes into it (A)."""
+Sides = Mapping[str, tuple[Side | None, Side]]
+"""Layer -> the side of what comes out of it (C), None if it is not wanted, and of what goes into it (A)."""
 
 
 class Factors(Probe):
@@ -35,10 +34,13 @@ class Factors(Probe):
 
     def __init__(self, layers: Mapping[str, Layer], sides: Sides, drawn: bool) -> None:
         self._layers, self._sides, self.drawn = layers, sides, drawn
+        self._lengths = {
+            name: (1, left.packed if left else 0, right.packed) for name, (left, right) in sides.items()
+        }
 
     def sizes(self) -> dict[str, int]:
         """The sum of the weights, C and A of each layer."""
-        return {name: 1 + _packed(left) + _packed(right) for name, (left, right) in self._sides.items()}
+        return {name: sum(lengths) for name, lengths in self._lengths.items()}
 
     def reduce(self, layer: str, inputs: Tensor, gradients: Tensor, weights: Tensor) -> Tensor:
         """Sums over the examples: of the weights, of sum_t b_t b_t^T, and of the mean a_t a_t^T."""
@@ -48,7 +50,11 @@ class Factors(Probe):
         parts = zip(*(whole.split(at_once) for whole in (inputs, gradients, weights)), strict=True)
         made = [
             torch.cat(
-                [share.sum()[None], _outputs(own, b, share, left), _inputs(own, a, share / positions, right)]
+                [
+                    share.sum()[None],
+                    *([_outputs(own, b, share, left)] if left else []),
+                    _inputs(own, a, share / positions, right),
+                ]
             )
             for a, b, share in parts
         ]
@@ -59,47 +65,18 @@ class Factors(Probe):
 
         They are (C, *axes, size, size) or, of a side that keeps its basis, (C, *axes, size).
         """
-        parts = probed.split(
-            [n for left, right in self._sides.values() for n in (1, _packed(left), _packed(right))], dim=-1
-        )
+        parts = probed.split([n for lengths in self._lengths.values() for n in lengths], dim=-1)
         for place, (left, right) in enumerate(self._sides.values()):
             weight, c, a = parts[3 * place : 3 * place + 3]
-            yield left, _square(c, left)
+            if left:
+                yield left, left.unpack(c)
             # a layer that is called twice is one of twice the positions: its b b^T add up, its a a^T do not
-            yield right, _square(a / weight.clamp(min=torch.finfo(a.dtype).tiny), right)
-
-
-def _packed(side: Side) -> int:
-    """Length of a side's matrices, as they are sent."""
-    own = side.size if side.span is None else side.size * (side.size + 1) // 2
-    return prod(side.axes) * own
-
-
-def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows and columns of an upper triangle's elements."""
-    rows, columns = torch.triu_indices(size, size, device=device)
-    return rows, columns
-
-
-def _square(packed: Tensor, side: Side) -> Tensor:
-    """What was sent, as matrices, or as the diagonals that it is."""
-    packed = packed.unflatten(-1, (*side.axes, -1))
-    if side.span is None:
-        return packed
-    rows, columns = _triangle(side.size, packed.device)
-    matrix = packed.new_empty(*packed.shape[:-1], side.size, side.size)
-    matrix[..., rows, columns] = matrix[..., columns, rows] = packed
-    return matrix
+            yield right, right.unpack(a / weight.clamp(min=torch.finfo(a.dtype).tiny))
 
 
 def _moment(rows: Tensor, side: Side) -> Tensor:
     """Sum of r r^T over rows (*axes, k, size), or its diagonal."""
     return rows.square().sum(dim=-2) if side.span is None else rows.mT @ rows
-
-
-def _pack(moment: Tensor, side: Side) -> Tensor:
-    """A moment as it is sent."""
-    return (moment if side.span is None else moment[..., *_triangle(side.size, moment.device)]).flatten()
 
 
 def _scaled(batch: Tensor, weights: Tensor) -> Tensor:
@@ -109,7 +86,7 @@ def _scaled(batch: Tensor, weights: Tensor) -> Tensor:
 
 def _outputs(layer: Layer, gradients: Tensor, weights: Tensor, side: Side) -> Tensor:
     """Weighted sum of b b^T, packed."""
-    return _pack(_moment(layer.gradients(_scaled(gradients, weights)).flatten(-3, -2), side), side)
+    return side.pack(_moment(layer.gradients(_scaled(gradients, weights)).flatten(-3, -2), side))
 
 
 def _inputs(layer: Layer, inputs: Tensor, weights: Tensor, side: Side) -> Tensor:
@@ -125,7 +102,7 @@ def _inputs(layer: Layer, inputs: Tensor, weights: Tensor, side: Side) -> Tensor
     if layer.bias is not None:  # without a copy of all rows that has ones beside them
         last = (ones @ ones).expand(*layer.axes, 1)
         if side.span is None:
-            return _pack(torch.cat([moment, last], dim=-1), side)
+            return side.pack(torch.cat([moment, last], dim=-1))
         moment = F.pad(moment, (0, 1, 0, 1))
         moment[..., -1] = torch.cat([ones @ rows, last], dim=-1)
-    return _pack(moment, side)
+    return side.pack(moment)

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from plain_loops import BATCH, SIZES, assert_moved_alike, half, make_problem, sgd
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, unfold
 from torch.nn.utils import parameters_to_vector
 
 from pisa_fl.clients.host import ClientState
@@ -285,6 +285,64 @@ def fedpac(problem, mix, beta, beta_2, muon):
     return w, {}
 
 
+def curvature(problem, weights, rows, damping, max_side):
+    """P of every layer: the mean of a a^T over some rows and their positions, and damping."""
+    model, whole = at(problem, weights), {}
+
+    def look(module, inputs, output, name):
+        (a,) = inputs
+        if a.dim() == 4:
+            a = unfold(a, module.kernel_size).mT.flatten(0, 1)
+        a = torch.cat([a, torch.ones(len(a), 1)], dim=1)
+        mean_of_products = a.T @ a / len(a)
+        if len(mean_of_products) > max_side:
+            mean_of_products = mean_of_products.diagonal().diag()
+        whole[name] = mean_of_products + damping * torch.eye(a.shape[1])
+
+    for name, module in model.named_children():
+        module.register_forward_hook(partial(look, name=name))
+    model(problem.images[rows])
+    return whole
+
+
+def extended(tensors):
+    """[W b] of every layer."""
+    names = dict.fromkeys(name.split(".")[0] for name in tensors)
+    return {
+        name: torch.cat([tensors[f"{name}.weight"].flatten(1), tensors[f"{name}.bias"][:, None]], dim=1)
+        for name in names
+    }
+
+
+def taken_apart(matrices, like):
+    """Tensors of the model of [W b]."""
+    return {
+        name: (matrices[name.split(".")[0]][..., slice(-1) if t.dim() > 1 else -1]).reshape(t.shape)
+        for name, t in like.items()
+    }
+
+
+def fedpm(problem, damping, momentum, max_side):
+    w = extended(problem.start)
+    for number in range(1, ROUNDS + 1):
+        ends, last = {}, {}
+        for i in heard(number):
+            y, b = dict(w), zeros(w)
+            for rows in problem.batches(i, number, LOCAL["epochs"]):
+                here = taken_apart(y, problem.start)
+                g = extended(problem.gradient(here, rows))
+                last[i] = curvature(problem, here, rows, damping, max_side)
+                for name in w:
+                    step = g[name] @ torch.linalg.inv(last[i][name]) + LOCAL["weight_decay"] * y[name]
+                    b[name] = momentum * b[name] + step
+                    y[name] = y[name] - LOCAL["lr"] * b[name]
+            ends[i] = y
+        counted = mean({i: {name: t @ last[i][name] for name, t in y.items()} for i, y in ends.items()})
+        whole = mean(last)
+        w = {name: counted[name] @ torch.linalg.inv(whole[name]) for name in w}
+    return taken_apart(w, problem.start), {}
+
+
 def counted(problem, client):
     """How many examples of each class a client has."""
     return torch.bincount(problem.labels[problem.partition[client]], minlength=10).double()
@@ -452,6 +510,11 @@ VARIANTS = {
     "fedcm": (["strategy=fedcm", "strategy.mix=0.2", DECAYING], fedcm, (0.2, 0.7)),
     "fedpac": (["strategy=fedpac", "strategy.mix=0.3"], fedpac, (0.3, 0.9, 0.999, False)),
     "fedmuon": (["strategy=fedmuon", "strategy.mix=0.3"], fedpac, (0.3, 0.95, 0.95, True)),
+    "fedpm": (["strategy=fedpm", "strategy.damping=0.3"], fedpm, (0.3, 0.0, 1024)),
+    "fedpm with a diagonal and momentum": (
+        ["strategy=fedpm", "strategy.damping=0.1", "strategy.momentum=0.9", "strategy.max_side=50"],
+        *(fedpm, (0.1, 0.9, 50)),
+    ),
     "fedlc": (["strategy=fedlc", DECAYING, "strategy.tau=0.7"], fedlc, (0.7,)),
     "fedrs": (["strategy=fedrs", DECAYING, "strategy.restriction=0.3"], fedrs, (0.3,)),
     "moon": (["strategy=moon", DECAYING, "strategy.mu=3", "strategy.temperature=0.4"], moon, (3.0, 0.4)),
@@ -479,6 +542,9 @@ def sent(variant, tensors):
         return [size] * 2, [size] * 2
     if variant == "fedcm":  # the velocity
         return [size] * 2, [size]
+    if "fedpm" in variant:  # triangles of layers of so many inputs, or of one a diagonal
+        sides = [t.flatten(1).shape[1] + 1 for t in tensors if t.dim() > 1]
+        return [size], [size, sum(n if "diagonal" in variant and n > 50 else n * (n + 1) // 2 for n in sides)]
     memory = {"fedpac": [size, size, 2], "fedmuon": [size - vectors, vectors, vectors, 2]}.get(variant)
     return ([size] * 2 + memory, [size, *memory]) if memory else ([size], [size - UNSENT.get(variant, 0)])
 
@@ -562,6 +628,21 @@ def test_a_rival_without_what_it_adds_is_fedavg_to_the_bit(problem, plain, name)
     assert torch.equal(other.model.weights, averaged.model.weights) == (name == "ditto")
     own = ("round", "train_loss", "bytes_up", "bytes_down")
     assert [[line[key] for key in own] for line in lines] == [[line[key] for key in own] for line in again]
+
+
+def test_with_a_large_damping_fedpm_is_fedavg(problem):
+    heavy = 1e5
+    said = [
+        "participation=0.5",
+        "strategy.local_epochs=2",
+        "strategy.weight_decay=0",
+        "strategy.momentum=0.9",
+    ]
+    averaged, _ = problem.run(2, "strategy=fedavg", "strategy.lr=0.02", *said)
+    numbers = [f"strategy.damping={heavy}", f"strategy.lr={0.02 * heavy}"]
+    mixed, _ = problem.run(2, "strategy=fedpm", *numbers, *said)
+    expected = {name: p.detach().double() for name, p in averaged.model.module.named_parameters()}
+    assert_moved_alike(mixed, expected, problem.start, share=3e-4)  # of which half is A over the damping
 
 
 FORGET = 5

@@ -17,7 +17,7 @@ PROMISED = {
         *("sisa", "pisa", "nsisa", "sisa_official", "fedavg", "fedprox"),
         *("fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedmedian", "fedtrimmedavg", "krum", "multikrum"),
         *("scaffold", "feddyn", "fedadmm", "fednova", "fedcm", "fedvarp", "mifa", "fedlc", "fedrs", "moon"),
-        *("fedper", "fedrep", "ditto", "fedsam", "fedsmoo", "fedpac", "fedmuon"),
+        *("fedper", "fedrep", "ditto", "fedsam", "fedsmoo", "fedpac", "fedmuon", "fedpm"),
     },
     "partition": {
         "label_skew",
