@@ -226,6 +226,8 @@ def _run(
             metrics, config.targets, config.seed, run.measures, federation.chance
         )
         summary |= run_directory.summarise_clients(metrics, turned_away)
+        if validation := config.data.get("validation"):
+            summary["validation"] = validation
         if federation.of_clients:
             summary["clients"] = run_directory.summarise_own(federation.of_clients, run.measures)
         watching.finished(summary)

@@ -32,8 +32,8 @@ IGNORED = {
 }
 """Keys, with all below them, that cannot matter to the numbers; whatever else differs makes another setting."""
 
-UNLESS_SAID = {"engine.precision": "float32", "engine.compiled": False}
-"""What engines do that have no such key."""
+UNLESS_SAID = {"engine.precision": "float32", "engine.compiled": False, "data.validation": 0}
+"""What holds where there is no such key: of engines that lack it, and in runs of earlier versions."""
 
 APART = ("engine", "tracker")
 """Groups of which it does not matter what was chosen."""
