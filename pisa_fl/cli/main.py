@@ -74,7 +74,7 @@ def _task(config: DictConfig) -> float | None:
     try:
         settings = settle(config)
         if settings.resume is not None:
-            _refuse_others("resume", "allow")
+            _refuse_others("resume", "allow", "rounds")
         return _run(settings, directory)
     except (ConfigurationError, OSError) as error:
         no_room = isinstance(error, OSError) and error.errno in NO_ROOM
@@ -94,12 +94,15 @@ def _run(settings: DictConfig, directory: Path) -> float | None:
     from pisa_fl.federation import RunError
     from pisa_fl.results.console import console
     from pisa_fl.results.result import Interrupted
-    from pisa_fl.runner import run
+    from pisa_fl.runner import resume, run
 
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
     try:
-        return run(settings, directory).worth
+        if settings.resume is None:
+            return run(settings, directory).worth
+        rounds = settings.rounds if "rounds" in _given() else None
+        return resume(Path(settings.resume), allow=settings.allow, rounds=rounds).worth
     except RunError as error:
         _give_up(FAILED, error)
     except (Interrupted, KeyboardInterrupt) as error:
@@ -115,11 +118,14 @@ def _config_dir(arguments: list[str]) -> str | None:
     return None
 
 
+def _given() -> dict[str, str]:
+    """The overrides that were given, by their keys."""
+    return {text.lstrip("+").partition("=")[0]: text for text in HydraConfig.get().overrides.task}
+
+
 def _refuse_others(key: str, *more: str) -> None:
     """Refuse overrides beside one that would ignore them, and beside those that go with it."""
-    given = HydraConfig.get().overrides.task
-    others = [text for text in given if text.lstrip("+").partition("=")[0] not in (key, *more)]
-    if others:
+    if others := [text for name, text in _given().items() if name not in (key, *more)]:
         raise ConfigurationError(f"{key} uses the run's own configuration: leave out {' '.join(others)}")
 
 
