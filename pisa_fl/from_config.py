@@ -24,6 +24,7 @@ from pisa_fl.config import ConfigurationError, blaming, build, resolve, settle
 from pisa_fl.config.explain import explain
 from pisa_fl.data.data_set import DataSet
 from pisa_fl.data.hold_out import hold_out
+from pisa_fl.data.validation import Validation
 from pisa_fl.engines.base import ClientGrid, is_child
 from pisa_fl.federation import Federation, seeded
 from pisa_fl.identity import Identity, expected, of_deal, of_settings, of_tensors, of_weights
@@ -97,6 +98,10 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
                 f" set clients={len(partition)}"
             )
         noise_std = getattr(partitioner, "noise_std", None)
+    elif config.data.get("validation"):
+        raise ConfigurationError(
+            f"data.validation={config.data.validation:g} does not go with partition=own: what clients bring is theirs"
+        )
     elif data.fitted:
         raise ConfigurationError(
             "partition=own does not go with these data: every client would fill and scale them by its own rows, and"
@@ -193,12 +198,16 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: Kept) 
 
 
 def _data(config: DictConfig) -> DataSet:
-    """The data set; what is said there of clients is not for its loader."""
+    """The data set, as it is trained and measured on; what is said of that is not for its loader."""
     node = config.data.copy()
     with open_dict(node):
         node.pop("client_test", None)
+        validation = node.pop("validation", 0)
     data: DataSet = build(node, DataSet)
-    return data
+    if not validation:
+        return data
+    with blaming(config.data):
+        return Validation(data, validation, config.seed)
 
 
 def observers(config: DictConfig, directory: Path | None) -> Observers:

@@ -23,6 +23,7 @@ from pisa_fl.metric import Metrics
 from pisa_fl.results import claim, run_directory
 from pisa_fl.results.observer import Observers, Run
 from pisa_fl.results.result import Interrupted, Result
+from pisa_fl.system.files import write
 from pisa_fl.system.signals import stop_signals
 
 log = logging.getLogger(__name__)
@@ -78,8 +79,10 @@ def _launcher(config: DictConfig) -> Launcher | None:
     return launcher
 
 
-def resume(directory: Path, engine: Engine | None = None, allow: Collection[str] = ()) -> Result:
-    """Go on with an interrupted run, in its directory and with its configuration.
+def resume(
+    directory: Path, engine: Engine | None = None, allow: Collection[str] = (), rounds: int | None = None
+) -> Result:
+    """Go on with an interrupted run, or for more rounds with a finished one, in its directory and as it is configured.
 
     One that was interrupted before its first checkpoint begins again.
 
@@ -88,6 +91,8 @@ def resume(directory: Path, engine: Engine | None = None, allow: Collection[str]
         engine: In place of the configuration's.
         allow: Packages of which its configuration may have anything built, beside what
             `pisa_fl.config.allowed` lists and the modules of a `--config-dir`.
+        rounds: That it is to have from now on; None: as many as before. What was planned over the rounds of before, a
+            schedule of lr, ends where it did.
 
     Raises:
         ConfigurationError: It is no run directory, has something built that is not allowed, holds no whole checkpoint,
@@ -95,6 +100,11 @@ def resume(directory: Path, engine: Engine | None = None, allow: Collection[str]
     """
     directory = directory.absolute()
     config = _stored(directory, allow)
+    if rounds is not None and rounds != config.rounds:
+        config.rounds = rounds
+        config = settle(config)
+        with claim.claimed(directory):
+            _prolong(directory, rounds)
     if engine is None and (launcher := _launcher(config)):
         return launcher.launch(config, directory, resume=True)
     with claim.claimed(directory), _begun(directory, config):
@@ -174,6 +184,33 @@ def _check_begun_lately(federation: Federation, config: DictConfig, directory: P
         )
 
 
+def _prolong(directory: Path, rounds: int) -> None:
+    """Write into a run's configuration that it is to have other rounds, and warn of what was planned over the old ones.
+
+    Raises:
+        ConfigurationError: It has more already.
+    """
+    done = max((line["round"] for line in run_directory.read_metrics(directory)), default=0)
+    if rounds < done:
+        raise ConfigurationError(
+            f"resume: rounds={rounds} is less than the {done} rounds that are done: set it to these or more"
+        )
+    config = OmegaConf.load(directory / "config.yaml")
+    config.rounds = rounds
+    write(directory / "config.yaml", OmegaConf.to_yaml(config))
+    horizon = OmegaConf.select(config, "strategy.horizon")
+    if (
+        horizon is not None
+        and horizon < rounds
+        and OmegaConf.select(config, "strategy.schedule") != "constant"
+    ):
+        log.warning(
+            "lr was planned to fall until round %d and stays as small as it is then: a run that has %d rounds from its"
+            " start ends otherwise",
+            *(horizon, rounds),
+        )
+
+
 @contextmanager
 def _begun(path: Path | None, config: DictConfig) -> Iterator[None]:
     """An error of the system in a run that has begun, for which the configuration is not to blame, as one of the run.
@@ -226,6 +263,8 @@ def _run(
             metrics, config.targets, config.seed, run.measures, federation.chance
         )
         summary |= run_directory.summarise_clients(metrics, turned_away)
+        if validation := config.data.get("validation"):
+            summary["validation"] = validation
         if federation.of_clients:
             summary["clients"] = run_directory.summarise_own(federation.of_clients, run.measures)
         watching.finished(summary)

@@ -22,16 +22,12 @@ from omegaconf import DictConfig
 from pisa_fl.config import CONF, ConfigurationError, explain_composition, import_from, settle
 from pisa_fl.config.explain import explain
 from pisa_fl.results import claim
+from pisa_fl.sweeps import plugins
+from pisa_fl.sweeps.failure import FAILED, INTERRUPTED, WRONG, SweepError
 from pisa_fl.system.text import tolerate_any_text, visible
-
-FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM)
 """Errors of the system, for which the configuration is not to blame."""
-
-
-class SweepError(Exception):
-    """A run of a sweep failed, and has said why; its argument is the exit status."""
 
 
 class _Mistake(Exception):
@@ -51,10 +47,13 @@ def main() -> None:
             if not Path(folder).is_dir() or not folder:
                 raise ConfigurationError(f"--config-dir={folder} is not a folder, or not found")
             import_from(folder)
+        plugins.register()
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_task)()
     except (SystemExit, SweepError) as end:
         if wants_traceback and end.__cause__ is not None:
             raise end.__cause__ from None
+        if isinstance(end, SweepError) and end.sentence:
+            _say(end.sentence)
         sys.exit(end.args[0] if end.args else 0)
     except _Mistake as mistake:
         raise mistake.args[0] from mistake.args[0].__cause__
@@ -73,8 +72,8 @@ def _task(config: DictConfig) -> float | None:
     directory = Path(HydraConfig.get().runtime.output_dir)
     try:
         settings = settle(config)
-        if settings.resume is not None:
-            _refuse_others("resume", "allow")
+        if "resume" in _given():
+            _refuse_others("resume", "allow", "rounds")
         return _run(settings, directory)
     except (ConfigurationError, OSError) as error:
         no_room = isinstance(error, OSError) and error.errno in NO_ROOM
@@ -94,12 +93,15 @@ def _run(settings: DictConfig, directory: Path) -> float | None:
     from pisa_fl.federation import RunError
     from pisa_fl.results.console import console
     from pisa_fl.results.result import Interrupted
-    from pisa_fl.runner import run
+    from pisa_fl.runner import resume, run
 
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
     try:
-        return run(settings, directory).worth
+        if settings.resume is None:
+            return run(settings, directory).worth
+        rounds = settings.rounds if "rounds" in _given() else None
+        return resume(Path(settings.resume), allow=settings.allow, rounds=rounds).worth
     except RunError as error:
         _give_up(FAILED, error)
     except (Interrupted, KeyboardInterrupt) as error:
@@ -115,23 +117,26 @@ def _config_dir(arguments: list[str]) -> str | None:
     return None
 
 
+def _given() -> dict[str, str]:
+    """The overrides that were given, by their keys."""
+    return {text.lstrip("+").partition("=")[0]: text for text in HydraConfig.get().overrides.task}
+
+
 def _refuse_others(key: str, *more: str) -> None:
     """Refuse overrides beside one that would ignore them, and beside those that go with it."""
-    given = HydraConfig.get().overrides.task
-    others = [text for text in given if text.lstrip("+").partition("=")[0] not in (key, *more)]
-    if others:
+    if others := [text for name, text in _given().items() if name not in (key, *more)]:
         raise ConfigurationError(f"{key} uses the run's own configuration: leave out {' '.join(others)}")
 
 
 def _give_up(status: int, error: BaseException) -> NoReturn:
-    """Say why a run ends here; the other runs of a sweep go on unless it was interrupted."""
+    """End a run here, and say why; of a sweep its launcher does, whose other runs may go on."""
     text = explain(error) if str(error) else "interrupted"
-    job = HydraConfig.get()
-    if job.mode == RunMode.MULTIRUN:
-        text = f"run {job.job.num} ({job.job.override_dirname}): {text}"
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        from pisa_fl.federation import DivergedError, TooFewClientsError
+
+        # clients refuse to send what is not finite
+        raise SweepError(status, text, isinstance(error, DivergedError | TooFewClientsError)) from error
     _say(text)
-    if job.mode == RunMode.MULTIRUN and status != INTERRUPTED:
-        raise SweepError(status) from error
     raise SystemExit(status) from error
 
 

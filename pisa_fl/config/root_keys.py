@@ -121,6 +121,7 @@ ROOT: Mapping[str, Check] = {
 OPTIONAL: Mapping[str, Check] = {
     "stop_at_nan": one_of(True, False),
     "data.client_test": number("at least 0 and below 1", lambda v: 0 <= v < 1),
+    "data.validation": number("at least 0 and below 1", lambda v: 0 <= v < 1),
     "engine.workers": whole(0, 1024, auto=True),
     "engine.actors": whole(1, 100_000, auto=True),
     "engine.stack": whole(1, auto=True),

@@ -1,4 +1,4 @@
-"""Test examples of the clients' own."""
+"""Examples that are taken away to measure on: of each client, or of the whole training set."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from pisa_fl.randomness import numpy_generator
 def hold_out(
     rows: NDArray[np.integer], groups: NDArray[np.integer], share: float, seed: int, client: int
 ) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    """Take a stratified share of a client's examples away, to test it on.
-
-    Every group gives as near to its share as whole examples allow, by the largest remainders, so that the whole is
-    round(share * n), but the client keeps one example at least.
+    """Take a stratified share of a client's examples away, to test it on; it keeps one at least.
 
     Args:
         rows: Positions of the client's examples, (n,).
@@ -26,17 +23,30 @@ def hold_out(
     Returns:
         Positions of those that stay, in their order, and of those that are taken.
     """
-    wanted = min(round(share * len(rows)), len(rows) - 1)
+    taken = stratified(groups[rows], share, numpy_generator(seed, "client test", client))
+    return rows[~taken], rows[taken]
+
+
+def stratified(groups: NDArray[np.integer], share: float, draw: np.random.Generator) -> NDArray[np.bool_]:
+    """Which examples a stratified share is, but for one example at least.
+
+    Every group gives as near to its share as whole examples allow, by the largest remainders, so that the whole is
+    round(share * n).
+
+    Args:
+        groups: Group of every example, (n,).
+        share: Of them, in [0, 1).
+        draw: Which are drawn.
+    """
+    taken = np.zeros(len(groups), bool)
+    wanted = min(round(share * len(groups)), len(groups) - 1)
     if wanted < 1:
-        return rows, rows[:0]
-    draw = numpy_generator(seed, "client test", client)
-    own = groups[rows]
-    names, counts = np.unique(own, return_counts=True)
-    exact = counts * wanted / len(rows)
+        return taken
+    names, counts = np.unique(groups, return_counts=True)
+    exact = counts * wanted / len(groups)
     takes = np.floor(exact).astype(int)
     largest = np.argsort(-(exact - takes), kind="stable")[: wanted - takes.sum()]
     takes[largest] += 1
-    taken = np.zeros(len(rows), bool)
     for name, take in zip(names, takes, strict=True):
-        taken[draw.permutation(np.flatnonzero(own == name))[:take]] = True
-    return rows[~taken], rows[taken]
+        taken[draw.permutation(np.flatnonzero(groups == name))[:take]] = True
+    return taken

@@ -21,6 +21,9 @@ from torch import Tensor
 from pisa_fl.clients.host import ClientState
 from pisa_fl.results.result import Result
 
+SHARE = "PISA_FL_CORES"
+"""Environment variable that tells a run of several side by side how many cores are its own."""
+
 SERVER_NODE = 1
 """Flower's node id of the server side; a client's node id is its client number."""
 
@@ -186,7 +189,9 @@ def is_child() -> bool:
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Processors that this process may use: its share, if it is a run of several side by side."""
+    if SHARE in os.environ:
+        return int(os.environ[SHARE])
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -18,6 +18,7 @@ from filelock import BaseFileLock
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from pisa_fl.config import ConfigurationError, literal
+from pisa_fl.system import locks
 from pisa_fl.system.locks import HeldError, let_go, take
 
 FILES = (
@@ -89,12 +90,22 @@ def check_free(directory: Path, beside: Collection[str] = ()) -> None:
     Raises:
         ConfigurationError: It holds one.
     """
-    found = (path.name for name in FILES if name not in beside for path in directory.glob(name))
-    if (name := next(found, None)) is not None:
+    if (name := first_file(directory, beside)) is not None:
         raise ConfigurationError(
             f"{directory} holds a run already, as its {name} tells: choose another directory, or go on with that"
             f" run: {resume_command(directory)}"
         )
+
+
+def first_file(directory: Path, beside: Collection[str] = ()) -> str | None:
+    """Name of a file, none of those `beside`, that tells that a directory holds a run; None if it holds none."""
+    found = (path.name for name in FILES if name not in beside for path in directory.glob(name))
+    return next(found, None)
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process writes the directory."""
+    return locks.is_held(directory / LOCK)
 
 
 def make_new(directory: Path) -> Path:

@@ -104,14 +104,15 @@ def clients_in(metrics: Metrics) -> str:
 def show_summary(summary: Mapping[str, Any], directory: str, measures: Measures) -> None:
     """Print the final table."""
     quality = measures.quality
+    on = "validation" if summary.get("validation") else "test"
     table = Table(show_header=False, title="Result", title_justify="left")
     final, best = (quality.shown(summary[f"{which}_{quality.name}"]) for which in ("final", "best"))
-    table.add_row(f"final test {quality.name}", final)
-    table.add_row(f"best test {quality.name}", f"{best} (round {summary['best_round']})")
+    table.add_row(f"final {on} {quality.name}", final)
+    table.add_row(f"best {on} {quality.name}", f"{best} (round {summary['best_round']})")
     if summary.get("at_chance"):
         table.add_row("at chance", f"always giving the same answer has {quality.shown(summary['chance'])}")
     for metric in measures.metrics[1:]:
-        table.add_row(f"final test {metric.name}", metric.shown(summary[f"final_{metric.name}"]))
+        table.add_row(f"final {on} {metric.name}", metric.shown(summary[f"final_{metric.name}"]))
     for name, spread in (summary.get("clients") or {}).items():
         if name == quality.name:
             words = (f"{key.replace('_', ' ')} {quality.shown(value)}" for key, value in spread.items())

@@ -71,7 +71,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
     runs, notes, seen = [], [], set()
     for folder in folders:
         found = {path.parent for name in ("config.yaml", "summary.json") for path in folder.rglob(name)}
-        for directory in sorted(found, key=_natural):
+        for directory in sorted(found, key=natural):
             if directory.resolve() in seen:
                 notes.append(f"{directory} was given twice and is counted once")
                 continue
@@ -142,6 +142,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sort key by which run 10 of a sweep follows run 9."""
+def natural(path: Path) -> list[tuple[int, str]]:
+    """Sort key of paths by which run 10 of a sweep follows run 9."""
     return [(int(part) if part.isdigit() else -1, part) for part in path.parts]

@@ -77,6 +77,7 @@ def report(folders: Sequence[Path], output: Path, title: str) -> str:
 
     runs, notes = find_runs(folders)
     quality = _compared_by(runs, notes)
+    notes += _on_validation(runs)
     columns, rows = tabulate(runs, notes, quality)
     notes += _unequal(columns, rows, quality)
     numbers = _numbers(rows, quality)
@@ -101,6 +102,15 @@ def _compared_by(runs: list[Run], notes: list[str]) -> Metric:
         )
         runs.remove(run)
     return quality
+
+
+def _on_validation(runs: Sequence[Run]) -> list[str]:
+    """A note on the runs whose numbers are not of the test set, if there are any."""
+    count = sum(bool(run.config.get("data", {}).get("validation")) for run in runs)
+    if not count:
+        return []
+    which = "all runs are" if count == len(runs) else f"{count} of {len(runs)} runs are"
+    return [f"{which} measured on a share of the training examples (data.validation), not on the test set"]
 
 
 def tabulate(runs: Sequence[Run], notes: list[str], quality: Metric) -> tuple[list[Column], list[Row]]:

@@ -15,7 +15,16 @@ from typing import Any
 IGNORED = {
     "seed",  # in which the runs of one setting differ
     *("name", "run_id", "choices", "imports"),  # how a run is called, and where its classes were found
-    *("resume", "checkpoint", "progress", "targets", "tracker", "redraw"),  # how it is watched and goes on
+    *(
+        "resume",
+        "allow",
+        "checkpoint",
+        "progress",
+        "targets",
+        "tracker",
+        "redraw",
+    ),  # how it is watched and goes on
+    "metrics",  # what its task measures
     *("data.cache", "state", "strategy.server.state"),  # where arrays are kept
     "strategy.rounds",  # suggests `rounds`, which counts
     # the same bits on every engine, however many processes and threads it has
@@ -32,8 +41,8 @@ IGNORED = {
 }
 """Keys, with all below them, that cannot matter to the numbers; whatever else differs makes another setting."""
 
-UNLESS_SAID = {"engine.precision": "float32", "engine.compiled": False}
-"""What engines do that have no such key."""
+UNLESS_SAID = {"engine.precision": "float32", "engine.compiled": False, "data.validation": 0}
+"""What holds where there is no such key: of engines that lack it, and in runs of earlier versions."""
 
 APART = ("engine", "tracker")
 """Groups of which it does not matter what was chosen."""

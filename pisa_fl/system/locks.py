@@ -14,6 +14,9 @@ OWN = 0o600
 LOOK = 0.01
 """Seconds between looks whether a lock that another process holds has fallen."""
 
+GLANCE = 0.2
+"""Seconds after which whoever holds a lock does more than to look whether it is held."""
+
 
 class HeldError(Exception):
     """Another process, or another thread, holds the lock."""
@@ -28,10 +31,23 @@ def take(path: Path) -> BaseFileLock:
     """
     lock = FileLock(path, thread_local=False)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=GLANCE, poll_interval=LOOK)
     except Timeout:
         raise HeldError(path) from None
     return lock
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody holds a lock; a file that a killed process left is removed."""
+    if not path.exists():
+        return False
+    try:
+        let_go(take(path))
+    except HeldError:
+        return True
+    except OSError:  # nobody but its owner may ask
+        return False
+    return False
 
 
 def let_go(lock: BaseFileLock) -> None:

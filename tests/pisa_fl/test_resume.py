@@ -480,9 +480,27 @@ def test_a_strangers_configuration_has_nothing_built_that_is_not_allowed(
 
 
 def test_other_overrides_beside_resume_are_refused(copy, command):
-    line = refused(command, f"resume={copy}", "rounds=9")
-    assert line == "pisa-fl: resume uses the run's own configuration: leave out rounds=9"
+    line = refused(command, f"resume={copy}", "rounds=9", "seed=9")
+    assert line == "pisa-fl: resume uses the run's own configuration: leave out seed=9"
     assert yaml.safe_load((copy / "config.yaml").read_text())["rounds"] == ROUNDS
+
+
+@pytest.mark.parametrize(("own", "warned"), [([], True), (["strategy.schedule=constant"], False)])
+def test_a_finished_run_has_more_rounds(command, tmp_path, own, warned):
+    """Those of a run that was planned to learn as this one was, and to be as long as it is now."""
+    chosen = [*QUICK, "engine.workers=0", *own]
+    assert command(*chosen, "rounds=2", "hydra.run.dir=run").status == 0
+    assert "rounds=1 is less than the 2 rounds" in refused(command, "resume=run", "rounds=1")
+    assert "rounds must be a whole number" in command("resume=run", "rounds=many").err
+    ended = command("resume=run", "rounds=4")
+    assert ended.status == 0
+    assert ("lr was planned to fall until round 2" in " ".join(ended.out.split())) == warned
+    longer = pisa_fl.compose(*chosen, "rounds=4", "strategy.horizon=2")
+    pisa_fl.run(longer, tmp_path / "longer")
+    assert_same_end(tmp_path / "run", tmp_path / "longer")
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (stored["rounds"], stored["strategy"]["horizon"]) == (4, 2)
+    assert command("resume=run").status == 0
 
 
 # --- what is not as it was when the run began

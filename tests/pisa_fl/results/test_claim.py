@@ -65,16 +65,20 @@ def test_any_file_of_a_run_tells_that_there_is_one(command, tmp_path, name):
     assert content(tmp_path) == {"out": None, f"out/{name}": b"of somebody"}
 
 
-def test_a_run_of_a_sweep_is_refused_alone(command, tmp_path):
+@pytest.mark.parametrize("launcher", ["parallel", "basic"])
+def test_a_run_of_a_sweep_leaves_the_directory_of_another_alone(command, tmp_path, launcher):
+    """And takes the next one, but with Hydra's own launcher, where it is refused."""
     sweep = ["--multirun", *QUICK, "hydra.sweep.dir=out"]
     assert command(*sweep, "seed=0").status == 0
     first = content(tmp_path / "out" / "0")
-    ended = command(*sweep, "seed=1,2")
-    assert ended.status == 2
-    assert ended.err.startswith("pisa-fl: run 0 (")
-    assert "holds a run already" in ended.err
+    ended = command(*sweep, "seed=1,2", f"hydra/launcher={launcher}")
     assert content(tmp_path / "out" / "0") == first
-    assert yaml.safe_load((tmp_path / "out" / "1" / "config.yaml").read_text())["seed"] == 2
+    seeds = [yaml.safe_load(path.read_text())["seed"] for path in sorted(tmp_path.glob("out/*/config.yaml"))]
+    if launcher == "parallel":
+        assert (ended.status, seeds) == (0, [0, 1, 2])
+    else:
+        assert (ended.status, seeds) == (2, [0, 2])
+        assert "holds a run already" in ended.err
 
 
 def test_a_directory_that_somebody_writes_is_refused_before_it_is_looked_at(command, tmp_path):
@@ -101,7 +105,7 @@ def test_only_folders_that_the_command_made_are_taken_back(command, tmp_path):
         assert command(*QUICK, "resume=nowhere", f"hydra.run.dir={directory}").status == 2
     assert command("--multirun", *QUICK, wrong, "seed=0,1", "hydra.sweep.dir=sweep").status == 2
     assert content(tmp_path) == before | {
-        "sweep/multirun.yaml": (tmp_path / "sweep/multirun.yaml").read_bytes()
+        f"sweep/{name}": (tmp_path / "sweep" / name).read_bytes() for name in ("multirun.yaml", "sweep.json")
     }
     with pytest.raises(pisa_fl.ConfigurationError):
         pisa_fl.run(pisa_fl.compose(*QUICK, wrong), tmp_path / "theirs" / "from" / "python")
