@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,6 +46,9 @@ def main() -> None:
     # Hydra prints and exits 1 on its own unless told to let exceptions through
     os.environ["HYDRA_FULL_ERROR"] = "1"
     arguments = sys.argv[1:]
+    if arguments == ["--version"]:  # of which Hydra would tell its own
+        print(f"pisa-fl {version('pisa-fl')}")
+        return
     folder = _config_dir(arguments)
     try:
         if folder is not None:
