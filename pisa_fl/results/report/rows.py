@@ -94,17 +94,12 @@ def tabulate(
     spokesmen = [max(group, key=lambda run: "choices" in run.config).config for group in groups]
     columns, values = describe(spokesmen, reserved)
     how = [column for column in columns if not of_problem(column)]
-    what = [column.name for column in columns if of_problem(column)]
+    what = [column for column in columns if of_problem(column)]
+    titles = [_title(config, what, own) for config, own in zip(spokesmen, values, strict=True)]
+    names = _names(what, values, titles)
     return columns, [
-        Row(
-            own,
-            _label(columns, own, values),
-            _label(how, own, values),
-            words(what, own),
-            _title(config, [column for column in columns if of_problem(column)], own),
-            group,
-        )
-        for own, config, group in zip(values, spokesmen, groups, strict=True)
+        Row(own, _label(columns, own, values), _label(how, own, values), name, ", ".join(title), group)
+        for own, name, title, group in zip(values, names, titles, groups, strict=True)
     ]
 
 
@@ -152,13 +147,24 @@ def _label(columns: Sequence[Column], own: Mapping[str, Any], values: Sequence[M
     return f"{written(own[METHOD])} ({what})" if what else written(own[METHOD])
 
 
-def _title(config: Mapping[str, Any], columns: Sequence[Column], own: Mapping[str, Any]) -> str:
+def _names(
+    what: Sequence[Column], values: Sequence[Mapping[str, Any]], titles: Sequence[Sequence[str]]
+) -> list[str]:
+    """For every setting, where its problem differs from others: in values, or, of several, in parts of its title."""
+    differences = [words([column.name for column in what], own) for own in values]
+    common = set.intersection(*map(set, titles))
+    shorter = [", ".join(part for part in title if part not in common) for title in titles]
+    several = len(what) > 1 and len(set(shorter)) == len(set(differences))
+    return shorter if several else differences
+
+
+def _title(config: Mapping[str, Any], columns: Sequence[Column], own: Mapping[str, Any]) -> list[str]:
     """The problem in words, whether or not others differ in it."""
     choices = config.get("choices") or {}
     skew = config.get("partition") or {}
     # what a partitioner's file names first, beside how many clients there are, is how skewed they are
     parameter = next((key for key in skew if key not in ("_target_", "num_partitions", "seed", "own")), None)
-    told = ["data", "partition", f"partition.{parameter}", "clients", "model"]
+    told = ["data", "partition", f"partition.{parameter}", "clients", "model", "participation"]
     parts = [str(choices["data"])] if choices.get("data") else []
     if choices.get("partition"):
         detail = f" ({parameter} {written(skew[parameter])})" if parameter is not None else ""
@@ -167,9 +173,8 @@ def _title(config: Mapping[str, Any], columns: Sequence[Column], own: Mapping[st
         parts.append(f"{config['clients']} clients")
     share = config.get("participation", 1)
     if isinstance(share, int | float) and share < 1:
-        parts.append(f"{share:.0%} of them a round")
-        told.append("participation")
+        parts.append(f"{100 * share:g} % of them a round")
     if choices.get("model"):
         parts.append(str(choices["model"]))
     rest = words([c.name for c in columns if c.key not in told], own)
-    return ", ".join([*parts, *([rest] if rest else [])])
+    return [*parts, *([rest] if rest else [])]

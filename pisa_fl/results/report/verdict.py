@@ -19,6 +19,9 @@ from pisa_fl.results.report.paired import (
 )
 from pisa_fl.results.report.rows import COSTS, Row, numbered
 
+FEW = 3
+"""Settings that a sentence names, at most."""
+
 Verdict = Mapping[str, Sequence[str]]
 """Sentences by the heading that they stand under."""
 
@@ -59,9 +62,16 @@ def difference_in_words(difference: Difference, quality: Metric) -> str:
     own = difference.values
     if not own or not all(map(math.isfinite, own)):
         return ""
-    mean = f"{sum(own) / len(own):.{quality.digits}f}"
-    low, high = f"{min(own):.{quality.digits}f}", f"{max(own):.{quality.digits}f}"
-    return f"{mean} {unit}" if low == high else f"{mean} {unit}, {low} to {high} by seed"
+    mean, low, high = (f"{x:+.{quality.digits}f}" for x in (sum(own) / len(own), min(own), max(own)))
+    text = f"{mean} {unit}" if low == high else f"{mean} {unit}, {low} to {high} by seed"
+    rows = difference.ahead, difference.behind
+    return text if all(len(own) == len(row.runs) for row in rows) else f"{text}, {len(own)} in common"
+
+
+def some(names: Sequence[str], separator: str = ", ") -> str:
+    """The first few of some names, and how many more there are."""
+    left = len(names) - FEW
+    return separator.join(names[:FEW]) + (f" and {left} more" if left > 0 else "")
 
 
 def where(panel: str, first: str = "") -> str:
@@ -86,8 +96,8 @@ def _winners(
         for finding in Finding:
             same = [other for other in others if other.finding == finding]
             if same:
-                named = "; ".join(f"{other.behind.line} ({_behind(other, quality)})" for other in same)
-                text += f" Ahead of {named}: {finding}."
+                named = some([f"{other.behind.line} ({_behind(other, quality)})" for other in same], "; ")
+                text += f" Against {named}: {finding}."
         sentences.append(text)
     return sentences
 
@@ -168,7 +178,7 @@ def _fallen(rows: Sequence[Row], means: pd.DataFrame, quality: Metric) -> list[s
     if not told:
         return []
     return [
-        f"Worse at the end than in the best round, by more than {100 * FALLEN:g} % of it: {'; '.join(told)}."
+        f"Worse at the end than in the best round, by more than {100 * FALLEN:g} % of it: {some(told, '; ')}."
     ]
 
 
@@ -186,7 +196,7 @@ def _failed(rows: Sequence[Row], quality: Metric) -> list[str]:
         told = {label: sorted(seeds) for label, seeds in told.items() if seeds}
         if told:
             count = sum(map(len, told.values()))
-            named = "; ".join(f"{label}, {numbered(seeds)}" for label, seeds in told.items())
+            named = some([f"{label}, {numbered(seeds)}" for label, seeds in told.items()], "; ")
             sentences.append(f"{count} of {total} runs {kind}: {named}. All are counted.")
     return sentences or [f"None of the {total} runs diverged, or ended at chance."]
 
@@ -206,12 +216,15 @@ def _budgets(
             if most <= 1.01 * least:
                 continue
             form = numbers.forms(quality)[cost]
-            told = ", ".join(f"{line} {form.format(value)}" for line, value in own.items())
-            sentences.setdefault(f"Unequal {UNITS[cost]}: {told}.", []).append(panel)
+            told = [f"{line} {form.format(value)}" for line, value in own.items()]
+            if len(told) > FEW:
+                frugal, lavish = min(own, key=own.__getitem__), max(own, key=own.__getitem__)
+                told = [f"from {form.format(least)} ({frugal}) to {form.format(most)} ({lavish})"]
+            sentences.setdefault(f"Unequal {UNITS[cost]}: {', '.join(told)}.", []).append(panel)
             if least > 0:
                 at = [(numbers.at_cost(row, cost, least * 1.0001, quality), row.line) for row in members]
                 at.sort(reverse=quality.better == "higher")
-                named = ", ".join(f"{line} has {numbers.shown(value, form_of_quality)}" for value, line in at)
+                named = some([f"{line} has {numbers.shown(value, form_of_quality)}" for value, line in at])
                 sentences.setdefault(
                     f"At {form.format(least)} {UNITS[cost]} each: {named} ({quality.label}, means).", []
                 ).append(panel)

@@ -87,7 +87,7 @@ def test_what_is_found_of_a_difference(tmp_path, gains, finding):
     write_pairs(tmp_path, [0.8 + gain for gain in gains], [0.8] * len(gains))
     text = sentences(load_runs(tmp_path))[0]
     assert text.startswith("sisa ends best, with ")
-    assert f"Ahead of fedavg ({100 * sum(gains) / len(gains):.2f} points" in text
+    assert f"Against fedavg ({100 * sum(gains) / len(gains):+.2f} points" in text
     assert text.endswith(f": {finding}.")
 
 
