@@ -1,4 +1,4 @@
-"""The command line: `pisa-fl [overrides]`, a Hydra application.
+"""The command line: `pisa-fl [overrides]`, a Hydra application; `pisa-fl --version`.
 
 Exit status: 0 done, 1 the run failed, 2 the configuration is wrong (one sentence, no traceback), 130 interrupted.
 A run of a sweep that fails says which it is; the others go on, and the sweep ends with its status.

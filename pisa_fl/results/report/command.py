@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument(
         "--latex", action="store_true", help="also report.tex: that table, or else all settings"
     )
+    parser.add_argument("--version", action="version", version=f"pisa-fl {version('pisa-fl')}")
     arguments = parser.parse_args()
     tolerate_any_text()
     output = arguments.output or arguments.folders[0]

@@ -74,13 +74,13 @@ def page(runs: Runs, title: str) -> str:
         client_table=tables.clients(clients, runs.quality),
         repeats=[(row, repeat.command(row)) for row in runs.rows],
         versions=_versions(runs.rows),
-        library=_library(),
+        library=library(),
     )
     return text
 
 
 @cache
-def _library() -> str:
+def library() -> str:
     """Vega, Vega-Lite and `vegaEmbed`, which puts charts into a page, as one script."""
     import vl_convert
 
