@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from partitioners.base import Partition
-from partitioners.partition import check, deal, load, save
+from partitioners.partition import check, deal, load, save, save_counts
 from partitioners.picture import draw
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ __all__ = [
     "draw",
     "load",
     "save",
+    "save_counts",
 ]
 
 _HOMES = {

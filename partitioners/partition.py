@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,6 +75,28 @@ def save(partition: Partition, path: str | Path) -> None:
     """Write {"0": [indices], "1": [...], ...} as JSON; the file is either complete or not there."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({str(i): indices.tolist() for i, indices in enumerate(partition)}))
+
+
+def save_counts(
+    partition: Partition, labels: NDArray[np.integer], classes: Sequence[str], path: str | Path
+) -> None:
+    """Write how many examples of each class every client has: client, class, examples; what it has none of is left out.
+
+    Args:
+        partition: every client's indices into `labels`.
+        labels: the examples' classes, integers from 0 to len(classes)-1, shape (n,).
+        classes: the classes' names.
+        path: the CSV file; it is either complete or not there.
+    """
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="replace") as file,
+    ):
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerow(("client", "class", "examples"))
+        for client, indices in enumerate(partition):
+            counts = np.bincount(labels[indices], minlength=len(classes))
+            lines.writerows((client, classes[c], counts[c]) for c in map(int, np.flatnonzero(counts)))
 
 
 @contextmanager

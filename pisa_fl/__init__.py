@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pisa_fl.from_config import prepare
     from pisa_fl.results.observer import Observer
     from pisa_fl.results.result import Result
-    from pisa_fl.runner import resume, run
+    from pisa_fl.results.runs import Runs, load_runs
+    from pisa_fl.runner import load_model, resume, run
 
 __all__ = [
     "ConfigurationError",
@@ -30,7 +31,10 @@ __all__ = [
     "LocalGrid",
     "Observer",
     "Result",
+    "Runs",
     "compose",
+    "load_model",
+    "load_runs",
     "prepare",
     "resume",
     "run",
@@ -49,11 +53,19 @@ _HOMES = {
     "LocalGrid": "engines.local",
     "Observer": "results.observer",
     "Result": "results.result",
+    "Runs": "results.runs",
     "compose": "config",
+    "load_model": "runner",
+    "load_runs": "results.runs",
     "prepare": "from_config",
     "resume": "runner",
     "run": "runner",
 }
+
+
+def __dir__() -> list[str]:
+    """The public names, whether or not they have been asked for."""
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -197,6 +197,21 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: Kept) 
         raise ConfigurationError(f"client {number}: {explain(error)}") from error
 
 
+@own_surroundings()
+def trained(config: DictConfig, weights: Path) -> nn.Module:
+    """The configuration's model with the weights of a file, on the CPU, in evaluation mode.
+
+    Raises:
+        ConfigurationError: The data set or the model cannot be built, or the weights are of another model.
+    """
+    try:
+        model, _ = _model(config, _data(config))
+        _load(model, weights, str(weights))
+        return model.eval()
+    except (ValueError, OSError) as error:
+        raise ConfigurationError(explain(error)) from error
+
+
 def _data(config: DictConfig) -> DataSet:
     """The data set, as it is trained and measured on; what is said of that is not for its loader."""
     node = config.data.copy()
@@ -331,30 +346,40 @@ def _initialise(model: nn.Module, path: Path) -> None:
     Raises:
         ConfigurationError: There is no such file, or it is of another model, or holds what are no weights.
     """
+    _load(model, path, f"init={path}")
+
+
+def _load(model: nn.Module, path: Path, said: str) -> None:
+    """Load weights.
+
+    Args:
+        model: Whose they become.
+        path: A safetensors file.
+        said: How errors name it.
+
+    Raises:
+        ConfigurationError: There is no such file, or it is of another model, or holds what are no weights.
+    """
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ConfigurationError(f"init={path} is no file: give the path of a .safetensors file")
+        raise ConfigurationError(f"{said} is no file: give the path of a .safetensors file")
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ConfigurationError(f"init={path} cannot be read as safetensors: {error}") from error
+        raise ConfigurationError(f"{said} cannot be read as safetensors: {error}") from error
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             raise ConfigurationError(
-                f"init={path} is of another model: {name} is {found} there and {tuple(tensor.shape)} in the model"
+                f"{said} is of another model: {name} is {found} there and {tuple(tensor.shape)} in the model"
             )
         if tensors[name].is_floating_point() != tensor.is_floating_point():
             raise ConfigurationError(
-                f"init={path} is of another model: {name} is {tensors[name].dtype} there and {tensor.dtype} in the"
+                f"{said} is of another model: {name} is {tensors[name].dtype} there and {tensor.dtype} in the"
                 " model"
             )
         if not tensors[name].to(tensor.dtype).isfinite().all():
-            raise ConfigurationError(
-                f"init={path} holds numbers in {name} that are not finite in {tensor.dtype}"
-            )
+            raise ConfigurationError(f"{said} holds numbers in {name} that are not finite in {tensor.dtype}")
     if extra := sorted(tensors.keys() - own.keys()):
-        raise ConfigurationError(
-            f"init={path} is of another model: it holds {extra[0]}, which the model lacks"
-        )
+        raise ConfigurationError(f"{said} is of another model: it holds {extra[0]}, which the model lacks")
     model.load_state_dict(tensors)

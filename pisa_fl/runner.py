@@ -9,15 +9,16 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
-from pisa_fl.checkpoint import load_checkpoint
+from pisa_fl.checkpoint import checkpoints, load_checkpoint
 from pisa_fl.config import ConfigurationError, build, own_folders, own_modules, settle
 from pisa_fl.config.allowed import check_targets
 from pisa_fl.config.builder import makes
 from pisa_fl.config.explain import explain
 from pisa_fl.engines.base import Launcher
 from pisa_fl.federation import Federation, RunError
-from pisa_fl.from_config import Engine, deals, observers, prepare
+from pisa_fl.from_config import Engine, deals, observers, prepare, trained
 from pisa_fl.identity import run_id
 from pisa_fl.metric import Metrics
 from pisa_fl.results import claim, run_directory
@@ -99,7 +100,7 @@ def resume(
             or something is not as it was when the run began.
     """
     directory = directory.absolute()
-    config = _stored(directory, allow)
+    config = stored(directory, "resume", allow)
     if rounds is not None and rounds != config.rounds:
         config.rounds = rounds
         config = settle(config)
@@ -134,24 +135,59 @@ def resume(
         return _run(federation, config, directory, metrics, watching)
 
 
-def _stored(directory: Path, allow: Collection[str]) -> DictConfig:
+def load_model(
+    directory: Path | str, round_number: int | None = None, allow: Collection[str] = ()
+) -> nn.Module:
+    """The trained module of a run directory, on the CPU, in evaluation mode.
+
+    Weights are read from safetensors, and nothing is built that `resume` would not build. The run's data set is needed
+    for the shapes of its inputs and outputs.
+
+    Args:
+        directory: The run directory.
+        round_number: Of the checkpoint whose model it is; None: the end.
+        allow: As `resume`.
+
+    Raises:
+        ConfigurationError: It is no run directory, has something built that is not allowed, or has no such model.
+    """
+    path = Path(directory).absolute()
+    config = stored(path, "load_model", allow)
+    folders = {int(own.name.removeprefix("round-")): own for own in checkpoints(path / "checkpoint")}
+    folder = path if round_number is None else folders.get(round_number)
+    if folder is None or not (folder / "model.safetensors").is_file():
+        kept = ", ".join(map(str, folders)) or "none"
+        wanted = "at its end" if round_number is None else f"of round {round_number}"
+        raise ConfigurationError(
+            f"load_model: {path} has no model {wanted}; there are checkpoints of rounds: {kept} (checkpoint.every and"
+            " checkpoint.keep say which are kept)"
+        )
+    return trained(config, folder / "model.safetensors")
+
+
+def stored(directory: Path, what_for: str, allow: Collection[str]) -> DictConfig:
     """The configuration in a run directory.
+
+    Args:
+        directory: The run directory.
+        what_for: What reads it, as errors say.
+        allow: Packages of which it may have anything built.
 
     Raises:
         ConfigurationError: There is none, or one of another version, or that has something built that is not allowed.
     """
     if not (directory / "config.yaml").is_file():
-        raise ConfigurationError(f"resume: {directory} is not a run directory, it has no config.yaml")
+        raise ConfigurationError(f"{what_for}: {directory} is not a run directory, it has no config.yaml")
     try:
         config = OmegaConf.load(directory / "config.yaml")
     except Exception as error:  # whatever the file makes the YAML parser raise
-        raise ConfigurationError(f"resume: {directory}/config.yaml cannot be read") from error
+        raise ConfigurationError(f"{what_for}: {directory}/config.yaml cannot be read") from error
     if not isinstance(config, DictConfig):
-        raise ConfigurationError(f"resume: {directory}/config.yaml cannot be read as a configuration")
+        raise ConfigurationError(f"{what_for}: {directory}/config.yaml cannot be read as a configuration")
     if "run_id" not in config:
         raise ConfigurationError(
-            f"resume: {directory} was written by another version of pisa-fl, which gave runs no run_id: go on with that"
-            " version, or begin a run anew in another directory"
+            f"{what_for}: {directory} was written by another version of pisa-fl, which gave runs no run_id: go on with"
+            " that version, or begin a run anew in another directory"
         )
     config.allow = sorted({*allow, *own_modules()})  # of this command, and not of the file
     try:
@@ -160,11 +196,11 @@ def _stored(directory: Path, allow: Collection[str]) -> DictConfig:
         folders = "".join(
             f", or give --config-dir {folder} if you trust that" for folder in own_folders(config)
         )
-        raise ConfigurationError(f"resume: {directory}/config.yaml: {error}{folders}") from error
+        raise ConfigurationError(f"{what_for}: {directory}/config.yaml: {error}{folders}") from error
     try:
         return settle(config)
     except ConfigurationError as error:
-        raise ConfigurationError(f"resume: {directory}/config.yaml: {error}") from error
+        raise ConfigurationError(f"{what_for}: {directory}/config.yaml: {error}") from error
 
 
 def _check_begun_lately(federation: Federation, config: DictConfig, directory: Path) -> None:

@@ -50,6 +50,8 @@ def test_the_wheel_holds_configuration_and_data_but_no_tests(wheel):
         assert expected
         assert expected <= names
     assert {"pisa_fl/data/mnist_mini.npz", "pisa_fl/data/MNIST_MINI.md"} <= names
+    assert {f"{package}/py.typed" for package in ("pisa_fl", "strategies", "partitioners")} <= names
+    assert {f"pisa_fl/results/report/template/page.{kind}" for kind in ("html", "css", "js")} <= names
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"pisa_fl", "strategies", "partitioners"}
     assert any(name.endswith("LICENSE") for name in names)

@@ -1,4 +1,4 @@
-"""The command line: `pisa-fl [overrides]`, a Hydra application.
+"""The command line: `pisa-fl [overrides]`, a Hydra application; `pisa-fl --version`.
 
 Exit status: 0 done, 1 the run failed, 2 the configuration is wrong (one sentence, no traceback), 130 interrupted.
 A run of a sweep that fails says which it is; the others go on, and the sweep ends with its status.
@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,6 +42,9 @@ def main() -> None:
     # Hydra prints and exits 1 on its own unless told to let exceptions through
     os.environ["HYDRA_FULL_ERROR"] = "1"
     arguments = sys.argv[1:]
+    if arguments == ["--version"]:  # of which Hydra would tell its own
+        print(f"pisa-fl {version('pisa-fl')}")
+        return
     folder = _config_dir(arguments)
     try:
         if folder is not None:

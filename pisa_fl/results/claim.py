@@ -24,6 +24,7 @@ from pisa_fl.system.locks import HeldError, let_go, take
 FILES = (
     "config.yaml",
     "partition.json",
+    "partition.csv",
     "partition.png",
     "initial.safetensors",
     "model.safetensors",

@@ -77,7 +77,7 @@ def draw_comparison(
         names = [f"{name}, n={count}" for name, count in zip(names, counts, strict=True)]
     for ax, (cost, label) in zip(axes, COSTS.items(), strict=True):
         for index, (name, seeds) in enumerate(zip(names, runs.values(), strict=True)):
-            x, table = _together(seeds, cost, quality)
+            x, table = together(seeds, cost, quality)
             ax.plot(x, np.median(table, axis=0), **_line(index), label=name)
             if len(seeds) > 1:
                 ax.fill_between(
@@ -157,8 +157,8 @@ def megabytes(metrics: Sequence[Metrics]) -> Column:
     return (_column(metrics, "bytes_up") + _column(metrics, "bytes_down")) / 1e6
 
 
-def _together(seeds: Sequence[Sequence[Metrics]], cost: str, quality: Metric) -> tuple[Column, Column]:
-    """Quality of every seed (rows), as people see it, at common points of a cost, and these, as far as all seeds go."""
+def together(seeds: Sequence[Sequence[Metrics]], cost: str, quality: Metric) -> tuple[Column, Column]:
+    """Common points of a cost, as far as all seeds go, and the quality of every seed (rows) there, as people see it."""
     seeds = [tested(metrics, quality) for metrics in seeds]
     x = [megabytes(metrics) if cost == "megabytes" else _column(metrics, cost) for metrics in seeds]
     points = np.unique(np.concatenate(x))

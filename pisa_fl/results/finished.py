@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from pisa_fl.metric import TRAIN_LOSS, Measures, Metrics
-from pisa_fl.results.run_directory import read_metrics
+from pisa_fl.results.run_directory import of_clients, read_metrics
 
 COUNTS = ("round", "passes", "bytes_up", "bytes_down")
 """What every line of metrics.jsonl has as a number; metrics and losses may be null."""
@@ -27,22 +29,32 @@ class Run:
         directory: The run directory.
         config: Its configuration.
         metrics: The lines of metrics.jsonl.
+        summary: The contents of summary.json.
         targets: Values of its quality whose cost it was asked for.
         measures: What was measured.
+        clients: Client number -> metrics on its own examples at the end; None if they were not measured then.
         chance: Quality of whoever always gives the same answer, if it ended no better than that.
     """
 
     directory: Path
     config: Mapping[str, Any]
     metrics: Sequence[Metrics]
+    summary: Mapping[str, Any]
     targets: Sequence[float]
     measures: Measures
+    clients: Mapping[int, Mapping[str, float]] | None = None
     chance: float | None = None
 
     @property
     def seed(self) -> int:
         """What every random draw follows from."""
         return int(self.config["seed"])
+
+    @cached_property
+    def deal(self) -> str | None:
+        """Digest of what was dealt to each client; None if its directory does not say."""
+        path = self.directory / "partition.json"
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
     @property
     def diverged(self) -> bool:
@@ -118,9 +130,10 @@ def read(directory: Path) -> Run:
         chance = float(summary["chance"]) if summary.get("at_chance") else None
     if ended != (rounds[-1], metrics[-1][quality.key]):
         raise ValueError("its summary.json is not of the run in metrics.jsonl")
-    return Run(
-        directory, {str(key): value for key, value in config.items()}, metrics, targets, measures, chance
-    )
+    with _damaged("clients.jsonl"):
+        clients = of_clients(directory, rounds[-1])
+    own = {str(key): value for key, value in config.items()}
+    return Run(directory, own, metrics, summary, targets, measures, clients, chance)
 
 
 @contextmanager

@@ -50,6 +50,9 @@ class Recorder(Observer):
             run_directory.write_weights(initial, federation.model.state_dict())
             if federation.partition:
                 partitioners.save(federation.partition, self._directory / "partition.json")
+                data = federation.data
+                counts = self._directory / "partition.csv"
+                partitioners.save_counts(federation.partition, data.groups, data.group_names, counts)
         self._run = run
 
     def waiting(self, line: str | None) -> None:

@@ -2,6 +2,7 @@
 
 config.yaml           the resolved configuration, and the id of the run
 partition.json        {"0": [indices], ...}; readable by partition=from_file
+partition.csv         client, class, examples: how many of each class every client has
 partition.png         clients x classes, drawn after the first round
 initial.safetensors   weights of round 0, by PyTorch's names; readable by init=
 model.safetensors     final weights
@@ -53,6 +54,9 @@ FLOWER_LOG = "flower.log"
 
 ALWAYS = ("passes", "bytes_up", "bytes_down", "seconds")
 """What every line of metrics.jsonl has, as a number."""
+
+KEPT = ("run_id", "imports", "metrics")
+"""Keys of config.yaml that only a run directory has."""
 
 PACKAGES = ("pisa-fl", "flwr", "flwr-datasets", "hydra-core", "torch", "torchvision", "numpy")
 

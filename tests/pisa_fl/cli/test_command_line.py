@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -432,6 +433,7 @@ def test_a_sweep_makes_a_directory_for_each_run(command, tmp_path):
 
 
 WORTH = """
+from importlib.metadata import version
 from pathlib import Path
 from hydra.experimental.callback import Callback
 
@@ -464,3 +466,8 @@ def test_a_run_of_a_sweep_that_fails_says_which_and_the_others_go_on(command, tm
     (summary,) = tmp_path.glob("multirun/*/*/*/summary.json")
     assert summary.parent.name == "1"
     assert [path.name for path in summary.parent.parent.iterdir() if path.is_dir()] == ["1"]
+
+
+def test_the_version(command):
+    ended = command("--version")
+    assert (ended.status, ended.out) == (0, f"pisa-fl {version('pisa-fl')}\n")

@@ -15,6 +15,8 @@ from PIL import Image
 from pisa_fl import compose
 from pisa_fl.metric import Measures
 from pisa_fl.results import figures, report, run_directory
+from pisa_fl.results.report import page as html
+from pisa_fl.results.report import sweep as sweep_picture
 
 TARGET = 0.8
 
@@ -66,7 +68,7 @@ def columns(rows, *names):
 
 
 def notes_of(text):
-    return [line[2:] for line in text.splitlines() if line.startswith("* ")]
+    return [line[2:] for line in text.partition("\n## Notes\n")[2].splitlines() if line]
 
 
 def cells_and_notes(folder):
@@ -77,8 +79,9 @@ def cells_and_notes(folder):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Reports of which only the table is looked at."""
-    for name in ("draw_comparison", "draw_sweep"):
-        monkeypatch.setattr(figures, name, blank)
+    monkeypatch.setattr(figures, "draw_comparison", blank)
+    monkeypatch.setattr(sweep_picture, "draw_sweep", blank)
+    monkeypatch.setattr(html, "page", lambda runs, title: "")
 
 
 @pytest.fixture
@@ -113,10 +116,12 @@ def test_a_sweep_becomes_one_row_for_each_setting(sweep):
         "medians, not the first's"
     )
     assert columns(rows, "rounds to 80 %", "rounds to 80 %, reached")[::2] == [("inf", "0"), ("1.0", "3")]
-    table = text.splitlines()
-    assert len(table) == 2 + 4, "no notes where nothing is missing"
+    table = text.partition("\n\n")[0].splitlines()
+    assert len(table) == 2 + 4
+    assert notes_of(text) == [], "none where nothing is missing"
     assert len({line.count("|") for line in table}) == 1
-    assert "| 71.00 (70.00-72.00) | 76.00 (75.00-77.00) | 2 | 2 | 8.0 (4.0-12.0) | - |" in table[2]
+    assert "| **71.00 (70.00-72.00)** | **76.00 (75.00-77.00)** | 2 | 2 | 8.0 (4.0-12.0) | - |" in table[2]
+    assert "| 21.00 (20.00-22.00) | 26.00 (25.00-27.00) |" in table[3]
     assert (sweep / "report.md").read_text() == text
     for name in ("comparison.png", "sweep.png"):
         with Image.open(sweep / name) as picture:
@@ -266,8 +271,8 @@ def test_runs_that_are_missing_are_named(sweep):
         "no run of sisa (alpha 0.1) with seed 0, which others have",
         "no run of fedavg (rounds 1) with seed 1, 2, which others have",
         "no run of fedavg with alpha 1.0, which others have",
-        "numbers of rounds differ: sisa (alpha 0.1) 2, fedavg (rounds 2) 2, sisa (alpha 1.0) 2, fedavg (rounds 1) 1",
     ]
+    assert "Unequal rounds: sisa 2, fedavg (rounds 2) 2, fedavg (rounds 1) 1." in text
     assert float(cells(sweep)[0]["final accuracy, %"]) == 71.5, "the median of two is their mean"
 
 
@@ -322,7 +327,7 @@ def test_targets_that_some_runs_reached(tmp_path):
         "nsisa": "3",
         "sisa": "2",
     }
-    assert [line.split(" | ")[-1] for line in text[2:]] == ["- (1 of 3) |", "1 |", "3 (2 of 3) |"]
+    assert [line.split(" | ")[-1] for line in text[2:5]] == ["- (1 of 3) |", "1 |", "3 (2 of 3) |"]
 
 
 def test_a_diverged_run_is_counted_and_told(tmp_path):

@@ -39,6 +39,7 @@ RESIDUALS = {"primal_residual", "dual_residual"}
 FILES = {
     "config.yaml",
     "partition.json",
+    "partition.csv",
     "partition.png",
     "initial.safetensors",
     "model.safetensors",
