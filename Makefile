@@ -21,7 +21,8 @@ run: install  ## the default federation: PISA, 10 clients of two classes each
 	$(BIN)/pisa-fl $(ARGS)
 
 compare: install  ## PISA, SISA and their rivals on two federations: pictures and tables
-	$(BIN)/python -m experiments.compare $(ARGS)
+	$(BIN)/python -m experiments.study part $(ARGS)
+	$(BIN)/python -m experiments.study whole $(ARGS)
 
 # a worker more than CI has cores: those that test federations of processes mostly wait
 test: install lint  ## everything CI checks

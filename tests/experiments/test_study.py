@@ -1,0 +1,66 @@
+"""A study runs what its file says, goes on where it was interrupted, and reports each method at its best."""
+
+import re
+from itertools import product
+
+import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from experiments import study
+from experiments.study import STUDIES, Study
+from pisa_fl import compose
+
+
+def runs(overrides):
+    """Overrides of the single runs of a sweep."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return [list(run) for batch in batches for run in batch]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_setting_and_method_composes(name):
+    known = Study.read(name)
+    assert known.question
+    methods, settings = list(known.methods), list(known.settings)
+    for setting, method in {*product(settings[:1], methods), *product(settings, methods[:1])}:
+        sweep = runs(known.sweep(setting, method))
+        assert len(sweep) % len(known.seeds) == 0
+        compose(*sweep[-1])
+
+
+TINY = """
+question: Which is better?
+common: [model=logistic, clients=5, rounds=2, engine.workers=0, progress=false, tracker=none]
+seeds: [0, 1]
+settings:
+  iid: [partition=iid]
+  skewed: [partition=label_skew]
+methods:
+  pisa: [strategy=pisa]
+  fedavg: [strategy=fedavg, strategy.local_epochs=1, "strategy.lr=1e-9,0.02"]
+"""
+
+
+def test_from_the_file_to_the_report(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "study.yaml").write_text(TINY)
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    monkeypatch.setattr(study, "STUDIES", ["tiny"])
+    out = tmp_path / "out"
+    study.main(["tiny", "--out", str(out), "--settings", "skewed"])
+    assert len(list(out.glob("skewed/fedavg/*/summary.json"))) == 4
+    assert not (out / "iid").exists()
+    text = (out / "report.md").read_text()
+    assert "1e-9" not in text, "the better of the two"
+    assert "0.02" in text or "fedavg" in text
+    first = {path: path.read_bytes() for path in out.rglob("model.safetensors")}
+    table = (out / "signed.csv").read_text()
+    assert len(set(re.findall(r"skewed,(pisa|fedavg),([01]),(\w{16}),(\w{16}),[.\d]+,[.\d]+", table))) == 4
+    study.main(["tiny", "--out", str(out), "--settings", "skewed"])
+    assert (out / "signed.csv").read_text() == table
+    assert {path: path.read_bytes() for path in out.rglob("model.safetensors")} == first
+    with pytest.raises(SystemExit, match="2"):
+        study.main(["tiny", "--out", str(out), "--methods", "nobody"])
+    assert "nobody: choose from pisa, fedavg" in capsys.readouterr().err
