@@ -160,7 +160,7 @@ def clients(data: alt.NamedData, lines: Sequence[str], domain: Sequence[float], 
 
 
 def deal(data: alt.NamedData, classes: Sequence[str]) -> Chart:
-    """What every client has of every class; the darker the more, by the root of the number."""
+    """What every client has of every class; the stronger the colour the more, by the root of the number."""
     return (
         alt.Chart(data)
         .mark_rect(color="var(--deal)")

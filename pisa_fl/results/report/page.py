@@ -195,7 +195,7 @@ def _deals(runs: Runs) -> list[dict[str, Any]]:
                     f"deal-{index}",
                     charts.deal(alt.NamedData("points"), classes),
                     title,
-                    f"{description}; darker is more.",
+                    f"{description}; the stronger the colour, the more.",
                     {"rows": held},
                     height=min(320, 18 * len(classes) + 20),
                     table=table,

@@ -198,7 +198,7 @@ def _failed(rows: Sequence[Row], quality: Metric) -> list[str]:
             count = sum(map(len, told.values()))
             named = some([f"{label}, {numbered(seeds)}" for label, seeds in told.items()], "; ")
             sentences.append(f"{count} of {total} runs {kind}: {named}. All are counted.")
-    return sentences or [f"None of the {total} runs diverged, or ended at chance."]
+    return sentences or ["No run diverged, or ended at chance."]
 
 
 def _budgets(

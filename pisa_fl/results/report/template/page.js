@@ -53,9 +53,8 @@
     for (const [id, figure] of Object.entries(figures)) {
       if (!only(figure)) continue;
       views.get(id)?.finalize();
-      const place = document.getElementById(id);
+      const place = document.getElementById(id).firstElementChild; // what is around it says in words what it shows
       views.set(id, await vegaEmbed(place, drawn(figure, wanted), options));
-      place.querySelector("svg").setAttribute("aria-hidden", "true"); // the place itself has a description
     }
     document.documentElement.dataset.drawn = String(Number(document.documentElement.dataset.drawn || 0) + 1);
     return wanted;
