@@ -41,7 +41,13 @@ IGNORED = {
 }
 """Keys, with all below them, that cannot matter to the numbers; whatever else differs makes another setting."""
 
-UNLESS_SAID = {"engine.precision": "float32", "engine.compiled": False, "data.validation": 0}
+UNLESS_SAID = {
+    "engine.precision": "float32",
+    "engine.compiled": False,
+    "engine.lost": 0.0,
+    "engine.stragglers": 0.0,
+    "data.validation": 0,
+}
 """What holds where there is no such key: of engines that lack it, and in runs of earlier versions."""
 
 APART = ("engine", "tracker")
