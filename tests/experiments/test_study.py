@@ -1,6 +1,7 @@
-"""A study runs what its file says, goes on where it was interrupted, and reports each method at its best."""
+"""A study runs what its file says, and reports each method at its best."""
 
-import re
+import csv
+import json
 from itertools import product
 
 import pytest
@@ -33,7 +34,7 @@ def test_every_setting_and_method_composes(name):
 TINY = """
 question: Which is better?
 common: [model=logistic, clients=5, rounds=2, engine.workers=0, progress=false, tracker=none]
-seeds: [0, 1]
+seeds: [3]
 settings:
   iid: [partition=iid]
   skewed: [partition=label_skew]
@@ -50,17 +51,17 @@ def test_from_the_file_to_the_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "STUDIES", ["tiny"])
     out = tmp_path / "out"
     study.main(["tiny", "--out", str(out), "--settings", "skewed"])
-    assert len(list(out.glob("skewed/fedavg/*/summary.json"))) == 4
+    assert len(list(out.glob("skewed/fedavg/*/summary.json"))) == 2
     assert not (out / "iid").exists()
-    text = (out / "report.md").read_text()
-    assert "1e-9" not in text, "the better of the two"
-    assert "0.02" in text or "fedavg" in text
-    first = {path: path.read_bytes() for path in out.rglob("model.safetensors")}
-    table = (out / "signed.csv").read_text()
-    assert len(set(re.findall(r"skewed,(pisa|fedavg),([01]),(\w{16}),(\w{16}),[.\d]+,[.\d]+", table))) == 4
-    study.main(["tiny", "--out", str(out), "--settings", "skewed"])
-    assert (out / "signed.csv").read_text() == table
-    assert {path: path.read_bytes() for path in out.rglob("model.safetensors")} == first
+    assert "fedavg" in (out / "report.md").read_text()
+    rows = list(csv.DictReader((out / "signed.csv").read_text().splitlines()[:-1]))
+    assert [(row["setting"], row["method"], row["seed"]) for row in rows] == [
+        ("skewed", "pisa", "3"),
+        ("skewed", "fedavg", "3"),
+    ]
+    finals = [json.loads(p.read_text())["final_accuracy"] for p in out.glob("skewed/fedavg/*/summary.json")]
+    assert float(rows[1]["final"]) == max(finals) > min(finals), "the better of the two"
+    assert len({row["weights"] for row in rows}) == len({row["configuration"] for row in rows}) == 2
     with pytest.raises(SystemExit, match="2"):
         study.main(["tiny", "--out", str(out), "--methods", "nobody"])
     assert "nobody: choose from pisa, fedavg" in capsys.readouterr().err

@@ -46,14 +46,14 @@ def always_one(tmp_path):
 
 def test_a_run_at_chance_says_so_ends_early_and_goes_on_if_asked_to(always_one, tmp_path, caplog, capsys):
     init, share = always_one
-    chosen = [*QUICK, *STILL, init, "rounds=9", "stop_at_chance=2", "evaluate_every=2"]
+    chosen = [*QUICK, *STILL, init, "rounds=5", "stop_at_chance=2", "evaluate_every=2"]
     result = pisa_fl.run(pisa_fl.compose(*chosen), tmp_path / "run")
     # the untrained model counts for nothing
     assert [line["round"] for line in result.metrics] == [0, 1, 2, 3, 4]
     assert result.summary["rounds"] == 4
     assert result.summary["at_chance"] is True
     assert result.summary["chance"] == result.summary["final_accuracy"] == pytest.approx(share)
-    assert "ended after round 4 of 9: accuracy was no better than a guess" in caplog.text
+    assert "ended after round 4 of 5: accuracy was no better than a guess" in caplog.text
     assert "at chance" in capsys.readouterr().out
     text = report([tmp_path / "run"], tmp_path / "report", "")
     assert f"ended AT CHANCE: its accuracy is no better than {100 * share:.2f} %" in text
@@ -62,7 +62,7 @@ def test_a_run_at_chance_says_so_ends_early_and_goes_on_if_asked_to(always_one, 
     (tmp_path / "run" / "config.yaml").write_text(config.replace("stop_at_chance: 2", "stop_at_chance: null"))
     went_on = pisa_fl.resume(tmp_path / "run")
     whole = pisa_fl.run(pisa_fl.compose(*chosen, "stop_at_chance=null"), tmp_path / "whole")
-    assert went_on.summary["rounds"] == 9
+    assert went_on.summary["rounds"] == 5
     assert [line["test_loss"] for line in went_on.metrics if "test_loss" in line] == [
         line["test_loss"] for line in whole.metrics if "test_loss" in line
     ]
