@@ -30,7 +30,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from pisa_fl.results.finished import Run, read
+from pisa_fl.results.figures import qualities
+from pisa_fl.results.finished import Run, find_runs
 from pisa_fl.results.report import report
 from pisa_fl.results.settings import identify
 from pisa_fl.system.files import write
@@ -103,13 +104,13 @@ def best(runs: Sequence[Run], tuned: Sequence[str]) -> list[Run]:
 
 
 def finished(folder: Path) -> list[Run]:
-    """The runs of a sweep that came to their end."""
-    runs = []
-    for directory in sorted(path.parent for path in folder.glob("*/summary.json")):
-        try:
-            runs.append(read(directory))
-        except (ValueError, OSError) as error:
-            print(f"{directory} is left out: {error}", file=sys.stderr)
+    """The runs of a sweep that came to their end; what is left out is said."""
+    try:
+        runs, notes = find_runs([folder])
+    except ValueError:
+        return []
+    for note in notes:
+        print(note, file=sys.stderr)
     return runs
 
 
@@ -121,8 +122,8 @@ def signed(runs: Mapping[tuple[str, str], Sequence[Run]]) -> str:
     for (setting, method), group in runs.items():
         for run in sorted(group, key=lambda run: run.seed):
             quality = run.measures.quality
-            values = [line[quality.key] for line in run.metrics if line.get(quality.key) is not None]
-            best_value = max(values) if quality.better == "higher" else min(values)
+            values = qualities(run.metrics, quality)
+            best_value = values.max() if quality.better == "higher" else values.min()
             [configuration] = identify([run.config])
             digests = _hash(configuration.encode()), _hash(*_bits(run.directory / "model.safetensors"))
             table.writerow([setting, method, run.seed, *digests, values[-1], best_value])

@@ -47,7 +47,7 @@ it: after 5 rounds simple_cnn has 69.8 %, and 18.1 % with a plain mean of the sa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ from strategies.base.averaging import Answers, Averaging, mean
 from strategies.base.client import Batch, Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.messages import WEIGHTS, Field, RoundError, squared
-from strategies.local_sgd import LocalSgd
+from strategies.local_sgd import Local, LocalSgd
 from strategies.preconditioners.eigenbases import Eigenbases, Side
 from strategies.preconditioners.kfac_factors import Factors
 
@@ -193,30 +193,17 @@ class FedPmClient(LocalSgd):
 
     Args:
         layout: Layout of the model's parameters.
-        lr: Learning rate.
-        momentum: Momentum of the steps within a round.
-        weight_decay: Added to the steps as weight_decay * w_i.
-        local_epochs: Passes over the client's examples in a round.
         damping: Added to the mean of a a^T.
         max_side: Of longer sides only the diagonal of P_i is taken; the server's.
-        lr_decay: Factor of lr from round to round.
+        local: As `LocalSgd`'s; momentum is of the steps g P_i^-1, and the optimizer must be SGD or SAM.
 
     Raises:
         ValueError: A number is outside its range, or the model has no linear layer or convolution.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        local_epochs: int,
-        damping: float,
-        max_side: int,
-        lr_decay: float = 1.0,
-    ) -> None:
-        super().__init__(layout, lr, momentum, weight_decay, local_epochs, lr_decay)
+    def __init__(self, layout: Layout, damping: float, max_side: int, **local: Unpack[Local]) -> None:
+        super().__init__(layout, **local)
+        self.require_sgd("FedPM's steps are by P_i")
         checks.positive("damping", damping)
         self.damping, self._roots = damping, Roots(layout, max_side)
 

@@ -15,15 +15,8 @@ from typing import Any
 IGNORED = {
     "seed",  # in which the runs of one setting differ
     *("name", "run_id", "choices", "imports"),  # how a run is called, and where its classes were found
-    *(
-        "resume",
-        "allow",
-        "checkpoint",
-        "progress",
-        "targets",
-        "tracker",
-        "redraw",
-    ),  # how it is watched and goes on
+    # how it is watched and goes on
+    *("resume", "allow", "checkpoint", "progress", "targets", "tracker", "redraw"),
     "metrics",  # what its task measures
     *("data.cache", "state", "strategy.server.state"),  # where arrays are kept
     "strategy.rounds",  # suggests `rounds`, which counts
