@@ -155,7 +155,7 @@ export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME
 # the SuperNode gives the client's work to who knows this secret, and not to any process of this host
 rm -f superexec-secret
 head -c 32 /dev/urandom >superexec-secret
-flower-superexec --insecure --runtime-api-address 127.0.0.1:{port} --parent-pid $$ \\
+pisa-fl-superexec --insecure --runtime-api-address 127.0.0.1:{port} --parent-pid $$ \\
     --superexec-auth-secret-file superexec-secret &
 exec {command} \\
     --isolation process --superexec-auth-secret-file superexec-secret

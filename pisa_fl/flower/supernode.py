@@ -4,6 +4,8 @@ With every run a SuperLink sends an app bundle, and names the module in it that 
 first on Python's path and runs it. Here the SuperNode takes a bundle of its own in its place, which holds nothing
 but the name of the installed app. Of the server's it keeps the configuration, which
 `pisa_fl.config.allowed` looks through.
+
+Flower's own looks for messages every three seconds, which most of a round's seconds would be; this one oftener.
 Arguments are those of `flower-supernode`.
 """
 
@@ -11,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -27,11 +30,25 @@ from flwr.supernode.cli import flower_supernode
 from pisa_fl.config.allowed import SIMULATION
 from pisa_fl.flower.bundle import BUNDLE
 
+LOOK = 0.25
+"""Seconds between looks for messages at the SuperLink."""
+
 
 def own_bundle() -> Fab:
     """The bundle that names the installed app."""
     content, _ = build_fab_from_files({"pyproject.toml": BUNDLE.format(version=version("pisa-fl")).encode()})
     return Fab(hashlib.sha256(content).hexdigest(), content, {})
+
+
+def patient(receive: Callable[[], Any]) -> Callable[[], Any]:
+    """A way to receive a message that waits until there is one."""
+
+    def received() -> Any:
+        while (message := receive()) is None:
+            time.sleep(LOOK)
+        return message
+
+    return received
 
 
 def main() -> None:
@@ -50,7 +67,7 @@ def main() -> None:
     @contextmanager
     def connect_for_messages(*arguments: Any, **named: Any) -> Iterator[tuple[Any, ...]]:
         with connect(*arguments, **named) as (node, receive, send, get_run, _, *rest):
-            yield node, receive, send, lambda run_id: own_run(get_run(run_id)), lambda *_: fab, *rest
+            yield node, patient(receive), send, lambda run_id: own_run(get_run(run_id)), lambda *_: fab, *rest
 
     start_client_internal._init_connection = connect_for_messages
     os.environ.pop(SIMULATION, None)

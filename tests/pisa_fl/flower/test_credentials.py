@@ -367,8 +367,8 @@ def play(tmp_path):
     """Runs a script of a folder that was carried elsewhere, from a third folder."""
     commands = tmp_path / "commands"
     commands.mkdir()
-    (commands / "flower-superexec").write_text('#!/bin/sh\nprintf "%s\\n" "$@" >superexec\n')
-    (commands / "flower-superexec").chmod(0o755)
+    (commands / "pisa-fl-superexec").write_text('#!/bin/sh\nprintf "%s\\n" "$@" >superexec\n')
+    (commands / "pisa-fl-superexec").chmod(0o755)
     for name in ("pisa-fl-superlink", "pisa-fl-supernode", "flwr"):
         (commands / name).write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\nenv | grep -E "^(FLWR|PISA)_"\n')
         (commands / name).chmod(0o755)

@@ -307,15 +307,16 @@ def wait_until(condition, run, seconds=300):
 
 
 def solving(host):
-    """Client processes on a host."""
-    found = []
-    for pid in ip("netns", "pids", host.namespace).split():
+    """Client processes on a host: forks of the one that waits with everything imported."""
+    servers, parents = set(), {}
+    for pid in map(int, ip("netns", "pids", host.namespace).split()):
         try:
-            if b"flwr-clientapp" in Path("/proc", pid, "cmdline").read_bytes():
-                found.append(int(pid))
+            if b"multiprocessing.forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                servers.add(pid)
+                parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    return found
+    return [pid for pid, parent in parents.items() if parent in servers]
 
 
 @pytest.fixture
@@ -364,7 +365,7 @@ def test_a_run_has_the_local_engines_bits_and_goes_on_without_clients_that_are_k
     def in_a_solve(host):
         wait_until(lambda: not solving(host), run)  # the one of the round before has gone
         wait_until(lambda: solving(host), run)
-        time.sleep(2)  # into its start or its solve
+        time.sleep(0.2)  # into its solve
 
     wait_until(lambda: len(lines(metrics)) > 2, run)
     in_a_solve(first)
