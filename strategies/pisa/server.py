@@ -32,6 +32,7 @@ from strategies.pisa.bound import bounded
 from strategies.pisa.ledger import Ledger, Observed
 from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
+from strategies.pisa.trim import trimmed
 from strategies.pisa.wire import (
     KNOWN,
     OFFSET,
@@ -67,6 +68,8 @@ class Pisa(ServerHalf):
         consensus: `all` (the paper) or `fresh`; see `strategies.pisa.ledger`.
         bound: Sum of the shares by which all matrices may move in a round (`strategies.pisa.bound`); None for no bound.
         friction: Share of the duals' average that a round takes away, in [0, 1); 0 in the paper.
+        trim: Share of the clients that answer whose gradients are moved to the nearest others', at either end of every
+            element (`strategies.pisa.trim`), in [0, 1/2]; 0 for none, the paper's; 1/2 leaves the median.
         device: Where Q is kept and solved with; the ledger's rows stay in the CPU's memory.
 
     Raises:
@@ -90,6 +93,7 @@ class Pisa(ServerHalf):
         consensus: Literal["all", "fresh"] = "all",
         bound: float | None = None,
         friction: float = 0.0,
+        trim: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> None:
         checks.not_negative("lambda_", lambda_)
@@ -104,7 +108,14 @@ class Pisa(ServerHalf):
         self.lambda_, self.align_every, self.lag, self.bound = lambda_, align_every, lag, bound
         self.by_gradient = by_gradient(wire, align_every, local_steps, self.preconditioner)
         check_alignment(align_every, penalty, self.preconditioner)
-        self.forget_after = forget_after
+        checks.fraction("trim", trim)
+        if trim > 0.5:
+            raise ValueError(f"trim must be 0.5, which leaves the median, or less, got {trim}")
+        if trim and not self.by_gradient:
+            raise ValueError(
+                "trim looks at gradients, which clients do not send: set wire=gradient, or trim=0"
+            )
+        self.forget_after, self.trim = forget_after, trim
         statistic = sum(field.size for field in self.preconditioner.statistic_fields().values())
         table = None if consensus == "all" else statistic if align_every else 0
         self.friction = friction
@@ -147,8 +158,12 @@ class Pisa(ServerHalf):
         heard = Answers.of(replies)
         if not heard.arrays:
             return None, None
+        answers = heard.arrays
         with one_thread():
-            return self._aggregate(server_round, heard.arrays, heard.examples)
+            if self.trim:
+                gradients = trimmed({node: said[GRADIENT] for node, said in answers.items()}, self.trim)
+                answers = {node: said | {GRADIENT: gradients[node]} for node, said in answers.items()}
+            return self._aggregate(server_round, answers, heard.examples)
 
     def _aggregate(
         self, server_round: int, answers: Mapping[int, dict[str, Tensor]], examples: Mapping[int, int]

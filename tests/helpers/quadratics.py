@@ -225,6 +225,7 @@ def pisa_bench(
     lag=1,
     bound=None,
     friction=0.0,
+    trim=0.0,
     **options,
 ):
     """A bench of PISA with a preconditioner, by name or made from a layout; other options are of its penalty."""
@@ -242,6 +243,7 @@ def pisa_bench(
             local_steps=local_steps,
             consensus=consensus,
             bound=bound,
+            trim=trim,
             forget_after=forget_after,
         ),
         PisaClient(LAYOUT, make, penalty, align_every, local_steps, "mean", **both, **sending),
