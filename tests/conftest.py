@@ -1,8 +1,13 @@
-"""How several processes (`pytest --numprocesses 2`) share the tests: file by file, those that take long first.
+"""What all tests share: how they are dealt to processes, and what would take time and prove nothing.
+
+Several processes (`pytest --numprocesses 2`) share the tests file by file, those that take long first.
 
 So whatever a file starts for its tests (hosts, Ray, runs) is started once, and nobody waits for a long file at the end.
 Those of Ray begin when Flower's simulation, which starts Ray as well, is nearly done.
 """
+
+import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,3 +31,15 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def in_this_process() -> Iterator[None]:
+    """Runs that do not ask for workers compute here: the bits are the same, and to fork takes as long as a small run.
+
+    Nor does anybody wait for the disk: who is killed leaves what it wrote, and no test cuts the power.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pisa_fl.engines.local.cores", lambda: 0)
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield

@@ -50,7 +50,7 @@ class Counter:
 
     def __init__(self, folder, fatal):
         self.folder, self.fatal, self.count = str(folder), fatal, 0
-        self.fsync, self.save = os.fsync, checkpoint.save_file
+        self.save = checkpoint.save_file
         os.fsync, checkpoint.save_file = self.count_fsync, self.count_save  # neither raises an audit event
         sys.addaudithook(self.hear)
 
@@ -60,9 +60,8 @@ class Counter:
         if below and (written or event in OPERATIONS):
             self.next()
 
-    def count_fsync(self, handle):
+    def count_fsync(self, handle):  # and waits for no disk: a kill does not cut the power
         self.next()
-        self.fsync(handle)
 
     def count_save(self, tensors, file):
         self.next()
