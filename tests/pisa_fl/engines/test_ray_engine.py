@@ -35,13 +35,27 @@ RAY = ("engine=ray", "engine.actors=2")
 RAYS_WORDS = ("raylet", "ray::", "RayTaskError", "ActorDied", "Worker ID")
 
 
+QUIETLY = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+
 @pytest.fixture(scope="module")
-def two_processors():
-    """One Ray for the runs of this module."""
-    settings = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-    ray.init(address="local", num_cpus=2, **settings)
-    yield
-    ray.shutdown()
+def machines():
+    """One Ray for this module: a cluster of two machines with a processor each."""
+    from ray.cluster_utils import Cluster
+
+    soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}  # a lost machine is missed
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": soon}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def two_processors(machines):
+    """Ray runs in this process, on both machines."""
+    if not ray.is_initialized():
+        ray.init(address=machines.address, **QUIETLY)
 
 
 @pytest.fixture
@@ -109,14 +123,10 @@ def undisturbed(tmp_path_factory):
     return directory
 
 
-def test_it_ends_with_the_bits_of_the_local_engine(two_processors, tmp_path, monkeypatch):
-    chosen = [
-        "strategy=fedavg",
-        "strategy.local_epochs=1",
-        "model=simple_cnn",
-        "participation=0.5",
-        "rounds=3",
-    ]
+def test_stopped_and_resumed_it_ends_with_the_bits_of_the_local_engine(two_processors, tmp_path, monkeypatch):
+    """The official form's clients keep moments that the ledger does not have."""
+    chosen = ["strategy=sisa_official", "partition=quantity", "participation=0.5"]
+    run(tmp_path / "local", *chosen)
     stored, fetched = [], []
     put, get = ray.put, ray.get
 
@@ -126,25 +136,16 @@ def test_it_ends_with_the_bits_of_the_local_engine(two_processors, tmp_path, mon
 
     monkeypatch.setattr(ray, "put", lambda value: stored.append(type(value).__name__) or put(value))
     monkeypatch.setattr(ray, "get", watched_get)
-    metrics = run(tmp_path / "ray", *RAY, *chosen).metrics
-    run(tmp_path / "local", *chosen)
-    assert_same_run(tmp_path / "ray", tmp_path / "local")
-    # whatever the number of actors, what a round sends to everyone is stored once; every client answers once
-    assert stored == ["Clients"] + ["ArrayRecord"] * (len(metrics) - 1)
-    replies = [value for value in fetched if isinstance(value, Message)]
-    assert len(replies) == sum(line["clients_ok"] for line in metrics)
-
-
-def test_stopped_and_resumed_it_ends_with_the_same_bits(two_processors, tmp_path, monkeypatch):
-    """The official form's clients keep moments that the ledger does not have."""
-    chosen = ["strategy=sisa_official", "partition=quantity"]
-    run(tmp_path / "local", *chosen)
     after_round(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted):
         run(tmp_path / "ray", *RAY, *chosen)
     assert len(metrics_of(tmp_path / "ray")) == 3
-    pisa_fl.resume(tmp_path / "ray")
+    metrics = pisa_fl.resume(tmp_path / "ray").metrics
     assert_same_run(tmp_path / "ray", tmp_path / "local")
+    # whatever the number of actors, what a round sends to everyone is stored once; every client answers once
+    assert stored == ["Clients", *2 * ["ArrayRecord"], "Clients", *3 * ["ArrayRecord"]]
+    replies = [value for value in fetched if isinstance(value, Message)]
+    assert len(replies) == sum(line["clients_ok"] for line in metrics)
 
 
 # --- actors that die
@@ -188,28 +189,24 @@ class KilledTwice(PisaClient):
 def test_no_client_is_lost_when_actors_are_killed(
     two_processors, undisturbed, tmp_path, monkeypatch, own_module, caplog, capfd
 ):
-    """One between two rounds, one in the middle of a client's solution."""
+    """Once between two rounds, once in the middle of a client's solution."""
     capfd.readouterr()
 
-    def kill_one():
-        pid = min(int(path.name.removeprefix("pid-")) for path in (tmp_path / "mine").glob("pid-*"))
-        os.kill(pid, signal.SIGKILL)
+    def kill():
+        [path] = (tmp_path / "mine").glob("pid-*")
+        os.kill(int(path.name.removeprefix("pid-")), signal.SIGKILL)
 
-    after_round(monkeypatch, 2, kill_one)
-    run(tmp_path / "ray", *RAY, f"strategy.client._target_={own_module(KILLED)}.Killed")
-    assert len(list((tmp_path / "mine").glob("pid-*"))) == 4
+    after_round(monkeypatch, 2, kill)
+    one = ("engine=ray", "engine.actors=1", f"strategy.client._target_={own_module(KILLED)}.Killed")
+    run(tmp_path / "ray", *one)
+    assert len(list((tmp_path / "mine").glob("pid-*"))) == 3
     assert [line["clients_failed"] for line in metrics_of(tmp_path / "ray")] == [0] * 6
     # those who lost their state were asked twice, so more was sent
     counted = [{k: v for k, v in m.items() if k != "bytes_down"} for m in metrics_of(tmp_path / "ray")]
     assert counted == [{k: v for k, v in m.items() if k != "bytes_down"} for m in metrics_of(undisturbed)]
     assert weights_of(tmp_path / "ray") == weights_of(undisturbed)
-    between, within = (record.getMessage() for record in caplog.records)
-    numbers = {
-        f"the actor of clients {', '.join(map(str, range(n, 10, 2)))} ended (its process died) and was replaced"
-        for n in (0, 1)
-    }
-    assert between in numbers
-    assert within == min(numbers)  # client 4 is an even one
+    said = "the actor of clients 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 ended (its process died) and was replaced"
+    assert [record.getMessage() for record in caplog.records] == [said, said]
     assert_not_rays_words(caplog.text, *capfd.readouterr())
 
 
@@ -217,9 +214,10 @@ def test_a_client_that_kills_every_actor_or_errs_is_left_out_alone(
     two_processors, tmp_path, own_module, caplog, capfd
 ):
     """A client's error is reported once with its own traceback."""
-    run(tmp_path, *RAY, "rounds=4", f"strategy.client._target_={own_module(KILLED)}.KilledTwice")
+    one = ("engine=ray", "engine.actors=1", f"strategy.client._target_={own_module(KILLED)}.KilledTwice")
+    run(tmp_path, *one, "rounds=3")
     counts = [(m["clients_ok"], m["clients_failed"]) for m in metrics_of(tmp_path)[1:]]
-    assert counts == [(9, 1), (9, 1), (9, 1), (10, 0)]
+    assert counts == [(9, 1), (9, 1), (9, 1)]
     killed, first, second = lines_of(tmp_path / "failures.jsonl")
     reason = "its actor ended a second time: its process died"
     assert killed == {"round": 1, "client": 4, "reason": reason}
@@ -230,47 +228,6 @@ def test_a_client_that_kills_every_actor_or_errs_is_left_out_alone(
     assert caplog.text.count("Traceback (most recent call last)") == 1
     assert len([record for record in caplog.records if "ArithmeticError" in record.getMessage()]) == 2
     assert_not_rays_words(traceback, caplog.text, *capfd.readouterr())
-
-
-MACHINES = """
-import logging, sys
-import pisa_fl, pisa_fl.results.console
-import pisa_fl.engines.ray_actors  # settles what Ray prints, before it is imported
-import ray
-from ray.cluster_utils import Cluster
-
-logging.basicConfig(level=logging.WARNING, format="%(name)s %(message)s")
-quickly = {f"health_check_{key}": value for key, value in
-           {"initial_delay_ms": 0, "period_ms": 200, "timeout_ms": 2000, "failure_threshold": 5}.items()}
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": quickly})
-other = cluster.add_node(num_cpus=1)
-show = pisa_fl.results.console.Display.round
-
-def show_and_lose(display, metrics):
-    show(display, metrics)
-    if metrics["round"] == 2:
-        cluster.remove_node(other, allow_graceful=False)
-
-pisa_fl.results.console.Display.round = show_and_lose
-config = pisa_fl.compose(*sys.argv[1:], "engine=ray", f"engine.address={cluster.address}")
-pisa_fl.run(config, "run")
-ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-print("still there", ray.get(ray.remote(lambda: 6 * 7).remote()))
-ray.shutdown()
-cluster.shutdown()
-"""
-
-
-def test_the_clients_of_a_lost_machine_move_to_the_others(undisturbed, tmp_path):
-    """A cluster of two machines with a processor each, that was there before and is there afterwards."""
-    line = [sys.executable, "-c", MACHINES, *COMMON, "round_timeout=60"]
-    ended = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert "still there 42" in ended.stdout
-    mine = [line for line in ended.stderr.splitlines() if line.startswith("pisa_fl")]
-    assert "no machine is left for the actor of clients" in mine[-1]
-    assert [line["clients_failed"] for line in metrics_of(tmp_path / "run")] == [0] * 6
-    assert weights_of(tmp_path / "run") == weights_of(undisturbed)
 
 
 # --- clients that are slow
@@ -370,7 +327,7 @@ def group_members(group):
 
 def test_ctrl_c_reaches_every_process_and_leaves_a_checkpoint_and_nobody(tmp_path):
     """A terminal sends it to the command and to the Ray that the command started."""
-    arguments = [*COMMON, "engine=ray", "rounds=60", "hydra.run.dir=run"]
+    arguments = [*COMMON, "engine=ray", "engine.actors=1", "rounds=60", "hydra.run.dir=run"]
     process = subprocess.Popen(
         [sys.executable, "-c", SLOWLY, *arguments],
         cwd=tmp_path,
@@ -403,7 +360,6 @@ def test_ctrl_c_reaches_every_process_and_leaves_a_checkpoint_and_nobody(tmp_pat
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("engine.actors=0", "engine.actors must be a whole number of at least 1 or auto, got 0"),
         ("engine.actors=many", "engine.actors must be a whole number of at least 1 or auto, got many"),
         ("engine.actors=3", "engine.actors=3: Ray has room for 2 actors"),
         ("engine.cpus=4", "engine.actors=auto: Ray has room for 0 actors of engine.cpus=4"),
@@ -489,10 +445,28 @@ class Locked(PisaClient):
 def test_clients_that_cannot_live_in_another_process(
     two_processors, tmp_path, own_module, half, words, capfd
 ):
+    one = ("engine=ray", "engine.actors=1", f"strategy.client._target_={own_module(UNFIT)}.{half}")
     with pytest.raises(ConfigurationError) as refused:
-        run(tmp_path / "run", *RAY, f"strategy.client._target_={own_module(UNFIT)}.{half}")
+        run(tmp_path / "run", *one)
     assert str(refused.value) == words
     assert_not_rays_words(*capfd.readouterr())
+
+
+def test_the_clients_of_a_lost_machine_move_to_the_others(
+    machines, undisturbed, tmp_path, monkeypatch, caplog
+):
+    """The cluster was there before the run, and is there afterwards. It is the last test of those that use it."""
+    ray.shutdown()
+    [other] = machines.worker_nodes
+    after_round(monkeypatch, 2, lambda: machines.remove_node(other, allow_graceful=False))
+    run(tmp_path / "run", "engine=ray", f"engine.address={machines.address}", "round_timeout=60")
+    assert "no machine is left for the actor of clients" in caplog.records[-1].getMessage()
+    assert [line["clients_failed"] for line in metrics_of(tmp_path / "run")] == [0] * 6
+    assert weights_of(tmp_path / "run") == weights_of(undisturbed)
+    assert not ray.is_initialized()
+    ray.init(address=machines.address, **QUIETLY)
+    assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42
+    ray.shutdown()
 
 
 @pytest.mark.parametrize(
