@@ -33,7 +33,7 @@ METHODS = {
     "gradients": ["strategy=pisa", "strategy.compression=int8"],
     "own moments": ["strategy=sisa_official"],
     "adaptive server": ["strategy=fedadam", "strategy.local_epochs=1"],
-    "control variates": ["strategy=scaffold", "strategy.local_epochs=1"],
+    "control variates": ["strategy=scaffold", "strategy.local_epochs=1", "engine.workers=2"],
     "weights of their own": [
         *(
             "strategy=ditto",
@@ -77,10 +77,8 @@ def reference(method, tmp_path_factory):
     return directory
 
 
-def test_stopped_after_each_of_its_rounds_it_ends_with_the_same_bits(
-    method, reference, tmp_path, monkeypatch
-):
-    """By a signal, and by a file `stop`."""
+def test_stopped_twice_it_ends_with_the_same_bits(method, reference, tmp_path, monkeypatch):
+    """By a signal, and by a file `stop`; test_chaos.py stops a run after each of its rounds."""
     show = Display.round
 
     def show_and_stop(display, metrics):
@@ -89,9 +87,11 @@ def test_stopped_after_each_of_its_rounds_it_ends_with_the_same_bits(
             os.kill(os.getpid(), signal.SIGINT) if last % 2 else (tmp_path / "stop").touch()
 
     monkeypatch.setattr(Display, "round", show_and_stop)
-    for last in range(ROUNDS):
+    for last in (1, 2):
         with pytest.raises(Interrupted) as stopped:
-            pisa_fl.resume(tmp_path) if last else pisa_fl.run(pisa_fl.compose(*overrides(method)), tmp_path)
+            pisa_fl.resume(tmp_path) if last > 1 else pisa_fl.run(
+                pisa_fl.compose(*overrides(method)), tmp_path
+            )
         assert str(stopped.value) == (
             f"stopped after round {last} of {ROUNDS}; go on with: pisa-fl resume={tmp_path}"
         )
@@ -173,7 +173,7 @@ def start(tmp_path, *arguments):
     while process.poll() is None and not (
         metrics.is_file() and metrics.read_text().count("\n") > max(done, 2)
     ):
-        time.sleep(0.005)
+        time.sleep(0.02)
     return process
 
 
@@ -247,9 +247,8 @@ def test_as_many_checkpoints_are_kept_as_asked_for(finished):
 DAMAGES = (truncate, flip, os.remove, lambda path: path.write_text("null"))
 
 
-@pytest.mark.parametrize(("name", "damage"), [*zip((*NAMES, SUMS), DAMAGES, strict=True)])
-def test_a_damaged_checkpoint_is_passed_over(copy, finished, caplog, name, damage):
-    damage(copy / "checkpoint" / "round-000004" / name)
+def test_a_damaged_checkpoint_is_passed_over(copy, finished, caplog):
+    flip(copy / "checkpoint" / "round-000004" / "clients-0000.safetensors")
     (copy / "model.safetensors").unlink()
     pisa_fl.resume(copy)
     assert "checkpoint round-000004 is damaged" in caplog.text
@@ -333,7 +332,7 @@ def test_a_run_that_fails_leaves_a_checkpoint_of_its_last_round(finished, tmp_pa
     assert_same_end(tmp_path, finished)
 
 
-@pytest.mark.parametrize("limit", [10_000, 40_000, 400_000])
+@pytest.mark.parametrize("limit", [10_000, 400_000])
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(command, tmp_path, finished, limit):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
@@ -342,7 +341,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(command, tm
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     run = tmp_path / "run"
-    file = {10_000: "initial.safetensors", 40_000: "partition.json"}.get(limit, "checkpoint/round-00000")
+    file = {10_000: "initial.safetensors"}.get(limit, "checkpoint/round-00000")
     assert (ended.status, ended.err.count("\n")) == (1, 1)
     assert ended.err.startswith(f"pisa-fl: {run}/{file}")
     assert ended.err.endswith(f": File too large; go on with: pisa-fl resume={run}\n")
@@ -596,9 +595,7 @@ def swap(path):
     ("name", "damage", "words"),
     [
         ("partition.json", swap, "partition.json is not what was dealt"),
-        ("partition.json", truncate, "partition.json is not what was dealt"),
         ("initial.safetensors", flip, "initial.safetensors does not hold the weights"),
-        ("initial.safetensors", truncate, "initial.safetensors does not hold the weights"),
     ],
 )
 def test_other_files(copy, command, name, damage, words):
@@ -612,11 +609,7 @@ def test_other_files(copy, command, name, damage, words):
     "change",
     [
         {"seed": 1},
-        {"batch_size": 32},
-        {"strategy__rho": 7.0},
         {"strategy__server__lambda_": 0.5},
-        {"partition__classes_per_client": 3},
-        {"model__hidden": [10]},
         {"engine__precision": "bfloat16"},
     ],
     ids=str,
