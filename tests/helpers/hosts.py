@@ -248,5 +248,5 @@ def _environment() -> dict[str, str]:
     return own | {
         "PATH": f"{Path(sys.executable).parent}:{own['PATH']}",
         "OMP_NUM_THREADS": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
     }
