@@ -144,7 +144,7 @@ def test_sisa_keeps_its_books_and_its_accuracy_whatever_happens_to_the_replies()
 
 
 def test_pisa_keeps_its_books_and_its_accuracy_whatever_happens_to_the_replies():
-    rounds, overrides = 25, (*QUICK, "partition.classes_per_client=2")
+    rounds, overrides = 15, (*QUICK, "partition.classes_per_client=2")
     undisturbed = list(prepare(pisa_fl.compose(*overrides, f"rounds={rounds}")).rounds(rounds))
     logging.getLogger("pisa_fl.server.gateway").setLevel(logging.CRITICAL)
     chosen = pisa_fl.compose(*overrides, f"rounds={2 * rounds}")

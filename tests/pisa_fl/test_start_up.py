@@ -52,9 +52,7 @@ def printed(program, *arguments, cwd):
 @pytest.mark.parametrize(
     ("module", "argument"),
     [
-        ("cli.main", "--help"),
         ("cli.main", "--cfg=job"),
-        ("cli.main", "nonsense=1"),
         ("cli.main", "strategy=nonsense"),
         ("cli.main", "rounds=nonsense"),
         ("results.report", "--help"),

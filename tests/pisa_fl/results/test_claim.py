@@ -11,6 +11,7 @@ import yaml
 from filelock import FileLock
 
 import pisa_fl
+from pisa_fl.identity import run_id
 from pisa_fl.results import claim
 from pisa_fl.results.result import Interrupted
 
@@ -211,10 +212,9 @@ def test_a_run_id_is_in_every_file_and_is_the_same_for_the_same_run(stopped, tmp
         "data.mean=[0.2]",
         "partition=iid",
     ]
-    for number, other in enumerate(others):
-        directory = tmp_path / str(number)
-        pisa_fl.run(pisa_fl.compose(*QUICK, *NO_ROUND, other), directory)
-        found.add(ids(directory))
+    for other in others:
+        federation = pisa_fl.prepare(pisa_fl.compose(*QUICK, *NO_ROUND, other))
+        found.add(run_id(federation.identity))
     assert len(found) == 1 + len(others)
 
 
