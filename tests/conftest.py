@@ -49,3 +49,9 @@ def in_this_process() -> Iterator[None]:
         patch.setattr("omegaconf.base.parse", parse)
         patch.setattr("omegaconf._utils.parse", parse)
         yield
+
+
+@pytest.fixture
+def two_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that do not ask for workers have as many as on a machine with two cores."""
+    monkeypatch.setattr("pisa_fl.engines.local.cores", lambda: 2)

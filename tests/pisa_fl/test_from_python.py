@@ -124,7 +124,7 @@ def test_runs_in_threads_give_what_they_give_alone(tmp_path, monkeypatch):
     assert len({tuple(part) for part in alone}) == 3
 
 
-def test_in_an_event_loop_and_in_another_thread():
+def test_in_an_event_loop_and_in_another_thread(two_workers):
     """As in notebooks and servers; signals are the main thread's."""
 
     async def main():
@@ -137,7 +137,7 @@ def test_in_an_event_loop_and_in_another_thread():
     assert asyncio.run(main()) == (alone, alone)
 
 
-def test_runs_in_the_processes_of_a_pool():
+def test_runs_in_the_processes_of_a_pool(two_workers):
     """Forked after PyTorch and the ledger had threads, which the processes do not have."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)

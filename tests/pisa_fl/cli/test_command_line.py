@@ -368,7 +368,7 @@ def user_folder(tmp_path, code, client):
     return folder
 
 
-def test_clients_that_all_raise(command, tmp_path):
+def test_clients_that_all_raise(command, tmp_path, two_workers):
     folder = user_folder(tmp_path, RAISING, "raising_half.Raising")
     ended = command(f"--config-dir={folder}", *QUICK, "strategy=mine", "hydra.run.dir=run")
     assert ended.status == 1

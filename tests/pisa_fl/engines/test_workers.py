@@ -132,7 +132,7 @@ def test_workers_that_start_anew_give_the_same_bits(anew, caplog):
     assert caplog.text.count("a worker process ended") == 1  # the one that was killed
 
 
-def test_what_cannot_be_sent_to_workers_that_start_anew(anew, caplog):
+def test_what_cannot_be_sent_to_workers_that_start_anew(anew, two_workers, caplog):
     half = type("Mine", (PisaClient,), {"__module__": "__main__"})
     with pytest.raises(ConfigurationError, match=r"engine.workers=2: .*Mine is defined in the main program"):
         federate(sisa, 2, half)

@@ -1,6 +1,8 @@
 """Whose a run directory is: of one run, written by one process, taken back only by who made it."""
 
 import json
+import multiprocessing
+import os
 import shlex
 import subprocess
 import sys
@@ -9,8 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 from filelock import FileLock
+from hydra.core.global_hydra import GlobalHydra
 
 import pisa_fl
+from pisa_fl.cli.main import main
 from pisa_fl.identity import run_id
 from pisa_fl.results import claim
 from pisa_fl.results.result import Interrupted
@@ -140,10 +144,22 @@ utils.datetime = datetime  # what Hydra's ${now:...} is made of
 """
 
 
+def run_at_once(folder, seed):
+    os.chdir(folder)
+    exec(AT_ONCE, {})
+    sys.argv = ["pisa-fl", *QUICK, "rounds=0", f"seed={seed}"]
+    GlobalHydra.instance().clear()
+    main()
+
+
 def test_runs_of_the_same_second_have_directories_of_their_own(tmp_path):
-    line = [sys.executable, "-c", f"{AT_ONCE}\nfrom pisa_fl.cli.main import main\nmain()", *QUICK, "rounds=0"]
-    processes = [subprocess.Popen([*line, f"seed={seed}"], cwd=tmp_path) for seed in (0, 1)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    new = multiprocessing.get_context("fork").Process
+    processes = [new(target=run_at_once, args=(tmp_path, seed)) for seed in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
     assert seeds_below(tmp_path / "runs/same", ("same-pisa", "same-pisa-2")) == [0, 1]
 
 
