@@ -1,33 +1,22 @@
 """Folders of images by class."""
 
 import logging
-import math
 import os
 import stat
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pisa_fl.data.cache import cached, fingerprint
-from pisa_fl.data.image_data import Arrays, Augmentation, ImageData, PerChannel, check_memory
+from pisa_fl.data.image_data import Arrays, Augmentation, ImageData, PerChannel
+from pisa_fl.data.pictures import MODES, NO_PICTURES, Picture, check_size, decode
 from pisa_fl.system.files import expand
 
 log = logging.getLogger(__name__)
-
-MODES = {1: "L", 3: "RGB"}
-
-LONGEST_SIDE = math.isqrt(Image.MAX_IMAGE_PIXELS or sys.maxsize)
-"""Of a square that is as large as Pillow reads images without taking them for an attack, in pixels."""
-
-NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PALM", "PDF", "WMF"}
-"""Formats that Pillow knows and that hold measurements, films or drawings, or that it can only write."""
 
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 """Beside those that start with a dot: what operating systems put between a user's folders."""
@@ -66,10 +55,7 @@ def imagefolder(
     """
     if type(channels) is not int or channels not in MODES:
         raise ValueError(f"data.channels={channels} must be 1 (grey) or 3 (colour)")
-    if image_size is not None and (type(image_size) is not int or not 1 <= image_size <= LONGEST_SIDE):
-        raise ValueError(
-            f"data.image_size={image_size} must be a number of pixels up to {LONGEST_SIDE}, or null"
-        )
+    check_size(image_size)
     if isinstance(classes, str):
         raise ValueError(f"data.classes={classes} must be a list of names, or null")
     named = None if classes is None else [str(name) for name in classes]  # YAML takes the name 7 for a number
@@ -174,74 +160,21 @@ def _decode(
     channels: int,
     classes: Sequence[str],
 ) -> Arrays:
-    """Decode the listed images of each split.
+    """Decode the listed images of each split, the training images' first.
 
     Raises:
         ValueError: if one cannot be read, or all together are more than memory holds.
     """
     labels = {name: label for label, name in enumerate(classes)}
-    paths = {split: [path for paths in each.values() for path in paths] for split, each in listings.items()}
+    splits = [
+        [Picture(path, path) for paths in each.values() for path in paths] for each in listings.values()
+    ]
     arrays = {"classes": np.array(classes)}
-    with warnings.catch_warnings(), ThreadPoolExecutor() as threads:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        width, height = (image_size,) * 2 if image_size else _picture(paths["train"][0], key, channels).size
-        count = sum(map(len, paths.values()))
-        check_memory(
-            "data.image_size", f"{count} images of {width} x {height}", count * channels * width * height
-        )
-        for split, listing in listings.items():
-            images = np.empty((len(paths[split]), channels, height, width), np.uint8)
-
-            def fill(image: np.ndarray, path: str) -> None:
-                picture = _picture(path, key, channels).resize((width, height), Image.Resampling.BILINEAR)
-                image[:] = np.asarray(picture).reshape(height, width, channels).transpose(2, 0, 1)
-
-            for _ in threads.map(fill, images, paths[split]):
-                pass
-            arrays[f"{split}_images"] = images
-            each = [labels[name] for name, paths_of in listing.items() for _ in paths_of]
-            arrays[f"{split}_labels"] = np.array(each, np.int64)
+    for (split, listing), images in zip(
+        listings.items(), decode(splits, key, image_size, channels), strict=True
+    ):
+        each = [labels[name] for name, paths in listing.items() for _ in paths]
+        arrays |= {f"{split}_images": images, f"{split}_labels": np.array(each, np.int64)}
     if "test" not in listings:
         arrays["test_images"], arrays["test_labels"] = arrays["train_images"][:0], arrays["train_labels"][:0]
     return arrays
-
-
-def _picture(path: str, key: str, channels: int) -> Image.Image:
-    """Decode an image as it is shown: upright as its EXIF data say, and on white where it is transparent."""
-    try:
-        formats = [name for name in Image.OPEN if name not in NO_PICTURES]
-        with Image.open(path, formats=formats) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            return _opaque(image).convert(MODES[channels])
-    except Exception as error:  # whatever a damaged file makes a decoder raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{key}: {path} is not a readable image ({reason}); replace or remove it") from error
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """Turn an image of any mode into an opaque one of 8 bits a channel, grey or colour."""
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_scaled(image))
-    if image.has_transparency_data:
-        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
-    return image if image.mode == "L" else image.convert("RGB")
-
-
-def _scaled(image: Image.Image) -> np.ndarray:
-    """Map grey values, integers 0..65535 or floats 0..1, to 0..255.
-
-    Raises:
-        ValueError: if they lie elsewhere, or so close to 0 that hardly anything would be left of them.
-    """
-    values = np.asarray(image)
-    lowest, highest, white = values.min(), values.max(), 1 if image.mode.startswith("F") else 65535
-    if not 0 <= lowest <= highest <= white or 0 < highest < white / 255:
-        raise ValueError(
-            f"its grey values run from {lowest} to {highest} where 0 is black and {white} is white:"
-            " scale them to that, or save 8 bits"
-        )
-    grey = np.rint(values.astype(np.float32) * np.float32(255 / white)).astype(np.uint8)
-    if "transparency" in image.info:
-        grey[values == image.info["transparency"]] = 255
-    return grey

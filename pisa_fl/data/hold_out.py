@@ -50,3 +50,21 @@ def stratified(groups: NDArray[np.integer], share: float, draw: np.random.Genera
     for name, take in zip(names, takes, strict=True):
         taken[draw.permutation(np.flatnonzero(groups == name))[:take]] = True
     return taken
+
+
+def share_of(rows: int, share: float, key: str) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """Positions of the test rows of a data set that has none of its own, drawn by a fixed seed, and of the others.
+
+    Args:
+        rows: How many there are.
+        share: Of them that are for testing.
+        key: Of the configuration, that says so.
+
+    Raises:
+        ValueError: It is not between 0 and 1.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"{key}={share} must be where the test examples are, or a share between 0 and 1")
+    order = np.random.default_rng(0).permutation(rows)
+    count = max(1, round(share * rows))
+    return np.sort(order[:count]), np.sort(order[count:])

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pisa_fl.data.data_set import DataSet, digest_of
+from pisa_fl.data.hold_out import share_of
 from pisa_fl.system.files import expand
 from pisa_fl.tasks import Classification, Regression, Task
 from pisa_fl.tasks.base import INPUTS, TARGETS
@@ -144,11 +145,24 @@ def csv(
     if isinstance(test, str):
         held_out = _read("data.test", test, names, missing)
     else:
-        if not 0 < test < 1:
-            raise ValueError(f"data.test={test} must be a file, or a share of the rows between 0 and 1")
-        order = np.random.default_rng(0).permutation(len(train))
-        count = max(1, round(test * len(train)))
-        held_out, train = train.iloc[np.sort(order[:count])], train.iloc[np.sort(order[count:])]
+        taken, left = share_of(len(train), test, "data.test")
+        held_out, train = train.iloc[taken], train.iloc[left]
+    return of_frames(train, held_out, target, target_is, ignore, group_by)
+
+
+def of_frames(
+    train: DataFrame,
+    held_out: DataFrame,
+    target: str,
+    target_is: Literal["class", "number"],
+    ignore: Sequence[str],
+    group_by: str | None,
+) -> TableData:
+    """Make a data set of training and test rows, as `csv` does.
+
+    Raises:
+        ValueError: A column is missing, or what is in it cannot be used.
+    """
     for key, column in (("target", target), ("group_by", group_by), *(("ignore", name) for name in ignore)):
         if column is not None and column not in train.columns:
             raise ValueError(
@@ -156,7 +170,7 @@ def csv(
             )
     lacking = [name for name in train.columns if name not in held_out.columns]
     if lacking:
-        raise ValueError(f"data.test={test} lacks the column {lacking[0]}, which the training rows have")
+        raise ValueError(f"data: the test rows lack the column {lacking[0]}, which the training rows have")
     for which, rows in (("training", train), ("test", held_out)):
         if not len(rows):
             raise ValueError(f"data: there are no {which} rows")

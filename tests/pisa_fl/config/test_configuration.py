@@ -46,6 +46,7 @@ EXPLAINED_BY_THEIR_NAME = {"defaults", "_target_", "_partial_", "_recursive_", "
 MANDATORY = {
     "data/imagefolder": ["data.path=somewhere"],
     "data/csv": ["data.path=somewhere", "data.target=one"],
+    "data/huggingface_table": ["data.path=somewhere", "data.target=one"],
     "data/adult": ["data.root=somewhere"],
     "data/shakespeare": ["data.path=somewhere"],
     "partition/from_file": ["partition.path=somewhere"],

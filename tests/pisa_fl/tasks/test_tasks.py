@@ -80,7 +80,7 @@ def test_a_number_to_be_told_is_standardised_and_dealt_by_tenths(table):
     [
         ({"target": "colour"}, "data.target=colour is none of the columns"),
         ({"path": "none.csv"}, "is not a file"),
-        ({"test": 1.0}, "data.test=1.0 must be a file, or a share"),
+        ({"test": 1.0}, "data.test=1.0 must be where the test examples are, or a share"),
         ({"target": "dear", "target_is": "number"}, "use data.target_is=class"),
         ({"target": "flat"}, "has a single class"),
         ({"group_by": "street"}, "data.group_by=street is none of the columns"),
