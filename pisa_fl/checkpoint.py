@@ -2,10 +2,10 @@
 
 `checkpoint/round-000050/` holds `server-*.safetensors` (weights, ledger and whatever else the strategy keeps),
 `clients-*.safetensors` (their states), in parts so that writing them takes little memory, `state.json` (round and
-counters), `model.safetensors` (the model so far, by PyTorch's names, for others to read), and `SHA256SUMS` of all of
-these, which `sha256sum -c` reads. A folder is written under a temporary name and renamed, and the one before is kept
-until then; a damaged one is passed over for the one before it. Randomness needs no saving: every draw has an address
-(`pisa_fl.randomness`).
+counters), `model.safetensors` (the model so far, by PyTorch's names, for others to read), `best.safetensors` if the run
+keeps one, and `SHA256SUMS` of all of these, which `sha256sum -c` reads. A folder is written under a temporary name and
+renamed, and the one before is kept until then; a damaged one is passed over for the one before it. Randomness needs no
+saving: every draw has an address (`pisa_fl.randomness`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,29 +41,36 @@ SUMS = "SHA256SUMS"
 """Name of the file that tells whether the others are what was written."""
 
 
-def save_checkpoint(federation: Federation, folder: Path, keep: int) -> None:
+def save_checkpoint(federation: Federation, folder: Path, keep: int, beside: Sequence[Path] = ()) -> None:
     """Write the federation's state after its present round, and delete all but the last `keep` checkpoints.
+
+    Files `beside` it are copied.
 
     One of this round that is whole says the same, and stays: a round that is given up leaves no trace.
 
     Raises:
         OSError: It cannot be written; those before it stay.
     """
-    target = folder / f"round-{federation.round:06d}"
+    target = round_folder(folder, federation.round)
     if not _is_whole(target):
-        _replace(federation, target)
+        _replace(federation, target, beside)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _replace(federation: Federation, target: Path) -> None:
+def round_folder(folder: Path, round_number: int) -> Path:
+    """Where the checkpoint of a round lies."""
+    return folder / f"round-{round_number:06d}"
+
+
+def _replace(federation: Federation, target: Path, beside: Sequence[Path]) -> None:
     """Write a checkpoint where there is none, or a damaged one."""
     temporary = target.with_name(f".{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with naming(target):
             temporary.mkdir(parents=True)
-            _write_all(federation, temporary)
+            _write_all(federation, temporary, beside)
             shutil.rmtree(target, ignore_errors=True)
             replace(temporary, target)
             sync(target.parent.parent)  # their folder may be new
@@ -130,7 +137,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path, match in rounds.items() if match), key=lambda path: int(path.name[6:]))
 
 
-def _write_all(federation: Federation, folder: Path) -> None:
+def _write_all(federation: Federation, folder: Path, beside: Sequence[Path]) -> None:
     """Write a checkpoint's files."""
     server = {
         f"strategy.{name}": value.contiguous() for name, value in federation.server.state_dict().items()
@@ -156,6 +163,8 @@ def _write_all(federation: Federation, folder: Path) -> None:
     _write(folder, "clients", clients)
     federation.load_weights()
     _save(federation.model.state_dict(), folder / "model.safetensors")
+    for file in beside:
+        shutil.copyfile(file, folder / file.name)
     (folder / "state.json").write_text(json.dumps(state))
     (folder / SUMS).write_text(_sums(folder, sorted(path.name for path in folder.iterdir())), newline="\n")
 

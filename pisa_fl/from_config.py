@@ -238,7 +238,7 @@ def observers(config: DictConfig, directory: Path | None) -> Observers:
     display, chosen = Display(config.progress), trackers(config)
     if directory is None:
         return Observers([display, *chosen])
-    recorder = Recorder(directory, config.checkpoint.every, config.checkpoint.keep)
+    recorder = Recorder(directory, **config.checkpoint)
     curves = Curves(directory / "curves.png", config.redraw)
     return Observers([recorder, display, PartitionPicture(directory / "partition.png"), curves, *chosen])
 

@@ -136,7 +136,7 @@ def resume(
 
 
 def load_model(
-    directory: Path | str, round_number: int | None = None, allow: Collection[str] = ()
+    directory: Path | str, round_number: int | None = None, allow: Collection[str] = (), *, best: bool = False
 ) -> nn.Module:
     """The trained module of a run directory, on the CPU, in evaluation mode.
 
@@ -147,11 +147,20 @@ def load_model(
         directory: The run directory.
         round_number: Of the checkpoint whose model it is; None: the end.
         allow: As `resume`.
+        best: Whether it is that of the best round so far, which `checkpoint.best=true` keeps.
 
     Raises:
         ConfigurationError: It is no run directory, has something built that is not allowed, or has no such model.
     """
     path = Path(directory).absolute()
+    if best:
+        if round_number is not None:
+            raise ConfigurationError("load_model: give round_number or best, not both")
+        if not (path / run_directory.BEST).is_file():
+            raise ConfigurationError(
+                f"load_model: {path} has no {run_directory.BEST}: checkpoint.best=true keeps it"
+            )
+        return trained(stored(path, "load_model", allow), path / run_directory.BEST)
     config = stored(path, "load_model", allow)
     folders = {int(own.name.removeprefix("round-")): own for own in checkpoints(path / "checkpoint")}
     folder = path if round_number is None else folders.get(round_number)
@@ -301,6 +310,9 @@ def _run(
         summary |= run_directory.summarise_clients(metrics, turned_away)
         if validation := config.data.get("validation"):
             summary["validation"] = validation
+        if path is not None and config.checkpoint.get("best") and (path / run_directory.BEST).is_file():
+            by = f"{'validation' if validation else 'test'} {run.measures.quality.name}"
+            summary["best_weights"] = {"file": run_directory.BEST, "chosen_by": by}
         if federation.of_clients:
             summary["clients"] = run_directory.summarise_own(federation.of_clients, run.measures)
         watching.finished(summary)

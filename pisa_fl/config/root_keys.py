@@ -22,7 +22,7 @@ GROUPS: Mapping[str, str] = {
     "strategy.server": "a strategy has a server half, with its _target_",
     "strategy.client": "a strategy has a client half, with its _target_",
     "tracker": "choose some by their names, as in tracker=[csv,tensorboard], or tracker=none",
-    "checkpoint": "its keys are checkpoint.every and checkpoint.keep",
+    "checkpoint": "its keys are checkpoint.every, checkpoint.keep and checkpoint.best",
 }
 """Keys that hold other keys, and what to do where one does not."""
 
@@ -119,6 +119,7 @@ ROOT: Mapping[str, Check] = {
 """What every configuration has."""
 
 OPTIONAL: Mapping[str, Check] = {
+    "checkpoint.best": one_of(True, False),
     "stop_at_nan": one_of(True, False),
     "data.client_test": number("at least 0 and below 1", lambda v: 0 <= v < 1),
     "data.validation": number("at least 0 and below 1", lambda v: 0 <= v < 1),

@@ -109,6 +109,8 @@ def show_summary(summary: Mapping[str, Any], directory: str, measures: Measures)
     final, best = (quality.shown(summary[f"{which}_{quality.name}"]) for which in ("final", "best"))
     table.add_row(f"final {on} {quality.name}", final)
     table.add_row(f"best {on} {quality.name}", f"{best} (round {summary['best_round']})")
+    if kept := summary.get("best_weights"):
+        table.add_row("best weights", f"{kept['file']}, chosen by {kept['chosen_by']}")
     if summary.get("at_chance"):
         table.add_row("at chance", f"always giving the same answer has {quality.shown(summary['chance'])}")
     for metric in measures.metrics[1:]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import partitioners
-from pisa_fl.checkpoint import save_checkpoint
+from pisa_fl.checkpoint import round_folder, save_checkpoint
 from pisa_fl.config.explain import explain
 from pisa_fl.federation import DivergedError, TooFewClientsError
 from pisa_fl.metric import Metrics
@@ -28,12 +28,13 @@ class Recorder(Observer):
         directory: The run directory.
         every: Rounds between checkpoints.
         keep: Checkpoints kept.
+        best: Whether to keep the weights of the best round as well.
     """
 
     essential = True
 
-    def __init__(self, directory: Path, every: int, keep: int) -> None:
-        self._directory, self._every, self._keep = directory, every, keep
+    def __init__(self, directory: Path, every: int, keep: int, best: bool = False) -> None:
+        self._directory, self._every, self._keep, self._best = directory, every, keep, best
         self._run: Run | None = None
         self._recorded = -1  # last round in metrics.jsonl
         self._saved = True  # whether a checkpoint of it is there
@@ -43,6 +44,7 @@ class Recorder(Observer):
         files.sweep(self._directory)
         if run.metrics:
             self._recorded = run.metrics[-1]["round"]
+            self._rewind_best(self._recorded)
         else:
             federation = run.federation
             run_directory.write_config(self._directory / "config.yaml", run.config, run.id, run.measures)
@@ -72,6 +74,10 @@ class Recorder(Observer):
             run_directory.append_line(
                 self._directory / "clients.jsonl", {"round": line["round"], "clients": found}
             )
+        quality = self._run.measures.quality
+        if self._best and quality.key in line and quality.best(self._run.metrics) is line:
+            weights, said = self._run.federation.model.state_dict(), {"round": str(line["round"])}
+            run_directory.write_weights(self._directory / run_directory.BEST, weights, said)
         self._recorded = line["round"]
         self._write_failures(line["round"])
         self._saved = line["round"] == self._run.rounds or line["round"] % self._every == 0
@@ -114,6 +120,17 @@ class Recorder(Observer):
             if not isinstance(reason, OSError):  # which has said that nothing can be written
                 log.warning("no checkpoint of round %d: %s", federation.round, explain(another))
 
+    def _rewind_best(self, round_number: int) -> None:
+        """What was the best after a round takes the place of what later rounds, which are done again, have left."""
+        if not self._best:
+            return
+        best = self._directory / run_directory.BEST
+        kept = round_folder(self._checkpoints, round_number) / best.name
+        if kept.is_file():
+            files.write(best, kept.read_bytes())
+        else:
+            best.unlink(missing_ok=True)
+
     def _write_failures(self, round_number: int) -> None:
         assert self._run is not None
         for failure in self._run.federation.gateway.failures:
@@ -125,7 +142,13 @@ class Recorder(Observer):
         assert self._run is not None
         for lines in self._directory.glob("*.jsonl"):
             files.sync(lines)
-        save_checkpoint(self._run.federation, self._directory / "checkpoint", self._keep)
+        best = self._directory / run_directory.BEST
+        beside = [best] if self._best and best.is_file() else []
+        save_checkpoint(self._run.federation, self._checkpoints, self._keep, beside)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self._directory / "checkpoint"
 
     def _forget_stop(self) -> None:
         """What was heard is not to be heard again after a resume."""

@@ -6,6 +6,7 @@ partition.csv         client, class, examples: how many of each class every clie
 partition.png         clients x classes, drawn after the first round
 initial.safetensors   weights of round 0, by PyTorch's names; readable by init=
 model.safetensors     final weights
+best.safetensors      those of the best round (checkpoint.best)
 metrics.jsonl         one line a round, round 0 being the untrained model
 clients.jsonl         every client's metrics on its own examples, one line an evaluation (evaluate_clients_every)
 failures.jsonl        one line a reply that was refused: round, client, reason; only if there was one
@@ -55,17 +56,20 @@ FLOWER_LOG = "flower.log"
 ALWAYS = ("passes", "bytes_up", "bytes_down", "seconds")
 """What every line of metrics.jsonl has, as a number."""
 
+BEST = "best.safetensors"
+"""Name of the file in the run directory, and in each checkpoint, with the weights of the best round so far."""
+
 KEPT = ("run_id", "imports", "metrics")
 """Keys of config.yaml that only a run directory has."""
 
 PACKAGES = ("pisa-fl", "flwr", "flwr-datasets", "hydra-core", "torch", "torchvision", "numpy")
 
 
-def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write weights as safetensors, complete or not at all."""
+def write_weights(path: Path, state: Mapping[str, Tensor], said: Mapping[str, str] | None = None) -> None:
+    """Write weights as safetensors, complete or not at all; in its header what is said of them."""
     from safetensors.torch import save  # brings PyTorch, which reading metrics needs not
 
-    write(path, save(dict(state)))
+    write(path, save(dict(state), dict(said) if said else None))
 
 
 def write_config(path: Path, config: DictConfig, run_id: str, measures: Measures) -> None:

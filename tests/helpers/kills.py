@@ -104,6 +104,7 @@ def outcome(folder):
     return (
         [line | {"seconds": 0} for line in lines],
         (folder / "model.safetensors").read_bytes(),
+        (folder / "best.safetensors").read_bytes(),
         sorted(file for file in files if "tfevents" not in file and file != "failures.jsonl"),
     )
 
@@ -115,7 +116,7 @@ if __name__ == "__main__":
     config = pisa_fl.compose(
         *("model=logistic", f"clients={CLIENTS}", f"rounds={ROUNDS}", "partition.classes_per_client=4"),
         *("engine.threads=1", "progress=false", f"min_clients={CLIENTS}", "patience=0"),
-        *("checkpoint.every=1", f"checkpoint.keep={keep}"),
+        *("checkpoint.every=1", f"checkpoint.keep={keep}", "checkpoint.best=true"),
     )
     whole, killed = base / "whole", base / "killed"
     # a run that ends for want of replies, goes on, ends so again, and then comes to its end
