@@ -92,6 +92,7 @@ def _task(config: DictConfig) -> float | None:
 
 def _run(settings: DictConfig, directory: Path) -> float | None:
     # heavy imports only now: --help, --cfg and a wrong key or value are answered at once
+    from rich.console import Console
     from rich.logging import RichHandler
 
     from pisa_fl.federation import RunError
@@ -99,7 +100,9 @@ def _run(settings: DictConfig, directory: Path) -> float | None:
     from pisa_fl.results.result import Interrupted
     from pisa_fl.runner import resume, run
 
-    handler = RichHandler(console=console, show_path=False, show_time=False)
+    # beside a live display, in which they have their place; or apart from what a quiet run gives
+    where = Console(stderr=True) if settings.progress == "quiet" else console
+    handler = RichHandler(console=where, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
     try:
         if settings.resume is None:

@@ -112,7 +112,7 @@ ROOT: Mapping[str, Check] = {
     "allow": _packages,
     "targets": _numbers,
     "redraw": _SECONDS,
-    "progress": one_of(True, False),
+    "progress": one_of(True, False, "quiet"),
     "checkpoint.every": whole(1),
     "checkpoint.keep": whole(1),
 }

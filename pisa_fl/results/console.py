@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import (
@@ -33,13 +33,14 @@ class Display(Observer):
     """One bar with round, metrics and time left; without a terminal, one line a round. At its end, a table.
 
     Args:
-        live: Draw the bar if there is a terminal.
+        live: Draw the bar if there is a terminal; `quiet`: nothing but the run directory, at the end.
     """
 
-    def __init__(self, live: bool) -> None:
+    def __init__(self, live: bool | Literal["quiet"]) -> None:
         # a terminal has room for one bar: runs in other threads print lines
         alone = threading.current_thread() is threading.main_thread()
-        self._live = live and console.is_terminal and alone
+        self._quiet = live == "quiet"
+        self._live = live is True and console.is_terminal and alone
         self._progress = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
@@ -77,14 +78,16 @@ class Display(Observer):
         status += f"  {clients_in(line)}" if status else clients_in(line)
         for task in self._progress.task_ids:
             self._progress.update(task, completed=line["round"], status=status)
-        if not self._live:
+        if not self._live and not self._quiet:
             failed = f"  failed {line['clients_failed']}" if line["clients_failed"] else ""
             console.print(f"round {line['round']:>{len(str(self._rounds))}}/{self._rounds}  {status}{failed}")
 
     def finished(self, summary: Mapping[str, Any]) -> None:
         """Show the table, if there is a directory that it is of."""
         self._progress.stop()
-        if self._directory:
+        if self._quiet and self._directory:
+            print(_shown(self._directory))
+        elif self._directory:
             show_summary(summary, self._directory, self._measures)
 
     def stopped(self, reason: BaseException) -> None:

@@ -471,3 +471,10 @@ def test_a_run_of_a_sweep_that_fails_says_which_and_the_others_go_on(command, tm
 def test_the_version(command):
     ended = command("--version")
     assert (ended.status, ended.out) == (0, f"pisa-fl {version('pisa-fl')}\n")
+
+
+def test_a_quiet_run_prints_its_directory_and_nothing_else(command, tmp_path):
+    (tmp_path / "file").touch()
+    quiet = command(*QUICK, "progress=quiet", "data.cache=file/in", "hydra.run.dir=out")
+    assert (quiet.status, quiet.out) == (0, f"{tmp_path / 'out'}\n")
+    assert "data.cache: going without" in " ".join(quiet.err.split())
