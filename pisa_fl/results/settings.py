@@ -2,13 +2,14 @@
 
 Two runs have the same setting if their configurations agree in everything that can matter to the numbers, the seed
 apart. What a run chose of a configuration group (`partition=dirichlet`) stands for all keys below it: those are told
-only where runs with the same choice differ in them.
+only where runs with the same choice differ in them. Keys that one version of this package has and another lacks are
+not told one by one, but by the version.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,9 @@ APART = ("engine", "tracker")
 METHOD = "strategy"
 """Key of the group by whose choice a method is called."""
 
+VERSION = "version"
+"""Key and name of the column that stands for all keys that follow from the version."""
+
 _MISSING = object()
 
 
@@ -71,12 +75,13 @@ def identify(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def describe(
-    configs: Sequence[Mapping[str, Any]], reserved: Sequence[str] = ()
+    configs: Sequence[Mapping[str, Any]], versions: Sequence[str], reserved: Sequence[str] = ()
 ) -> tuple[list[Column], list[dict[str, Any]]]:
     """What tells settings apart.
 
     Args:
         configs: A configuration of each setting.
+        versions: Of this package, that the runs of each setting ran with, in words.
         reserved: Names that no column may have.
 
     Returns:
@@ -87,6 +92,9 @@ def describe(
     told = [items | chosen for items, chosen in zip(_relevant(configs), choices, strict=True)]
     keys = [key for key in dict.fromkeys(key for items in told for key in items) if key != METHOD]
     differing = [METHOD, *(key for key in keys if _tells(key, told, choices))]
+    if aged := [key for key in differing[1:] if _follows(key, told, choices, versions)]:
+        differing = [key for key in differing if key not in aged] + [VERSION]
+        told = [dict(items) | {VERSION: version} for items, version in zip(told, versions, strict=True)]
     columns = [Column(key, name) for key, name in _short(differing, reserved).items()]
     values = [{c.name: items[c.key] for c in columns if c.key in items} for items in told]
     for column in columns:
@@ -114,10 +122,7 @@ def order(value: Any) -> tuple[int, float, str]:
 
 def _tells(key: str, told: Sequence[Mapping[str, Any]], choices: Sequence[Mapping[str, Any]]) -> bool:
     """Whether settings with the same choices above a key differ in it, and do so in no shorter key alike."""
-    alike: dict[str, list[Mapping[str, Any]]] = {}
-    for items, chosen in zip(told, choices, strict=True):
-        alike.setdefault(_canonical(_above(key, items, chosen)), []).append(items)
-    for peers in alike.values():
+    for peers in _alike(key, told, choices):
         own = [_comparable(items.get(key, _MISSING)) for items in peers]
         if len(set(own)) > 1 and not any(
             other.count(".") < key.count(".")
@@ -129,6 +134,37 @@ def _tells(key: str, told: Sequence[Mapping[str, Any]], choices: Sequence[Mappin
         ):
             return True
     return False
+
+
+def _follows(
+    key: str,
+    told: Sequence[Mapping[str, Any]],
+    choices: Sequence[Mapping[str, Any]],
+    versions: Sequence[str],
+) -> bool:
+    """Whether settings with the same choices above a key that differ in it do so as their versions do.
+
+    Of some versions it is missing, or its class lies elsewhere, and all others have the same value.
+    """
+    aged = [dict(items) | {VERSION: version} for items, version in zip(told, versions, strict=True)]
+    for peers in _alike(key, aged, choices):
+        found = {(items[VERSION], _comparable(items.get(key, _MISSING))) for items in peers}
+        values = {_comparable(items[key]) for items in peers if key in items}
+        if key.endswith("._target_"):
+            values = {value.rpartition(".")[2] for value in values}
+        if len(values) > 1 or len({version for version, _ in found}) < len(found):
+            return False
+    return True
+
+
+def _alike(
+    key: str, told: Sequence[Mapping[str, Any]], choices: Sequence[Mapping[str, Any]]
+) -> Iterable[list[Mapping[str, Any]]]:
+    """Settings in groups of those that have the same choices above a key."""
+    alike: dict[str, list[Mapping[str, Any]]] = {}
+    for items, chosen in zip(told, choices, strict=True):
+        alike.setdefault(_canonical(_above(key, items, chosen)), []).append(items)
+    return alike.values()
 
 
 def _above(key: str, items: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:

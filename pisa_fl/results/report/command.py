@@ -41,6 +41,7 @@ def report(
     """
     from pisa_fl.results.figures import draw_comparison
     from pisa_fl.results.report import tables
+    from pisa_fl.results.report.latex import latex as in_latex
     from pisa_fl.results.report.page import page
     from pisa_fl.results.report.sweep import sweep
     from pisa_fl.results.runs import load_runs
@@ -57,7 +58,7 @@ def report(
     write(output / "report.csv", _csv(runs))
     write(output / "report.html", page(runs, title))
     if latex:
-        write(output / "report.tex", tables.latex(tables.pivot(runs) if pivot else tables.settings(runs)))
+        write(output / "report.tex", in_latex(tables.pivot(runs) if pivot else tables.settings(runs)))
     return text
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pisa_fl.metric import Metric
 from pisa_fl.results.finished import Run
 from pisa_fl.results.report.rows import Row, words
-from pisa_fl.results.settings import METHOD, Column
+from pisa_fl.results.settings import METHOD, VERSION, Column
 
 
 def missing_and_failed(columns: Sequence[Column], rows: Sequence[Row], quality: Metric) -> list[str]:
@@ -17,7 +17,9 @@ def missing_and_failed(columns: Sequence[Column], rows: Sequence[Row], quality: 
     for row in rows:
         if lacking := [seed for seed in seeds if seed not in row.seeds]:
             notes.append(f"no run of {row.label} with seed {', '.join(map(str, lacking))}, which others have")
-    around = [c.name for c in columns if c.name != "rounds" and c.key.partition(".")[0] != METHOD]
+    around = [
+        c.name for c in columns if c.name != "rounds" and c.key.partition(".")[0] not in (METHOD, VERSION)
+    ]
     tried: dict[str, dict[str, None]] = {}  # what each method was tried with
     for row in rows:
         tried.setdefault(row.method, {})[words(around, row.values)] = None

@@ -8,7 +8,7 @@ from typing import Any
 
 from pisa_fl.metric import Metric
 from pisa_fl.results.finished import Run
-from pisa_fl.results.settings import METHOD, Column, describe, identify, order, written
+from pisa_fl.results.settings import METHOD, VERSION, Column, describe, identify, order, written
 
 PROBLEM = ("data", "partition", "clients", "participation", "model", "task", "init")
 """First parts of the keys that say what is to be learnt, and by whom: settings that differ in none of them are compared
@@ -92,7 +92,7 @@ def tabulate(
     groups = [list(by_seed.values()) for by_seed in settings.values()]
     # older runs do not tell what was chosen; one of the same setting may
     spokesmen = [max(group, key=lambda run: "choices" in run.config).config for group in groups]
-    columns, values = describe(spokesmen, reserved)
+    columns, values = describe(spokesmen, [_version(group) for group in groups], reserved)
     how = [column for column in columns if not of_problem(column)]
     what = [column for column in columns if of_problem(column)]
     titles = [_title(config, what, own) for config, own in zip(spokesmen, values, strict=True)]
@@ -101,6 +101,16 @@ def tabulate(
         Row(own, _label(columns, own, values), _label(how, own, values), name, ", ".join(title), group)
         for own, name, title, group in zip(values, names, titles, groups, strict=True)
     ]
+
+
+def _version(runs: Sequence[Run]) -> str:
+    """What runs ran with, in words: a commit or a release of this package."""
+    told = dict.fromkeys(
+        str(run.summary.get("git_commit") or (run.summary.get("versions") or {}).get("pisa-fl"))[:7]
+        for run in runs
+    )
+    first, *others = told
+    return f"{first} and {len(others)} more" if others else first
 
 
 def panels(columns: Sequence[Column], rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -143,7 +153,11 @@ def numbered(seeds: Sequence[int]) -> str:
 def _label(columns: Sequence[Column], own: Mapping[str, Any], values: Sequence[Mapping[str, Any]]) -> str:
     """The method, and what tells the setting from others of the same method."""
     peers = [other for other in values if other[METHOD] == own[METHOD]]
-    what = words([name for name in differing(columns, peers) if name != METHOD], own)
+    names = [name for name in differing(columns, peers) if name != METHOD]
+    short = [name for name in names if name != VERSION]
+    if len({words(short, peer) for peer in peers}) == len({words(names, peer) for peer in peers}):
+        names = short  # the version tells nothing that they do not
+    what = words(names, own)
     return f"{written(own[METHOD])} ({what})" if what else written(own[METHOD])
 
 

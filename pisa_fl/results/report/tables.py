@@ -210,53 +210,6 @@ def markdown(table: Table) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n" for cells in lines)
 
 
-def latex(table: Table) -> str:
-    """A table in LaTeX, for a document that has the package booktabs; what is best is bold."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "    " + " & ".join(cells) + r" \\"
-
-    body = [
-        line([rf"\textbf{{{escaped(c.text)}}}" if c.best else escaped(c.text) for c in cells])
-        for cells in table.body
-    ]
-    columns = "l" * table.names + "r" * (len(table.header) - table.names)
-    return "\n".join(
-        [
-            r"% \usepackage{booktabs}",
-            r"\begin{table}",
-            r"  \centering",
-            rf"  \caption{{{escaped(table.caption)}}}",
-            rf"  \begin{{tabular}}{{{columns}}}",
-            r"    \toprule",
-            line([escaped(name) for name in table.header]),
-            r"    \midrule",
-            *body,
-            r"    \bottomrule",
-            r"  \end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-SPECIAL = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-}
-"""What LaTeX takes for something else, and how it is written."""
-
-
-def escaped(text: str) -> str:
-    """Text as LaTeX prints it."""
-    return "".join(SPECIAL.get(c, c) for c in visible(text))
-
-
 def _best(runs: Runs, name: str, kind: str = "median", sign: int | None = None) -> set[int]:
     """Numbers of the rows that are best in their panel, where it has several; what is not finite is never best."""
     column = runs.statistics[name if kind == "median" else f"{name}, {kind}"]

@@ -17,6 +17,7 @@ from pisa_fl.metric import Measures
 from pisa_fl.results import figures, report, run_directory
 from pisa_fl.results.report import page as html
 from pisa_fl.results.report import sweep as sweep_picture
+from pisa_fl.results.runs import load_runs
 
 TARGET = 0.8
 
@@ -239,6 +240,38 @@ def test_runs_that_do_not_tell_what_was_chosen(tmp_path):
         ("Pisa", "Spectral", "IidPartitioner"),
         ("FedAvg", "", "LabelSkewPartitioner"),
         ("by hand", "", ""),
+    ]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_what_follows_from_the_version_is_told_by_it(tmp_path):
+    """Keys that a version lacks and classes that lay elsewhere; not what was chosen within a version."""
+    for number, (commit, overrides) in enumerate(
+        [("a" * 40, []), ("a" * 40, ["strategy.lr=1"]), ("b" * 40, []), ("b" * 40, ["+strategy.more=1"])]
+    ):
+        config = chosen("strategy=fedavg", *overrides)
+        if commit < "b":
+            config["strategy"]["client"]["_target_"] = "strategies.elsewhere.LocalSgd"
+            for key in ("evaluate_every", "stop_at_chance", "task"):
+                del config[key]
+            config["choices"].pop("task")
+        run = write_run(tmp_path / str(number), config, [0.1, 0.2, number / 10])
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | {"git_commit": commit}))
+    rows, notes = cells_and_notes(tmp_path)
+    assert columns(rows, "strategy", "lr", "version", "more") == [
+        ("fedavg", "0.01", "aaaaaaa", ""),
+        ("fedavg", "1", "aaaaaaa", ""),
+        ("fedavg", "0.01", "bbbbbbb", ""),
+        ("fedavg", "0.01", "bbbbbbb", "1"),
+    ]
+    assert list(rows[0])[:5] == ["strategy", "lr", "more", "version", "seeds"]
+    assert notes == []
+    assert [row.line for row in load_runs(tmp_path).rows] == [
+        "fedavg (lr 0.01, version aaaaaaa)",
+        "fedavg (lr 1, version aaaaaaa)",
+        "fedavg (lr 0.01, version bbbbbbb)",
+        "fedavg (lr 0.01, more 1, version bbbbbbb)",
     ]
 
 

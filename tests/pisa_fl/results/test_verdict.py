@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from test_report import chosen, write_run
 
+from pisa_fl.results.report.latex import latex
 from pisa_fl.results.report.paired import Finding, fewest_pairs, holm, least_p, sign_flip
-from pisa_fl.results.report.tables import latex, pivot
+from pisa_fl.results.report.tables import pivot
 from pisa_fl.results.runs import load_runs
 
 ALPHAS = ("0.1", "1.0")
