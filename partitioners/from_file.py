@@ -18,7 +18,7 @@ class FromFilePartitioner(IndexPartitioner):
 
     Raises:
         ValueError: (when dealing) the file is missing, is not a partition, is of another number of clients,
-            or does not deal every example of the data set exactly once.
+            or deals an example twice, or one that the data set does not have. It need not deal all of them.
     """
 
     _shuffle = False  # the file's order is kept

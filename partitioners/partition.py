@@ -33,7 +33,7 @@ def deal(partitioner: Partitioner, labels: NDArray[np.integer]) -> Partition:
         Every client's indices into `labels`, int64, in the partitioner's order.
 
     Raises:
-        ValueError: an example is not dealt exactly once, a client is empty, or the partitioner refuses.
+        ValueError: an example is dealt twice, a client is empty, or the partitioner refuses.
     """
     if isinstance(partitioner, IndexPartitioner):  # Flower's way round takes a millisecond a client
         partitioner.assign(labels)
@@ -47,7 +47,7 @@ def deal(partitioner: Partitioner, labels: NDArray[np.integer]) -> Partition:
 
 
 def check(partition: Partition, num_examples: int, source: str) -> None:
-    """Check that every example 0..num_examples-1 is dealt exactly once and that no client is empty.
+    """Check that examples are 0..num_examples-1, none is dealt twice, and no client is empty; some may be left out.
 
     Raises:
         ValueError: it is not so; the sentence says that `source` is to blame.
@@ -64,10 +64,9 @@ def check(partition: Partition, num_examples: int, source: str) -> None:
             f"{num_examples - 1}: use the partition with the data set it was made for"
         )
     times = np.bincount(dealt, minlength=num_examples)
-    if (times != 1).any():
+    if repeated := (times > 1).sum():
         raise ValueError(
-            f"{source} leaves out {(times == 0).sum()} of {num_examples} examples and repeats "
-            f"{(times > 1).sum()}: every example must be dealt exactly once"
+            f"{source} deals {repeated} of {num_examples} examples more than once: each may have one client"
         )
 
 

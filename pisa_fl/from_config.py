@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -24,7 +25,7 @@ from pisa_fl.config import ConfigurationError, blaming, build, resolve, settle
 from pisa_fl.config.explain import explain
 from pisa_fl.data.data_set import DataSet
 from pisa_fl.data.hold_out import hold_out
-from pisa_fl.data.validation import Validation
+from pisa_fl.data.validation import Fraction, Validation
 from pisa_fl.engines.base import ClientGrid, is_child
 from pisa_fl.federation import Federation, seeded
 from pisa_fl.identity import Identity, expected, of_deal, of_settings, of_tensors, of_weights
@@ -36,6 +37,8 @@ from pisa_fl.system.surroundings import own_surroundings
 from pisa_fl.tasks import Task
 from strategies import ClientHalf, Layout
 from strategies.base import checks
+
+log = logging.getLogger(__name__)
 
 Engine = Callable[[Clients], ClientGrid]
 """Makes the grid that reaches the clients from what they are made of."""
@@ -217,12 +220,14 @@ def _data(config: DictConfig) -> DataSet:
     node = config.data.copy()
     with open_dict(node):
         node.pop("client_test", None)
-        validation = node.pop("validation", 0)
+        validation, fraction = node.pop("validation", 0), node.pop("fraction", 1)
     data: DataSet = build(node, DataSet)
-    if not validation:
-        return data
     with blaming(config.data):
-        return Validation(data, validation, config.seed)
+        if fraction < 1:
+            data = Fraction(data, fraction, config.seed)
+        if validation:
+            data = Validation(data, validation, config.seed)
+    return data
 
 
 def observers(config: DictConfig, directory: Path | None) -> Observers:
@@ -295,7 +300,11 @@ def _folder_key(config: DictConfig) -> str:
 
 def _deal(config: DictConfig, partitioner: Any, data: DataSet) -> Partition:
     with blaming(config.partition):
-        return partitioners.deal(partitioner, data.groups)
+        partition = partitioners.deal(partitioner, data.groups)
+    dealt, given = sum(map(len, partition)), len(data.groups)
+    if dealt < given:
+        log.warning("partition deals %d of %d training examples: the others are used by nobody", dealt, given)
+    return partition
 
 
 def _share(partition: Partition, number: int) -> NDArray[np.integer]:

@@ -122,6 +122,7 @@ OPTIONAL: Mapping[str, Check] = {
     "checkpoint.best": one_of(True, False),
     "stop_at_nan": one_of(True, False),
     "data.client_test": number("at least 0 and below 1", lambda v: 0 <= v < 1),
+    "data.fraction": number("above 0 and at most 1", lambda v: 0 < v <= 1),
     "data.validation": number("at least 0 and below 1", lambda v: 0 <= v < 1),
     "engine.workers": whole(0, 1024, auto=True),
     "engine.actors": whole(1, 100_000, auto=True),

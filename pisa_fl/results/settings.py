@@ -41,6 +41,7 @@ UNLESS_SAID = {
     "engine.lost": 0.0,
     "engine.stragglers": 0.0,
     "data.validation": 0,
+    "data.fraction": 1,
 }
 """What holds where there is no such key: of engines that lack it, and in runs of earlier versions."""
 

@@ -58,15 +58,11 @@ def test_deal_reads_flowers_partitioners():
         ),
         (
             [[0, 1], [1]],
-            "Fixed leaves out 2 of 4 examples and repeats 1: every example must be dealt exactly once",
+            "Fixed deals 1 of 4 examples more than once: each may have one client",
         ),
         (
-            [[0, 1], [2]],
-            "Fixed leaves out 1 of 4 examples and repeats 0: every example must be dealt exactly once",
-        ),
-        (
-            [[0, 1, 2, 3], [3]],
-            "Fixed leaves out 0 of 4 examples and repeats 1: every example must be dealt exactly once",
+            [[0, 1, 2, 3], [3, 2]],
+            "Fixed deals 2 of 4 examples more than once: each may have one client",
         ),
     ],
 )
@@ -207,7 +203,7 @@ def test_a_file_for_other_clients(tmp_path):
     [
         (
             '{"0": [0, 1], "1": [1]}',
-            r"leaves out 1 of 3 examples and repeats 1: every example must be dealt exa",
+            r"deals 1 of 3 examples more than once: each may have one client",
         ),
         ('{"0": [0, 1], "1": []}', r"deals client 1 no example"),
         (
