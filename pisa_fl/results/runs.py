@@ -90,7 +90,7 @@ class Runs:
         return numbers.of_clients([row for rows in self.panels.values() for row in rows], self.quality)
 
     def plot(self, cost: str = "rounds") -> altair.VConcatChart:
-        """The curves of every panel against rounds, passes or MB; a click in the legend shows one line alone.
+        """The curves of every panel against rounds, passes or MB; the pointer shows the numbers.
 
         Raises:
             ValueError: There is no such cost.

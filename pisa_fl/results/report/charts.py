@@ -13,6 +13,7 @@ import altair as alt
 import pandas as pd
 
 from pisa_fl.metric import Metric
+from pisa_fl.results.report.offline import OfflineChart, OfflineColumn
 
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 
@@ -46,6 +47,7 @@ def curves(
     cost: str,
     quality: Metric,
     page: bool = True,
+    number: int = 0,
 ) -> Chart:
     """Medians of one panel, with bands over seeds.
 
@@ -56,6 +58,7 @@ def curves(
         cost: What x is.
         quality: What they are compared by.
         page: Whether it is for a page, which has a legend of its own.
+        number: Of charts that are put into one, which it is.
     """
     label = f"test {quality.label}"
     legend = None if page else alt.Legend(title=None, orient="bottom", columns=2, labelLimit=400)
@@ -70,7 +73,9 @@ def curves(
     )
     axis = alt.Y("median:Q", title=label, scale=alt.Scale(domain=list(domain), zero=False))
     band = base.mark_area(opacity=0.16, strokeWidth=0).encode(y=alt.Y("low:Q", title=label), y2="high:Q")
-    hover = alt.selection_point(name="hover", nearest=True, on="pointermove", empty=False, clear="pointerout")
+    hover = alt.selection_point(
+        name=f"hover{number}", nearest=True, on="pointermove", empty=False, clear="pointerout"
+    )
     points = (
         base.mark_point(filled=True, size=60)
         .encode(
@@ -188,19 +193,19 @@ def notebook(
     domain = extent(frame)
     own = frame[frame["cost"] == cost]
     charts = [
-        curves(own[own["panel"] == panel], lines, domain, cost, quality, page=False).properties(
-            title=title, width=420, height=HEIGHT
-        )
-        for panel, title in titles.items()
+        curves(
+            own[own["panel"] == panel], lines, domain, cost, quality, page=False, number=number
+        ).properties(title=title, width=420, height=HEIGHT)
+        for number, (panel, title) in enumerate(titles.items())
     ]
-    return alt.vconcat(*charts)
+    return OfflineColumn(vconcat=charts)
 
 
 def run(frame: pd.DataFrame, name: str) -> alt.Chart:
     """One run: a test metric against rounds."""
     tested = frame[["round", f"test_{name}"]].dropna()
     y = alt.Y(f"test_{name}:Q", title=f"test {name}", scale=alt.Scale(zero=False))
-    line = alt.Chart(tested).mark_line(point=True, color=COLORS[0])
+    line = OfflineChart(tested).mark_line(point=True, color=COLORS[0])
     return line.encode(x=alt.X("round:Q", title="rounds"), y=y, tooltip=["round", f"test_{name}"])
 
 

@@ -8,7 +8,6 @@ import io
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from pisa_fl.results.report import charts, numbers, repeat, tables
+from pisa_fl.results.report.offline import library
 from pisa_fl.results.report.rows import Row, numbered
 from pisa_fl.system.text import visible
 
@@ -77,15 +77,6 @@ def page(runs: Runs, title: str) -> str:
         library=library(),
     )
     return text
-
-
-@cache
-def library() -> str:
-    """Vega, Vega-Lite and `vegaEmbed`, which puts charts into a page, as one script."""
-    import vl_convert
-
-    script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    return script.replace("</script", "<\\/script")
 
 
 def _figure(

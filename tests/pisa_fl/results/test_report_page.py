@@ -4,13 +4,15 @@ import json
 import re
 import shutil
 
+import altair as alt
+import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 from test_report import chosen, write_run
 
 from pisa_fl import compose
 from pisa_fl.config import resolve
-from pisa_fl.results.report import page, repeat, report
+from pisa_fl.results.report import charts, page, repeat, report
 from pisa_fl.results.runs import load_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -118,6 +120,30 @@ def test_curves_are_drawn_and_controls_work_by_keyboard(opened):
     assert "passes over the data" in page.locator("#curves-0 svg").text_content()
     page.locator("#curves-0 svg").hover()
     assert "median accuracy, %" in page.locator("#vg-tooltip-element").inner_text()
+
+
+def test_plots_of_a_notebook_are_drawn_without_a_network(browser, page_file, tmp_path):
+    runs = load_runs(page_file.parent)
+    one = charts.run(pd.DataFrame(runs.rows[0].runs[0].metrics), "accuracy")
+    cells = [plot._repr_mimebundle_()["text/html"] for plot in (runs.plot("MB"), one, one)]
+    file = tmp_path / "cells.html"
+    file.write_text(f"<!doctype html><meta charset=utf-8>{''.join(cells)}")
+    context, said = browser.new_context(), []
+    page = context.new_page()
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: said.append(request.url))
+    page.goto(file.as_uri())
+    page.wait_for_function("document.querySelectorAll('.mark-line path').length >= 6")
+    assert [page.locator("svg.marks").nth(i).locator(".mark-line path").count() for i in range(3)] == [
+        4,
+        1,
+        1,
+    ]
+    context.close()
+    assert said == [file.as_uri()]
+    with alt.renderers.enable("json"):  # what was chosen there counts
+        assert "text/html" not in one._repr_mimebundle_()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
