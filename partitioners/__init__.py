@@ -54,6 +54,11 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """The public names, whether or not they have been asked for."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
 def __getattr__(name: str) -> Any:
     """Import a partitioner when it is asked for, and have Flower know it for one of its own."""
     from importlib import import_module

@@ -65,13 +65,15 @@ _HOMES = {
 
 def __dir__() -> list[str]:
     """The public names, whether or not they have been asked for."""
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, "__version__", *(name for name in globals() if name.startswith("__"))})
 
 
 def __getattr__(name: str) -> Any:
     """Import the public names when they are asked for: `pisa-fl --help` needs none of them."""
-    from importlib import import_module
+    from importlib import import_module, metadata
 
+    if name == "__version__":
+        return metadata.version("pisa-fl")
     if name not in _HOMES:
         raise AttributeError(f"module 'pisa_fl' has no attribute '{name}'")
     return getattr(import_module(f"pisa_fl.{_HOMES[name]}"), name)

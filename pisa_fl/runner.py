@@ -81,7 +81,10 @@ def _launcher(config: DictConfig) -> Launcher | None:
 
 
 def resume(
-    directory: Path, engine: Engine | None = None, allow: Collection[str] = (), rounds: int | None = None
+    directory: Path | str,
+    engine: Engine | None = None,
+    allow: Collection[str] = (),
+    rounds: int | None = None,
 ) -> Result:
     """Go on with an interrupted run, or for more rounds with a finished one, in its directory and as it is configured.
 
@@ -99,7 +102,7 @@ def resume(
         ConfigurationError: It is no run directory, has something built that is not allowed, holds no whole checkpoint,
             or something is not as it was when the run began.
     """
-    directory = directory.absolute()
+    directory = Path(directory).absolute()
     config = stored(directory, "resume", allow)
     if rounds is not None and rounds != config.rounds:
         config.rounds = rounds

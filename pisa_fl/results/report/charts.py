@@ -61,7 +61,9 @@ def curves(
         number: Of charts that are put into one, which it is.
     """
     label = f"test {quality.label}"
-    legend = None if page else alt.Legend(title=None, orient="bottom", columns=2, labelLimit=400)
+    legend = (
+        None if page else alt.Legend(title=None, orient="bottom", columns=2, labelLimit=400, symbolOpacity=1)
+    )
     base = alt.Chart(data).encode(
         x=alt.X("x:Q", title=COST_TITLES[cost], scale=alt.Scale(nice=False)),
         color=alt.Color(

@@ -47,7 +47,7 @@ def test_the_weights_of_the_best_round_are_kept(tmp_path):
         for folder in (cut / "checkpoint").glob("round-*"):
             if int(folder.name[6:]) > later_than:
                 shutil.rmtree(folder)
-        pisa_fl.resume(cut)
+        pisa_fl.resume(str(cut))
         assert (cut / BEST).read_bytes() == (whole / BEST).read_bytes()
         shutil.rmtree(cut)
 

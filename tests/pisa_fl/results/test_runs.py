@@ -1,5 +1,6 @@
 """Finished runs as objects: frames, plots, the trained module, and the notebook that shows them."""
 
+from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
@@ -7,6 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import partitioners
 import pisa_fl
 
 SMALL = ("model=logistic", "clients=5", "engine.workers=0", "progress=false", "tracker=none", "rounds=2")
@@ -82,7 +84,9 @@ def test_a_run_directory_builds_nothing_that_is_not_allowed(ran, tmp_path):
 
 
 def test_public_names_are_listed_and_typed():
-    assert set(pisa_fl.__all__) <= set(dir(pisa_fl))
+    for package in (pisa_fl, partitioners):
+        assert {name for name in dir(package) if not name.startswith("__")} == set(package.__all__)
+    assert pisa_fl.__version__ == metadata.version("pisa-fl")
     for name in pisa_fl.__all__:
         assert getattr(pisa_fl, name) is not None
     for package in ("pisa_fl", "strategies", "partitioners"):
