@@ -243,7 +243,8 @@ def observers(config: DictConfig, directory: Path | None) -> Observers:
     display, chosen = Display(config.progress), trackers(config)
     if directory is None:
         return Observers([display, *chosen])
-    recorder = Recorder(directory, **config.checkpoint)
+    kept = config.checkpoint
+    recorder = Recorder(directory, kept.every, kept.keep, kept.get("best", False))
     curves = Curves(directory / "curves.png", config.redraw)
     return Observers([recorder, display, PartitionPicture(directory / "partition.png"), curves, *chosen])
 
