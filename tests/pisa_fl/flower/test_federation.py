@@ -26,6 +26,7 @@ from safetensors.torch import load, load_file
 import pisa_fl
 from pisa_fl.config import resolve
 from pisa_fl.flower.bundle import BUNDLE
+from pisa_fl.flower.former_life import REASON
 from pisa_fl.flower.state_file import DIGEST_SIZE
 from strategies.base.messages import vectors
 
@@ -344,10 +345,10 @@ def thief(federation):
     yield
     node = added.stdout.split()[-1]
     assert federation.flwr("supernode", "unregister", node, "three-hosts").returncode == 0
-    assert process.wait(60) == 0, "its next request is refused, and it ends"
     federation.here(f"{federation.home}/register.sh")
-    federation.stranger.start(start, log=log).wait(60)
-    assert "Failed to activate SuperNode" in log.read_text()
+    wait_for(lambda: "Failed to activate SuperNode" in log.read_text(), log.read_text)
+    process.terminate()
+    assert process.wait(60) == 0, "it would have tried for ever"
     assert federation.status() == ONLINE | {"client-2": "unregistered"}
 
 
@@ -383,11 +384,9 @@ def test_a_run_has_the_local_engines_bits_and_goes_on_without_clients_that_are_k
         os.kill(pid, signal.SIGKILL)
     second.kill()
     gone = len(lines(metrics))
-    # the first's SuperNode starts another process within half a minute; the second host's is taken for offline within
-    # a minute, and the SuperLink answers in its place
-    wait_until(lambda: any(one["clients_ok"] == 1 for one in lines(metrics)[gone:]), run)
-    assert federation.status()["client-1"] == "offline", "else it would be refused"
+    # the first's SuperNode starts another process within half a minute; the second's next one answers in its place
     federation.start_client(1)
+    wait_until(lambda: any(one["clients_ok"] == 1 for one in lines(metrics)[gone:]), run)
     back = len(lines(metrics))
     wait_until(lambda: any(one["clients_ok"] == 2 for one in lines(metrics)[back:]), run)
     [command] = running(federation.superlink, lambda words: b"engine=flower" in words)
@@ -408,7 +407,7 @@ def test_a_run_has_the_local_engines_bits_and_goes_on_without_clients_that_are_k
         "client": 0,
         "reason": "turned away: client 0 is not who it says: its key is client 2's",
     }
-    assert {one["client"] for one in failures[1:]} >= {1}
+    assert (1, REASON) in {(one["client"], one["reason"]) for one in failures[1:]}
     assert all(one["clients_ok"] >= 1 for one in told[1:])
     assert told[-1]["clients_ok"] == 2, "both are together again"
     assert told[-1]["test_loss"] < told[0]["test_loss"]

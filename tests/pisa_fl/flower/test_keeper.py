@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -98,10 +97,8 @@ def test_a_keeper_that_is_killed_leaves_no_lock_and_what_fails_is_tried_less_and
     first.wait()
     second = keep()
     wait_for(lambda: len(lives(tmp_path, NODE)) == 4, str)
-    began = time.monotonic()
     second.send_signal(signal.SIGINT)
     assert second.wait(60) == 0, "also while it waits"
-    assert time.monotonic() - began < 30
     said = second.stderr.read().splitlines()
     assert [line.rpartition(" in ")[2] for line in said] == ["1 s", "2 s"][: len(said)]
 
