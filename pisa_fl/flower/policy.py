@@ -161,9 +161,9 @@ class Policy:
         if self.data is None:
             return None
         places = [Path(os.path.realpath(Path(folder).expanduser())) for folder in self.data]
-        replaced = {"data.path", "data.root"} if own_data else set()
+        own = ("data.path" if "path" in config.data else "data.root") if own_data else None
         for key, value in _paths(config):
-            if key not in replaced and not any(_lies_in(value, place) for place in places):
+            if key != own and not any(_lies_in(value, place) for place in places):
                 return (
                     f"nothing to be read outside {', '.join(self.data) or 'its own data'}, and {key}={value}"
                 )
@@ -250,8 +250,11 @@ def _paths(config: DictConfig) -> Iterator[tuple[str, str]]:
     """Keys and values of what a client would take for a file or folder, or might."""
     for part in CLIENT:
         for key, value in nodes(part, _plain(OmegaConf.select(config, part))):
-            if not isinstance(value, str) or key == "data.cache" or key.endswith("._target_"):
-                continue  # the cache is where the owner says
+            if not isinstance(value, str | bytes | os.PathLike) or key.endswith("._target_"):
+                continue
+            if key == "data.cache":  # which is where the owner says
+                continue
+            value = os.fsdecode(value)
             leads = os.path.isabs(value) or value.startswith("~") or ".." in Path(value).parts
             if key in PATHS or leads:
                 yield key, value

@@ -160,6 +160,12 @@ def test_no_configuration_of_a_hostile_server_has_anything_run_read_or_spent(hos
         assert "s3cret" not in said, what
     for what, text in TEXTS.items():
         assert TEXT in answers(text), what
+    text = OmegaConf.to_yaml(good)
+    for value in ("!!python/object/apply:pathlib.PosixPath [/etc]", "!!binary L2V0Yw=="):
+        assert READ in answers(text.replace(f"root: {host}/digits", f"root: {value}")), value
+    # in place of one of these a client would read its own folder
+    both = OmegaConf.merge(good, {"data": {"path": "/etc", "root": "/etc"}})
+    assert "data.root=/etc" in answers(both, data=str(host / "digits"))
     assert len(HOSTILE) + len(TEXTS) >= 30
     assert not list(host.glob("*.sang"))
     assert not Path("canary.sang").exists()
