@@ -5,8 +5,8 @@ first on Python's path and runs it. Here the SuperNode takes a bundle of its own
 but the name of the installed app. Of the server's it keeps the configuration, which
 `pisa_fl.config.allowed` and its owner's policy look through.
 
-Flower's own looks for messages every three seconds, which most of a round's seconds would be; this one oftener. One that
-takes the place of a SuperNode that was killed makes up for it (former_life.py).
+Flower's own looks for messages every three seconds, which most of a round's seconds would be; this one oftener. One
+that takes the place of a SuperNode that was killed makes up for it (former_life.py).
 Arguments are those of `flower-supernode`.
 """
 
