@@ -9,7 +9,7 @@ FOLDER/superlink/                     for the SuperLink's host
     start.sh                          starts the SuperLink, then register.sh
 FOLDER/client-K/                      for the host of client K
     ca.crt, client-K, start.sh        the authority, the client's private key, and what keeps its SuperNode running
-    policy.toml                       what the client takes part in, its owner's
+    policy.example.toml               what its owner may say it takes part in, in a policy.toml
     compose.yaml                      the same in a container
 pisa-fl@.service                      in both: a unit of systemd that runs start.sh
 
@@ -207,8 +207,7 @@ def _make(folder: Path, address: Address, clients: int, name: str, days: int) ->
             _write(home / "start.sh", start.encode(), SCRIPT)
             _write(home / "pisa-fl@.service", UNIT.encode(), PUBLIC)
             _write(home / "compose.yaml", COMPOSE.format(client=client).encode(), PUBLIC)
-            if not (home / "policy.toml").exists():  # its owner's
-                _write(home / "policy.toml", TEMPLATE.encode(), PUBLIC)
+            _write(home / "policy.example.toml", TEMPLATE.encode(), PUBLIC)
     return new
 
 

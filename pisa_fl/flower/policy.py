@@ -1,6 +1,6 @@
 """A client's policy: what its owner allows a run beyond what any configuration may name (`pisa_fl.config.allowed`).
 
-It is a file of the owner's, `policy.toml` beside the client's `start.sh`, which `$PISA_FL_POLICY` names. Every key is
+It is a file of the owner's, `policy.toml` beside the client's `start.sh`, or what `$PISA_FL_POLICY` names. Every key is
 optional, and says for its part what a run must be; `TEMPLATE` explains them. A client reads it with every message,
 and before anything of the message's configuration is built; without a policy that it can read, it takes part in
 nothing. What a server says of itself cannot be checked from here: it may claim more clients than there are. What the
@@ -34,8 +34,8 @@ VARIABLE = "PISA_FL_POLICY"
 """Environment variable with the path of the policy; where there is none, there is no policy."""
 
 TEMPLATE = """\
-# What this client takes part in, by its owner's word; the server is told why it is turned away. Take the # away from
-# what shall hold. It is read with every message. To try it:  pisa-fl-policy CONFIG.yaml policy.toml
+# What this client takes part in, by its owner's word, if this is policy.toml; the server is told why it is turned away.
+# Take the # away from what shall hold. It is read with every message. To try it: pisa-fl-policy CONFIG.yaml policy.toml
 
 # experiments = ["0123456789abcdef0123456789abcdef"]  # fingerprints of configurations, as pisa-fl-policy prints them
 # data = ["/srv/images"]   # folders and files that a configuration may have read here; [] for none

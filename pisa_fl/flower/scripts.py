@@ -85,7 +85,7 @@ umask 077
 chmod 700 .
 chmod 600 client-{client}
 export FLWR_HOME="$PWD/flwr" PISA_FL_STATE="${{PISA_FL_STATE:-$PWD/state}}"
-export PISA_FL_POLICY="${{PISA_FL_POLICY:-$PWD/policy.toml}}"
+[[ -n ${{PISA_FL_POLICY:-}} || ! -e policy.toml ]] || export PISA_FL_POLICY="$PWD/policy.toml"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 {direct}
 # pisa-fl-supernode, and what starts the client's work for it, again and again
