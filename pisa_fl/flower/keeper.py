@@ -100,7 +100,7 @@ def _start(line: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process, and what is left of those it started."""
+    """End a process."""
     process.terminate()
     try:
         process.wait(PATIENCE)

@@ -45,15 +45,16 @@ TEMPLATE = """\
 # batch_size = 512         # examples of a mini-batch, at most
 # parameters = 10_000_000  # of the model, at most
 
-# [noise]                  # what this client sends goes through this class, with numbers that are no smaller
-# transform = "MODULE.CLASS"
-# noise_multiplier = 1.0
+# [privacy]                # what this client sends goes through this class, with numbers that are no smaller, and words
+# target = "pisa_fl.privacy.Local"
+# noise = 1.0
+# randomness = "system"
 """
 """A policy that allows everything, and says what else it might say."""
 
 FINGERPRINTED = (
     *("seed", "clients", "min_clients", "rounds", "participation", "batch_size"),
-    *("data", "partition", "model", "strategy", "task"),
+    *("data", "partition", "model", "strategy", "task", "privacy"),
 )
 """Keys that what a client does, and what becomes of it, follow from; where files lie is no part of it."""
 
@@ -76,7 +77,7 @@ class Policy:
         passes: Passes in all, at most.
         batch_size: Examples of a mini-batch, at most.
         parameters: Numbers of the model, at most.
-        noise: `transform`, the full name of a class that the client half must name, and the least of its numbers.
+        privacy: `target`, the full name of a class that the client must build, and the least of its numbers, or words.
     """
 
     experiments: tuple[str, ...] | None = None
@@ -86,7 +87,7 @@ class Policy:
     passes: float | None = None
     batch_size: int | None = None
     parameters: int | None = None
-    noise: Mapping[str, Any] = field(default_factory=dict)
+    privacy: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_owner(cls) -> Policy:
@@ -136,7 +137,7 @@ class Policy:
             self._of_clients(config),
             self._of_passes(config, made),
             self._of_batches(config),
-            self._of_noise(config),
+            self._of_privacy(config),
         ):
             if why is not None:
                 raise ConfigurationError(f"its owner allows {why}")
@@ -193,19 +194,23 @@ class Policy:
             return None
         return f"mini-batches of {self.batch_size} examples, and batch_size={config.batch_size}"
 
-    def _of_noise(self, config: DictConfig) -> str | None:
-        if not self.noise:
+    def _of_privacy(self, config: DictConfig) -> str | None:
+        if not self.privacy:
             return None
-        name = self.noise["transform"]
-        least = {key: value for key, value in self.noise.items() if key != "transform"}
-        half = OmegaConf.to_container(config.strategy.client)
-        for _, node in nodes("", half):
-            if isinstance(node, Mapping) and node.get("_target_") == name:
-                low = [key for key, value in least.items() if not _number(node.get(key)) or node[key] < value]
-                if not low:
+        for part in CLIENT:
+            for _, node in nodes(part, _plain(OmegaConf.select(config, part))):
+                if isinstance(node, Mapping) and self._is_private(node):
                     return None
-        numbers = "".join(f", {key} at least {value:g}" for key, value in least.items())
-        return f"nothing to be sent but through {name}{numbers}, and strategy.client has none"
+        asked = [f"{key} {value}" for key, value in self.privacy.items() if key != "target"]
+        return f"nothing to be sent but through {self.privacy['target']} with {', '.join(asked) or 'any numbers'}"
+
+    def _is_private(self, node: Mapping[Any, Any]) -> bool:
+        """Whether a node names the owner's class, with numbers no smaller than the owner's, and the same words."""
+        for key, value in self.privacy.items():
+            there = node.get("_target_" if key == "target" else key)
+            if not (_number(there) and there >= value if _number(value) else there == value):
+                return False
+        return True
 
 
 def fingerprint(config: DictConfig) -> str:
@@ -277,10 +282,10 @@ def _number(value: Any) -> bool:
 
 def _objection(key: str, value: Any) -> str | None:
     """What a key's value must be if it is not that."""
-    if key == "noise":
-        fits = isinstance(value, dict) and isinstance(value.get("transform"), str)
-        fits = fits and all(_number(number) for name, number in value.items() if name != "transform")
-        return None if fits else "a table with transform, the full name of a class, and numbers"
+    if key == "privacy":
+        fits = isinstance(value, dict) and isinstance(value.get("target"), str)
+        fits = fits and all(_number(one) or isinstance(one, str) for one in value.values())
+        return None if fits else "a table with target, the full name of a class, and numbers or words"
     if key in ("experiments", "data"):
         fits = isinstance(value, list) and all(isinstance(one, str) and one for one in value)
         return None if fits else "texts in a list"

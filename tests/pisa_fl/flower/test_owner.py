@@ -244,27 +244,30 @@ def test_a_client_makes_no_more_passes_than_its_owner_allows_in_all_runs_togethe
     assert "passes-client-0.json cannot be read" in train(config, 6)
 
 
-def test_noise_of_at_least_so_much_is_in_the_configuration(host):
-    says(host, "[noise]", "transform = 'strategies.transforms.Noise'", "noise_multiplier = 1.1")
+def test_noise_of_at_least_so_much_is_in_what_a_client_builds(host):
+    says(host, "[privacy]", "target = 'mine.Noise'", "multiplier = 1.1", "randomness = 'system'")
     policy, config = Policy.of_owner(), configure(host, "strategy=fedavg")
-    for node, fits in (
-        (None, False),
-        ({"_target_": "strategies.transforms.Noise", "noise_multiplier": 1.1}, True),
-        ({"_target_": "strategies.transforms.Noise", "noise_multiplier": 1.0}, False),
-        ({"_target_": "strategies.transforms.Noise", "noise_multiplier": "2"}, False),
-        ({"_target_": "strategies.transforms.Noise", "noise_multiplier": float("nan")}, False),
-        ({"_target_": "strategies.transforms.Noise"}, False),
-        ({"_target_": "strategies.transforms.Other", "noise_multiplier": 2}, False),
+    good = {"_target_": "mine.Noise", "multiplier": 1.1, "randomness": "system"}
+    with_it = {"strategy": {"client": {"transforms": [good]}}}
+    policy.check(OmegaConf.merge(config, with_it))
+    for node in (
+        {**good, "multiplier": 1.0},
+        {**good, "multiplier": "2"},
+        {**good, "multiplier": float("nan")},
+        {**good, "multiplier": True},
+        {"_target_": "mine.Noise", "randomness": "system"},
+        {**good, "randomness": "seed"},
+        {**good, "_target_": "mine.Other"},
+        {"transform": good["_target_"]},
     ):
-        with_it = OmegaConf.merge(config, {"strategy": {"client": {"transforms": [node]}}})
-        on_the_server = OmegaConf.merge(config, {"strategy": {"server": {"transforms": [node]}}})
-        if fits:
-            policy.check(with_it)
-        for refused in [on_the_server] + [with_it] * (not fits):
-            with pytest.raises(
-                ConfigurationError, match=r"but through strategies\.transforms\.Noise, noise_mult"
-            ):
-                policy.check(refused)
+        bad = OmegaConf.merge(config, with_it)
+        bad.strategy.client.transforms = [node]
+        with pytest.raises(
+            ConfigurationError, match=r"through mine\.Noise with multiplier 1\.1, randomness system"
+        ):
+            policy.check(bad)
+    with pytest.raises(ConfigurationError, match="nothing to be sent but"):
+        policy.check(OmegaConf.merge(config, {"strategy": {"server": {"transforms": [good]}}}))
 
 
 @pytest.mark.parametrize(
@@ -276,7 +279,7 @@ def test_noise_of_at_least_so_much_is_in_the_configuration(host):
         (["passes = -1"], "passes must be a number of at least 0"),
         (["passes = nan"], "passes must be a number of at least 0"),
         (["data = '/srv'"], "data must be texts in a list"),
-        (["[noise]", "noise_multiplier = 1"], "noise must be a table with transform"),
+        (["[privacy]", "noise = 1"], "privacy must be a table with target"),
         (["clients = "], "Invalid value"),
         (None, "No such file"),
     ],
