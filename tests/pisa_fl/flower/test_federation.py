@@ -383,10 +383,10 @@ def test_a_run_has_the_local_engines_bits_and_goes_on_without_clients_that_are_k
         os.kill(pid, signal.SIGKILL)
     second.kill()
     gone = len(lines(metrics))
-    # the first's SuperNode starts another process within half a minute; in place of the second's, its next one answers,
-    # or the SuperLink, which that tells that it had gone
-    federation.start_client(1)
+    # the first's SuperNode starts another process within half a minute; the second host's is taken for offline within
+    # a minute, and the SuperLink answers in its place
     wait_until(lambda: any(one["clients_ok"] == 1 for one in lines(metrics)[gone:]), run)
+    federation.start_client(1)
     back = len(lines(metrics))
     wait_until(lambda: any(one["clients_ok"] == 2 for one in lines(metrics)[back:]), run)
     [command] = running(federation.superlink, lambda words: b"engine=flower" in words)
