@@ -29,6 +29,7 @@ from pisa_fl.data.validation import Fraction, Validation
 from pisa_fl.engines.base import ClientGrid, is_child
 from pisa_fl.federation import Federation, seeded
 from pisa_fl.identity import Identity, expected, of_deal, of_settings, of_tensors, of_weights
+from pisa_fl.models.limit import at_most
 from pisa_fl.results.console import Display
 from pisa_fl.results.observer import Observer, Observers
 from pisa_fl.results.pictures import Curves, PartitionPicture
@@ -154,7 +155,9 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
 
 
 @own_surroundings()
-def one_client(config: DictConfig, number: int, folder: str | None, file: Kept) -> Clients:
+def one_client(
+    config: DictConfig, number: int, folder: str | None, file: Kept, largest: int | None = None
+) -> Clients:
     """What one client of a real federation is made of, on its own machine.
 
     Args:
@@ -162,6 +165,7 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: Kept) 
         number: Client number.
         folder: The client's own data folder; None takes its part of the configuration's data set.
         file: Where it keeps which part that is, so that it is dealt only once.
+        largest: Numbers of the model, at most; None: any number.
 
     Raises:
         ConfigurationError: Something is impossible or missing here.
@@ -187,7 +191,8 @@ def one_client(config: DictConfig, number: int, folder: str | None, file: Kept) 
             rows = file.rows(source, lambda: _share(_deal(config, partitioner, data), number))
             if hasattr(partitioner, "noise_std"):
                 noise = {number: partitioner.noise_std(number)}
-        model, layout = _model(config, data)
+        with at_most(largest):
+            model, layout = _model(config, data)
         half = build(config.strategy.client, ClientHalf, layout=layout, seed=config.seed)
         device = _device(str(config.device))
         task = build(config.task, Task)

@@ -95,6 +95,10 @@ class Executor:
         seed: Seed of the run.
         batch_size: Examples of a mini-batch.
         chunk: Examples differentiated at once where the number does not matter to the result.
+
+    Attributes:
+        allowed: Passes over a client's examples that an answer may take, at most; None: any number.
+        made: Passes of all clients that were made here so far, whether they came to an end or not.
     """
 
     def __init__(
@@ -110,6 +114,8 @@ class Executor:
         self.model, self.half, self.data, self.clients = model, half, data, clients
         self._seed, self._batch_size, self._chunk = seed, batch_size, chunk
         self._last: tuple[Mapping[str, Tensor], Instruction] | None = None
+        self.allowed: float | None = None
+        self.made = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs."""
@@ -150,12 +156,16 @@ class Executor:
             self._seed,
             self._batch_size,
             self._chunk,
+            self.allowed,
         )
         state = self._state(job)
         # dropout and its like draw from PyTorch's global generators: give them an address of their own
         seed = torch_seed(self._seed, "model", round_number, job.clients[0])
-        with global_generators(seed, self.model.device):
-            update = self.half.solve(stack, self._instruction_of(job), state)
+        try:
+            with global_generators(seed, self.model.device):
+                update = self.half.solve(stack, self._instruction_of(job), state)
+        finally:
+            self.made += sum(stack.passes)
         answered, kept = self.half.sending(update, state)
         if self.model.buffer_layout.size:
             answered[BUFFERS] = stack.buffers

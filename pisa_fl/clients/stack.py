@@ -7,6 +7,7 @@ vectorised over the client axis, which is the fastest on a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pisa_fl.clients.flat_model import FlatModel
 from pisa_fl.clients.probing import Sums, probed_backward, probed_gradients
+from pisa_fl.config import ConfigurationError
 from pisa_fl.data.data_set import DataSet
 from pisa_fl.randomness import numpy_generator, torch_generator
 from pisa_fl.tasks.base import DRAWS, TARGETS
@@ -63,6 +65,7 @@ class LocalStack:
         seed: Seed of the run.
         batch_size: Examples of a mini-batch.
         chunk: Examples differentiated at once where the number does not matter to the result.
+        allowed: Passes over a client's examples, at most; None: any number.
 
     Raises:
         ValueError: More than one client with a model that keeps running statistics.
@@ -78,11 +81,13 @@ class LocalStack:
         seed: int,
         batch_size: int,
         chunk: int,
+        allowed: float | None = None,
     ) -> None:
         if len(examples) > 1 and model.buffer_layout.size:
             raise ValueError("a model with running statistics needs stacks of one client: set engine.stack=1")
         self.clients, self.layout = list(examples), model.layout
         self._work = [0] * len(examples)  # in thirds of an example differentiated
+        self._allowed = allowed
         self._model, self._data, self._examples = model, data, list(examples.values())
         self._seed, self._round = seed, round_number
         self._batch_size, self._chunk = batch_size, chunk
@@ -104,6 +109,11 @@ class LocalStack:
     def differentiated(self) -> list[int]:
         """Examples differentiated by each client so far, with those of which only outputs were asked for as thirds."""
         return [-(-thirds // 3) for thirds in self._work]
+
+    @property
+    def passes(self) -> list[float]:
+        """The same over each client's number of examples."""
+        return [thirds / 3 / len(own) for thirds, own in zip(self._work, self._examples, strict=True)]
 
     @property
     def buffers(self) -> Tensor:
@@ -223,7 +233,14 @@ class LocalStack:
         )
 
     def _count(self, examples: Sequence[int], thirds: int) -> None:
-        self._work = [w + thirds * n for w, n in zip(self._work, examples, strict=True)]
+        work = [w + thirds * n for w, n in zip(self._work, examples, strict=True)]
+        if self._allowed is not None:
+            for made, own in zip(work, self._examples, strict=True):
+                if made > math.ceil(3 * self._allowed * len(own) - 1e-6):
+                    raise ConfigurationError(
+                        f"its owner allows {self._allowed:g} passes now, and this takes more"
+                    )
+        self._work = work
 
     def _read_alone(self, chosen: list[Tensor]) -> dict[str, Tensor]:
         """The batch of every client by itself, (C, B, ...), padded with zeros."""

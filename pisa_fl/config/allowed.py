@@ -94,7 +94,7 @@ def check_targets(
         ConfigurationError: It has something else built, or an interpolation, which could read the environment.
     """
     try:
-        for key, node in _nodes("", OmegaConf.to_container(config, resolve=False)):
+        for key, node in nodes("", OmegaConf.to_container(config, resolve=False)):
             if isinstance(node, str) and "${" in node:
                 raise ConfigurationError(
                     f"{key}={node} is an interpolation: a configuration must be resolved"
@@ -107,12 +107,12 @@ def check_targets(
         raise ConfigurationError("the configuration is nested too deeply") from None
 
 
-def _nodes(key: str, node: Any) -> Iterator[tuple[str, Any]]:
+def nodes(key: str, node: Any) -> Iterator[tuple[str, Any]]:
     """A node and all below it, with their keys."""
     yield key, node
     below = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
     for name, child in below:
-        yield from _nodes(f"{key}.{name}" if key else str(name), child)
+        yield from nodes(f"{key}.{name}" if key else str(name), child)
 
 
 def _objection(key: str, node: Mapping[Any, Any], allowed: Collection[str]) -> str | None:

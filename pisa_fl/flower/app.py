@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,19 +26,26 @@ from pisa_fl.clients.host import CLIENT_FAILED, ClientHost, Clients
 from pisa_fl.config import ConfigurationError
 from pisa_fl.config.allowed import CLIENT, SIMULATION, check_targets
 from pisa_fl.config.explain import first_line
+from pisa_fl.config.root_keys import problem
 from pisa_fl.engines.base import set_threads
 from pisa_fl.federation import RunError
 from pisa_fl.flower.grid import NODES, FlowerGrid
-from pisa_fl.flower.state_file import StateFile
+from pisa_fl.flower.passes import PassesMade
+from pisa_fl.flower.policy import Policy
+from pisa_fl.flower.state_file import StateFile, root_of
 from pisa_fl.from_config import one_client
 from pisa_fl.results import run_directory
 from pisa_fl.results.result import Interrupted
 from pisa_fl.system.files import write
+from pisa_fl.system.resources import memory
 from pisa_fl.system.text import visible
 from strategies.base.messages import CONFIG
 
 server = ServerApp()
 client = ClientApp()
+
+LONGEST, DEEPEST = 2**20, 100
+"""Characters of a configuration, and how deep it may be nested."""
 
 
 @server.main()
@@ -97,7 +106,8 @@ def answer(message: Message, context: Context) -> Message:
         file = StateFile(config.engine.state, name, number)
         with file.locked():
             host.states[number] = file.load(host.executor.half.kept_sizes()).to(host.device)
-            (reply,) = host.handle([(number, message)])
+            with counted(host, number, name):
+                (reply,) = host.handle([(number, message)])
             file.save(host.states[number])
         return reply
     except Exception as error:
@@ -112,9 +122,7 @@ def configuration(context: Context) -> DictConfig:
     """
     text = str(context.run_config.get("hydra", ""))
     try:
-        # nothing that is written once and stands for much: a few lines of it would fill the memory
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("it has YAML aliases")
+        _check_yaml(text)
         config = OmegaConf.create(text)
     except Exception as error:  # whatever the text makes the YAML parser raise
         raise ConfigurationError(f"the run-config key `hydra` cannot be read: {first_line(error)}") from error
@@ -123,18 +131,44 @@ def configuration(context: Context) -> DictConfig:
     return config
 
 
+def _check_yaml(text: str) -> None:
+    """Refuse a text that would take a parser's time or memory without end.
+
+    Raises:
+        ValueError: It would.
+    """
+    if len(text) > LONGEST:
+        raise ValueError(f"it has more than {LONGEST} characters")
+    depth = 0
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):  # written once, it stands for much
+            raise ValueError("it has YAML aliases")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
+
+
 def client_configuration(context: Context) -> DictConfig:
     """The run's configuration as a client may use it: no more is built, read and written than its owner allows.
 
     The server's word for where the client keeps its state and its decoded data counts in Flower's simulation alone.
 
     Raises:
-        ConfigurationError: It has something built that is not allowed.
+        ConfigurationError: It is not allowed, or is none.
     """
     config = configuration(context)
     if SIMULATION in os.environ:
         return config
-    check_targets(config, str(context.node_config.get("allow", "")).split(), CLIENT)
+    number = client_number(context)
+    try:
+        check_targets(config, str(context.node_config.get("allow", "")).split(), CLIENT)
+        if (words := problem(config)) is not None:
+            raise ConfigurationError(words)
+        made = PassesMade(root_of(), number).read()
+        others = sum(passes for name, passes in made.items() if name != experiment(config, context))
+        Policy.of_owner().check(config, own_data(context) is not None, others)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"client {number}: {error}") from error
     config.engine.state = None
     if config.data.get("cache") is not None:
         config.data.cache = os.environ.get("PISA_FL_CACHE", "~/.cache/pisa-fl")
@@ -174,6 +208,24 @@ def experiment(config: DictConfig, context: Context) -> str:
     return f"flower-{context.run_id}" if name is None else str(name)
 
 
+@contextmanager
+def counted(host: ClientHost, number: int, name: str) -> Iterator[None]:
+    """Count the passes that are made meanwhile, and have no more made than the client's owner allows.
+
+    Raises:
+        ConfigurationError: It is not known how many were made before.
+    """
+    if SIMULATION in os.environ:
+        yield
+        return
+    made, executor = PassesMade(root_of(), number), host.executor
+    executor.allowed, executor.made = Policy.of_owner().left(sum(made.read().values())), 0.0
+    try:
+        yield
+    finally:
+        made.add(name, executor.made)
+
+
 @lru_cache(maxsize=4)
 def hosted(text: str, number: int, folder: str | None, name: str) -> ClientHost:
     """A host of one client; in a process that lives on, as in Flower's runner, it is made once.
@@ -184,8 +236,15 @@ def hosted(text: str, number: int, folder: str | None, name: str) -> ClientHost:
     config = OmegaConf.create(text)
     assert isinstance(config, DictConfig)
     set_threads(config.engine.threads)
-    clients = one_client(config, number, folder, StateFile(config.engine.state, name, number))
+    largest = None if SIMULATION in os.environ else Policy.of_owner().parameters or affordable()
+    clients = one_client(config, number, folder, StateFile(config.engine.state, name, number), largest)
     return clients.host([number], 1, config.engine.chunk)
+
+
+def affordable() -> int | None:
+    """Numbers of a model that this machine can train: weights, gradient, update and one vector of state, in float32."""
+    there = memory()
+    return None if there is None else there // 16
 
 
 def _leave(directory: Path, error: Exception) -> None:

@@ -8,7 +8,10 @@ FOLDER/superlink/                     for the SuperLink's host
     register.sh                       makes the keys in keys/ known to the SuperLink
     start.sh                          starts the SuperLink, then register.sh
 FOLDER/client-K/                      for the host of client K
-    ca.crt, client-K, start.sh        the authority, the client's private key, and what starts its SuperNode
+    ca.crt, client-K, start.sh        the authority, the client's private key, and what keeps its SuperNode running
+    policy.example.toml               what its owner may say it takes part in, in a policy.toml
+    compose.yaml                      the same in a container
+pisa-fl@.service                      in both: a unit of systemd that runs start.sh
 
 A second call makes only what is missing, so it adds clients; scripts are written anew.
 """
@@ -44,6 +47,17 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from pisa_fl.flower.policy import TEMPLATE
+from pisa_fl.flower.scripts import (
+    COMPOSE,
+    DIRECT,
+    ENVIRONMENT,
+    OWNERS,
+    REGISTER,
+    START_CLIENT,
+    START_SUPERLINK,
+    UNIT,
+)
 from pisa_fl.system.files import replace
 from pisa_fl.system.locks import locked
 
@@ -66,103 +80,6 @@ CLOCKS = timedelta(days=1)
 
 LONGEST = 36500
 """Days that a certificate may be valid, at most."""
-
-DIRECT = """\
-no_proxy="${no_proxy:-${NO_PROXY:-}}"  # no proxy leads to this host
-[[ $no_proxy == "*" || $no_proxy == 127.0.0.1,* ]] || no_proxy="127.0.0.1,localhost,::1${no_proxy:+,$no_proxy}"
-export no_proxy NO_PROXY="$no_proxy\""""
-"""How a host's own processes reach each other where HTTP has to go through a proxy."""
-
-ENVIRONMENT = """\
-# What Flower's commands need in a shell that talks to this SuperLink:  . environment.sh
-export FLWR_HOME="$(cd "$(dirname "${{BASH_SOURCE[0]:-$0}}")" && pwd)/flwr"
-export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
-{direct}
-export PISA_FL_NODES="${{FLWR_HOME%/flwr}}/nodes.txt"  # which key is which client's
-mkdir -p "$FLWR_HOME"
-cat >"$FLWR_HOME/config.toml.$$" <<END
-[superlink]
-default = "{name}"
-
-[superlink.{name}]
-address = "{local}"
-root-certificates = "${{FLWR_HOME%/flwr}}/ca.crt"
-END
-mv "$FLWR_HOME/config.toml.$$" "$FLWR_HOME/config.toml"
-"""
-
-REGISTER = """\
-#!/usr/bin/env bash
-# Makes the keys in keys/ known to the SuperLink that runs here; run it again when there is a new one.
-# nodes.txt tells which node is which client.
-set -euo pipefail
-cd "$(dirname "${{BASH_SOURCE[0]}}")"
-umask 077
-. ./environment.sh
-unset FORCE_COLOR CLICOLOR_FORCE PY_COLORS TTY_COMPATIBLE TTY_INTERACTIVE COLUMNS  # what is read below is bare
-export NO_COLOR=1 TERM=dumb PYTHONUTF8=1
-for _ in {{1..60}}; do
-    (: </dev/tcp/{local.host}/{local.port}) 2>/dev/null && break
-    kill -0 $PPID 2>/dev/null || exit 1  # started by start.sh, and the SuperLink has ended
-    sleep 1
-done
-nodes=$(flwr supernode list {name} --format json)
-[[ $nodes == *'"success": true'* ]] || {{ echo "$nodes" >&2; exit 1; }}
-touch nodes.txt
-failed=0
-for key in keys/*.pub; do
-    read -r _ public client <"$key"
-    node=$(awk -v public="$public" '$3 == public {{ node = $1 }} END {{ print node }}' nodes.txt)
-    [[ -n $node && $nodes == *"\\"$node\\""* ]] && continue
-    if answer=$(flwr supernode register "$key" {name}); then
-        node=$(sed -n 's/.*SuperNode \\([0-9]*\\) registered.*/\\1/p' <<<"$answer")
-        echo "$node $client $public" >>nodes.txt
-        echo "registered $client as node $node"
-    else
-        echo "register.sh: $client could not be registered" >&2
-        failed=1
-    fi
-done
-exit $failed
-"""
-
-START_SUPERLINK = """\
-#!/usr/bin/env bash
-# Starts the SuperLink, which clients reach at {address}, and registers their keys.
-set -euo pipefail
-cd "$(dirname "${{BASH_SOURCE[0]}}")"
-umask 077
-chmod 700 .
-chmod 600 server.key
-. ./environment.sh
-./register.sh &
-exec {command}
-"""
-
-START_CLIENT = """\
-#!/usr/bin/env bash
-# Starts client {client}:  ./start.sh [FOLDER]  where FOLDER holds data of its own, if it has any.
-# PISA_FL_ALLOW="PACKAGE ..." names packages installed here whose classes a run's configuration may name.
-set -euo pipefail
-data=${{1:+$(cd "$1" && pwd)}}
-cd "$(dirname "${{BASH_SOURCE[0]}}")"
-umask 077
-chmod 700 .
-chmod 600 client-{client}
-export FLWR_HOME="$PWD/flwr" PISA_FL_STATE="${{PISA_FL_STATE:-$PWD/state}}"
-export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
-{direct}
-# the SuperNode gives the client's work to who knows this secret, and not to any process of this host
-rm -f superexec-secret
-head -c 32 /dev/urandom >superexec-secret
-pisa-fl-superexec --insecure --runtime-api-address 127.0.0.1:{port} --parent-pid $$ \\
-    --superexec-auth-secret-file superexec-secret &
-exec {command} \\
-    --isolation process --superexec-auth-secret-file superexec-secret
-"""
-
-OWNERS = '${data:+ data=\\"$data\\"}${PISA_FL_ALLOW:+ allow=\\"$PISA_FL_ALLOW\\"}'
-"""What a client's script adds to its node's configuration."""
 
 
 @dataclass(frozen=True)
@@ -280,17 +197,17 @@ def _make(folder: Path, address: Address, clients: int, name: str, days: int) ->
     _write(superlink / "environment.sh", ENVIRONMENT.format(**values).encode(), PUBLIC)
     _write(superlink / "register.sh", REGISTER.format(**values).encode(), SCRIPT)
     _write(superlink / "start.sh", START_SUPERLINK.format(**values).encode(), SCRIPT)
+    _write(superlink / "pisa-fl@.service", UNIT.encode(), PUBLIC)
     for client in range(clients):
         home = _private_key(folder, client).parent
         if home.exists():  # it need not be kept here once it is on its host
-            start = START_CLIENT.format(
-                client=client,
-                port=SUPERNODE_PORT + client,
-                direct=DIRECT,
-                command=client_command(address, client, clients, OWNERS),
-            )
+            options = client_options(address, client, clients, OWNERS)
+            start = START_CLIENT.format(client=client, direct=DIRECT, options=options)
             _write(home / "ca.crt", authority, PUBLIC)
             _write(home / "start.sh", start.encode(), SCRIPT)
+            _write(home / "pisa-fl@.service", UNIT.encode(), PUBLIC)
+            _write(home / "compose.yaml", COMPOSE.format(client=client).encode(), PUBLIC)
+            _write(home / "policy.example.toml", TEMPLATE.encode(), PUBLIC)
     return new
 
 
@@ -303,10 +220,10 @@ def superlink_command(address: Address) -> str:
     )
 
 
-def client_command(address: Address, client: int, clients: int, more: str = "") -> str:
-    """The command line of a client's SuperNode, for its folder; `more` is added to the node's configuration."""
+def client_options(address: Address, client: int, clients: int, more: str = "") -> str:
+    """Arguments of a client's SuperNode, for its folder; `more` is added to the node's configuration."""
     return (
-        f"pisa-fl-supernode --superlink {address} --root-certificates ca.crt \\\n"
+        f"--superlink {address} --root-certificates ca.crt \\\n"
         f"    --auth-supernode-private-key client-{client} --port {SUPERNODE_PORT + client} \\\n"
         f'    --node-config "partition-id={client} num-partitions={clients}{more}"'
     )
@@ -580,8 +497,8 @@ def main() -> None:
     print("Copy each folder to its host, keeping its modes, and start it there:\n")
     print(f"superlink/start.sh, or in superlink/\n  {superlink_command(address)}\n")
     for client in range(clients):
-        command = client_command(address, client, clients)
-        print(f"client-{client}/start.sh, or in client-{client}/\n  {command}\n")
+        options = client_options(address, client, clients)
+        print(f"client-{client}/start.sh, or in client-{client}/\n  pisa-fl-supernode {options}\n")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,10 @@ class FlowerGrid(ClientGrid):
             except ValueError as error:
                 reason = printable(str(error)).partition("\n")[0]
                 log.warning("a client is turned away: %s", reason)
-                number = said.get("client")
+                # who only says why it does not take part is known by its key
+                known = {} if self._registered is None else _numbers(self._registered)
+                number = said.get("client", known.get(node))
+                reason = reason.removeprefix(f"client {number}: ")
                 self._met[node] = TurnedAway(number if type(number) is int else None, reason)
 
     def _introduction(self, node: int, said: Mapping[str, Any]) -> Introduction:

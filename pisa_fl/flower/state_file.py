@@ -41,6 +41,21 @@ DIGEST_SIZE = 64
 DEFAULT_ROOT = "~/.local/state/pisa-fl"
 
 
+def root_of(chosen: str | None = None) -> Path:
+    """The folder of all experiments.
+
+    Args:
+        chosen: None: `$PISA_FL_STATE`, or `~/.local/state/pisa-fl`.
+
+    Raises:
+        ConfigurationError: It is no path.
+    """
+    try:
+        return expand(chosen or os.environ.get("PISA_FL_STATE") or DEFAULT_ROOT, "engine.state")
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
 class StateFile:
     """The file of one client in one experiment.
 
@@ -58,11 +73,7 @@ class StateFile:
             raise ConfigurationError(
                 f"engine.experiment={experiment} must be 1 to 64 letters, digits, hyphens and underscores"
             )
-        try:
-            base = expand(root or os.environ.get("PISA_FL_STATE") or DEFAULT_ROOT, "engine.state")
-        except ValueError as error:
-            raise ConfigurationError(str(error)) from error
-        self._path = base / experiment / f"client-{client}.safetensors"
+        self._path = root_of(root) / experiment / f"client-{client}.safetensors"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

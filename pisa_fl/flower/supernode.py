@@ -3,9 +3,10 @@
 With every run a SuperLink sends an app bundle, and names the module in it that is the client's app: Flower puts that
 first on Python's path and runs it. Here the SuperNode takes a bundle of its own in its place, which holds nothing
 but the name of the installed app. Of the server's it keeps the configuration, which
-`pisa_fl.config.allowed` looks through.
+`pisa_fl.config.allowed` and its owner's policy look through.
 
-Flower's own looks for messages every three seconds, which most of a round's seconds would be; this one oftener.
+Flower's own looks for messages every three seconds, which most of a round's seconds would be; this one oftener. One
+that takes the place of a SuperNode that was killed makes up for it (former_life.py).
 Arguments are those of `flower-supernode`.
 """
 
@@ -21,14 +22,18 @@ from importlib.metadata import version
 from typing import Any
 
 from flwr.cli.build import build_fab_from_files
+from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.run import Run
+from flwr.supercore.utils import get_flwr_home
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli import flower_supernode
 
 from pisa_fl.config.allowed import SIMULATION
 from pisa_fl.flower.bundle import BUNDLE
+from pisa_fl.flower.former_life import Life, bury, make_up
+from pisa_fl.flower.keeper import KEEPER
 
 LOOK = 0.25
 """Seconds between looks for messages at the SuperLink."""
@@ -65,12 +70,21 @@ def main() -> None:
         )
 
     @contextmanager
-    def connect_for_messages(*arguments: Any, **named: Any) -> Iterator[tuple[Any, ...]]:
-        with connect(*arguments, **named) as (node, receive, send, get_run, _, *rest):
-            yield node, patient(receive), send, lambda run_id: own_run(get_run(run_id)), lambda *_: fab, *rest
+    def connect_for_messages(**named: Any) -> Iterator[tuple[Any, ...]]:
+        life = Life(get_flwr_home() / "life.json")
+        bury(life, named)
+        with connect(**named) as (node, receive, send, get_run, _, pull_object, push_object, confirm):
+            life.begin(node)
+            make_up(life, send, push_object)
+            own = lambda run_id: own_run(get_run(run_id)), lambda *_: fab
+            both = life.taking(patient(receive)), life.answering(send)
+            yield node, *both, *own, pull_object, push_object, confirm
 
-    start_client_internal._init_connection = connect_for_messages
+    flower: Any = start_client_internal
+    flower._init_connection = connect_for_messages
     os.environ.pop(SIMULATION, None)
+    if keeper := os.environ.get(KEEPER):
+        start_parent_process_monitor(int(keeper))
     flower_supernode()
 
 

@@ -5,16 +5,17 @@ import shutil
 import ssl
 import subprocess
 import sys
+from configparser import ConfigParser
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 from threading import Barrier, Thread
 
 import pytest
+import yaml
 from cryptography import x509
 from flwr.cli.flower_config import read_superlink_connection
 from flwr.common.config import parse_config_args
-from hosts import wait_for
 
 from pisa_fl.flower import credentials
 
@@ -58,15 +59,23 @@ def new_in(before, folder):
 
 
 def client_files(number):
-    own = [f"client-{number}/ca.crt", f"client-{number}/client-{number}", f"client-{number}/start.sh"]
-    return [*own, f"superlink/keys/client-{number}.pub"]
+    names = [
+        f"client-{number}",
+        "ca.crt",
+        "start.sh",
+        "policy.example.toml",
+        "compose.yaml",
+        "pisa-fl@.service",
+    ]
+    return [f"superlink/keys/client-{number}.pub", *(f"client-{number}/{name}" for name in names)]
 
 
 # --- what is there, and who may read it
 
 
 def test_every_host_has_a_folder(made):
-    scripts = ["superlink/environment.sh", "superlink/register.sh", "superlink/start.sh"]
+    scripts = ["environment.sh", "register.sh", "start.sh", "pisa-fl@.service"]
+    scripts = [f"superlink/{name}" for name in scripts]
     certificates = ["ca.crt", "ca.key", "superlink/ca.crt", "superlink/server.key", "superlink/server.pem"]
     clients = [name for number in range(3) for name in client_files(number)]
     assert sorted(contents(made)) == sorted(certificates + scripts + clients)
@@ -170,6 +179,13 @@ def test_openssh_reads_the_clients_keys(made):
 
 
 def test_a_second_call_changes_nothing(call, made):
+    before = contents(made)
+    assert call("made", "--superlink", ADDRESS)[0] == 0
+    assert contents(made) == before
+
+
+def test_an_owners_policy_stays_as_it_is(call, made):
+    (made / "client-0" / "policy.toml").write_text("clients = 3")
     before = contents(made)
     assert call("made", "--superlink", ADDRESS)[0] == 0
     assert contents(made) == before
@@ -367,9 +383,7 @@ def play(tmp_path):
     """Runs a script of a folder that was carried elsewhere, from a third folder."""
     commands = tmp_path / "commands"
     commands.mkdir()
-    (commands / "pisa-fl-superexec").write_text('#!/bin/sh\nprintf "%s\\n" "$@" >superexec\n')
-    (commands / "pisa-fl-superexec").chmod(0o755)
-    for name in ("pisa-fl-superlink", "pisa-fl-supernode", "flwr"):
+    for name in ("pisa-fl-superlink", "python", "flwr"):
         (commands / name).write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\nenv | grep -E "^(FLWR|PISA)_"\n')
         (commands / name).chmod(0o755)
 
@@ -403,15 +417,23 @@ QUIET = {
 def test_a_clients_script(carried, play, tmp_path):
     data = tmp_path / "my data"
     data.mkdir()
-    for arguments, own in (([], {}), (["my data"], {"data": str(data), "allow": "mine other"})):
-        allow = {"PISA_FL_ALLOW": own["allow"]} if own else {}
-        status, out, error = play(carried / "client-1" / "start.sh", *arguments, **allow)
-        out = out.replace("PISA_FL_ALLOW=mine other\n", "")
+    both = {"data": str(data), "allow": "mine other"}
+    for arguments, own, environment in (
+        ([], {}, {}),
+        (["my data"], both, {"PISA_FL_ALLOW": "mine other"}),
+        ([], both, {"PISA_FL_ALLOW": "mine other", "PISA_FL_DATA": str(data)}),
+    ):
+        status, out, error = play(carried / "client-1" / "start.sh", *arguments, **environment)
         assert (status, error) == (0, "")
-        home, *lines = out.splitlines()
+        home, *lines = [line for line in out.splitlines() if line.partition("=")[0] not in environment]
         assert home == str(carried / "client-1")
+        assert (f"PISA_FL_POLICY={home}/policy.toml" in lines) == (
+            carried / "client-1" / "policy.toml"
+        ).exists()
+        lines = [line for line in lines if not line.startswith("PISA_FL_POLICY=")]
         assert QUIET | {f"FLWR_HOME={home}/flwr", f"PISA_FL_STATE={home}/state"} == set(lines[-5:])
-        options = dict(zip(lines[:-5:2], lines[1:-5:2], strict=True))
+        assert lines[:2] == ["-m", "pisa_fl.flower.keeper"]
+        options = dict(zip(lines[2:-5:2], lines[3:-5:2], strict=True))
         node = parse_config_args([options.pop("--node-config")])
         assert node == {"partition-id": 1, "num-partitions": 3} | own
         assert options == {
@@ -419,17 +441,8 @@ def test_a_clients_script(carried, play, tmp_path):
             "--root-certificates": "ca.crt",
             "--auth-supernode-private-key": "client-1",
             "--port": "9095",
-            "--isolation": "process",
-            "--superexec-auth-secret-file": "superexec-secret",
         }
-        secret = carried / "client-1" / "superexec-secret"
-        assert (len(secret.read_bytes()), secret.stat().st_mode & 0o777) == (32, 0o600)
-        superexec = carried / "client-1" / "superexec"
-        wait_for(lambda: superexec.is_file() and superexec.read_text().endswith("-secret\n"), str)  # noqa: B023
-        lines = superexec.read_text().splitlines()
-        superexec.unlink()
-        assert lines[1:4] == ["--runtime-api-address", "127.0.0.1:9095", "--parent-pid"]
-        assert lines[5:] == ["--superexec-auth-secret-file", "superexec-secret"]
+        (carried / "client-1" / "policy.toml").touch()
     assert (carried / "client-1").stat().st_mode & 0o777 == 0o700
     assert (carried / "client-1" / "client-1").stat().st_mode & 0o777 == 0o600
 
@@ -450,6 +463,17 @@ def test_the_superlinks_script(carried, play):
         " --enable-supernode-auth --database state.db --disable-runtime-dependency-installation"
     )
     assert lines[1 : 1 + len(words.split())] == words.split()
+
+
+def test_docker_and_systemd_are_told_to_start_again_what_has_ended(made):
+    service = yaml.safe_load((made / "client-2" / "compose.yaml").read_text())["services"]["client-2"]
+    assert (service["command"], service["volumes"]) == (["/client/start.sh"], [".:/client"])
+    assert (service["restart"], service["cap_drop"]) == ("always", ["ALL"])
+    unit = ConfigParser(interpolation=None)
+    unit.optionxform = str
+    unit.read(made / "client-2" / "pisa-fl@.service")
+    started = {"ExecStart": "%f/start.sh", "EnvironmentFile": "%f/service.env", "Restart": "always"}
+    assert started.items() <= dict(unit["Service"]).items()
 
 
 def test_flower_reads_the_connection(call, tmp_path, monkeypatch):

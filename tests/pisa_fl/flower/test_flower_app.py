@@ -487,7 +487,9 @@ def test_a_client_builds_nothing_but_what_a_part_of_a_federation_is_made_of(conf
         check_targets(OmegaConf.merge(config, {part: None}, {part: node}), parts=CLIENT)
     config.model = {"_target_": "torch.nn.Sequential", "_args_": [[{"_target_": "os.system"}]]}
     said = refusal(context_of(config, **{"partition-id": 0}))
-    assert said.startswith("model._args_.0.0._target_=os.system must not be built: its package is none of")
+    assert said.startswith(
+        "client 0: model._args_.0.0._target_=os.system must not be built: its package is none of"
+    )
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,9 @@ BAD = {
     "more metrics": (extra("more", MetricRecord({"x": 1})), "metric records .*more"),
     "more arrays": (extra("more", ArrayRecord({})), "array records .*more"),
     "more configuration": (extra("more", ConfigRecord({"x": 1})), "config.* records .*more"),
+    "another's number": (content(2, of={"client": 0}), "not those of a training reply"),
+    "another round": (content(2, of={"server-round": 2}), "of round 2, expected 1"),
+    "a huge loss": (content(2, of={"train-loss": 1e13}), "a training loss of 10000000000000"),
     "own error": (Error(1000, "client 2: RuntimeError: broken"), "client 2: RuntimeError: broken"),
 }
 
