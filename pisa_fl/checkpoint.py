@@ -159,6 +159,8 @@ def _write_all(federation: Federation, folder: Path, beside: Sequence[Path]) -> 
         "accepted": federation.gateway.accepted,
         "clients": rounds,
     }
+    if federation.account is not None:
+        state["privacy"] = federation.account.state()
     _write(folder, "server", server)
     _write(folder, "clients", clients)
     federation.load_weights()
@@ -206,6 +208,8 @@ def _restore(federation: Federation, folder: Path) -> None:
     federation.gateway.accepted = {int(client): last for client, last in state["accepted"].items()}
     federation.arrays, federation.gateway.buffers, federation.gateway.traffic = arrays, buffers, traffic
     federation.round, federation.seconds = round_number, seconds
+    if federation.account is not None:
+        federation.account.restore(state["privacy"])
     federation.grid.restore(states)
 
 

@@ -7,14 +7,16 @@ for metrics in Federation(...).rounds(50):
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 from torch import nn
@@ -28,13 +30,14 @@ from pisa_fl.data.hold_out import hold_out
 from pisa_fl.engines.base import ClientGrid
 from pisa_fl.engines.local import local_engine
 from pisa_fl.metric import TRAIN_LOSS, Metrics
+from pisa_fl.privacy import Account, Privacy
 from pisa_fl.randomness import global_generators, numpy_generator
 from pisa_fl.server.flowers_own import server_half
 from pisa_fl.server.gateway import Gateway
 from pisa_fl.system.surroundings import own_surroundings
 from pisa_fl.tasks import Task
 from pisa_fl.tasks.base import LOSS, TARGETS
-from strategies import ClientHalf
+from strategies import ClientHalf, Layout
 from strategies.base.messages import (
     ARRAYS,
     BUFFERS,
@@ -80,9 +83,59 @@ class DivergedError(RunError):
     """A round gave values that must not be kept; nothing of it was."""
 
 
+class _NodesAlone:
+    """What a private run shows of its grid to a strategy that is to say whom it asks: it may not ask on its own."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.get_node_ids = grid.get_node_ids
+
+    def send_and_receive(self, *_: Any, **__: Any) -> NoReturn:
+        raise RunError("the strategy asks clients twice in a round, which privacy does not account for")
+
+
 def _attributes(strategy: Strategy) -> dict[str, Any]:
     """What a strategy remembers that it replaces from round to round, as Flower's do."""
     return {name: dict(v) if isinstance(v, dict) else v for name, v in vars(strategy).items()}
+
+
+def _check_privacy(
+    privacy: Privacy, statistics: Layout, strategy: Strategy, evaluate_clients_every: int | None
+) -> None:
+    """Check that nothing passes by the noise.
+
+    Raises:
+        ValueError: Something would.
+    """
+    if statistics.size:
+        raise ValueError(
+            "model keeps running statistics of examples (BatchNorm), which leave clients without noise: use one"
+            " without, such as simple_cnn"
+        )
+    if evaluate_clients_every is not None or vars(strategy).get("fraction_evaluate"):
+        raise ValueError(
+            "evaluate_clients_every has clients tell exact metrics of their examples, and privacy promises that they do"
+            " not: set evaluate_clients_every=null"
+        )
+
+
+def _check_draws(
+    privacy: Privacy, max_update: float | None, min_clients: int | None, participation: float
+) -> None:
+    """Check that who is in a noised sum depends on chance alone.
+
+    Raises:
+        ValueError: It depends on what clients sent, or on how many there are.
+    """
+    if privacy.poisson and max_update is not None:
+        raise ValueError(
+            f"max_update={max_update:g} refuses an update by how long the others' are, so that one client decides over"
+            " others: set max_update=null, for privacy=central clips every update"
+        )
+    if privacy.poisson and participation < 1 and min_clients is not None:
+        raise ValueError(
+            f"min_clients={min_clients} does not go with privacy=central and participation={participation:g}: chance"
+            " may draw any number of clients, so set min_clients=null"
+        )
 
 
 def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
@@ -119,6 +172,7 @@ class Federation:
         client_test: Share of every client's examples, in [0, 1), that it is tested on and does not train on.
         evaluate_every: Rounds between evaluations on the test set; round 0 and the last have one always.
         evaluate_clients_every: Rounds between evaluations on every client's own examples; None: never.
+        privacy: What is done so that others learn little of clients' data; None: nothing.
 
     Attributes:
         task: What is learnt.
@@ -153,6 +207,7 @@ class Federation:
         client_test: float = 0.0,
         evaluate_every: int = 1,
         evaluate_clients_every: int | None = None,
+        privacy: Privacy | None = None,
     ) -> None:
         if not data.tests:
             raise ValueError("data: there are no test examples, which the server needs")
@@ -164,14 +219,27 @@ class Federation:
             rows[client], tests[client] = hold_out(dealt, data.groups, client_test, seed, client)
         noise = {client: noise_std(client) for client in rows} if noise_std else {}
         self.clients = len(partition) if clients is None else clients
-        parts = Clients(data, rows, model, half, seed, batch_size, device, noise, task, tests)
+        parts = Clients(data, rows, model, half, seed, batch_size, device, noise, task, tests, privacy)
         self.task, findings = parts.learnt, parts.findings
+        self.account: Account | None = None
+        if privacy is not None:
+            _check_privacy(
+                privacy, Layout.of_buffers(model, findings.statistics), strategy, evaluate_clients_every
+            )
+            _check_draws(privacy, max_update, min_clients, participation)
+            privacy.check(half, strategy)
+            self.account = Account(privacy, half, participation, self.clients)
         self.grid = engine(parts)
         self.model = FlatModel(model, self.task, device, findings=findings)
         self.server = server_half(strategy)
+        chances = None
+        if privacy is not None:
+            self.server = privacy.around(self.server, participation * self.clients)
+            if privacy.poisson and participation < 1:
+                chances = partial(privacy.chances, clients=self.clients)
         buffers = self.model.buffers.cpu()
         self.gateway = Gateway(
-            *(self.grid, half, buffers, seed, participation, self.server, max_update, round_timeout)
+            *(self.grid, half, buffers, seed, participation, self.server, max_update, round_timeout, chances)
         )
         if not self.grid.elsewhere:  # else they are looked for
             self.gateway.traffic.clients_reachable = self.clients
@@ -267,6 +335,8 @@ class Federation:
             ) from error
         self.gateway.commit()
         self.arrays = kept
+        if self.account is not None:
+            self.account.round(self.gateway.traffic.clients_failed)
         self._evaluate_on_clients(number)
         self.round, self.whole = number, True
         self.seconds += time.perf_counter() - start
@@ -279,22 +349,31 @@ class Federation:
         while True:
             replies: list[Message] = []
             reachable = len(gateway.get_node_ids())
-            if reachable >= self._min_clients:
-                messages = self.server.configure_train(number, self.arrays, ConfigRecord(), gateway)
+            if reachable >= self._needed:
+                asked = gateway if self.account is None else cast(Grid, _NodesAlone(gateway))
+                messages = list(self.server.configure_train(number, self.arrays, ConfigRecord(), asked))
+                if self.account is not None:
+                    self.account.ask(message.metadata.dst_node_id for message in messages)
                 replies = gateway.send_and_receive(messages, timeout=self._round_timeout)
             reason = self._shortage(reachable, number)
             if reason is None:
                 return replies
-            away = gateway.traffic.silent or reachable < self._min_clients
+            away = gateway.traffic.silent or reachable < self._needed
             if not away or time.monotonic() >= deadline:
                 example = "".join(f"; {failure}" for failure in gateway.failures[:1])
                 raise TooFewClientsError(f"{reason}{example}")
             time.sleep(WAIT)
             gateway.begin_again()
 
+    @property
+    def _needed(self) -> int:
+        """Replies that the round needs: none if chance drew nobody of those who are there."""
+        by_chance = self.gateway.draws_by_chance and self.gateway.traffic.clients_reachable
+        return 0 if by_chance and not self.gateway.get_node_ids() else self._min_clients
+
     def _shortage(self, reachable: int, number: int) -> str | None:
         """Why the replies are not enough for a round, or None."""
-        traffic, needed = self.gateway.traffic, self._min_clients
+        traffic, needed = self.gateway.traffic, self._needed
         if reachable < needed:
             return (
                 f"clients that can be reached in round {number}: {reachable}, min_clients={needed} are needed"
@@ -320,10 +399,12 @@ class Federation:
         due = self._clients_every is not None and (last or self.round % self._clients_every == 0)
         self.of_clients = self._evaluate_clients() if due else None
         traffic = self.gateway.traffic
+        train_loss = traffic.loss_sum / traffic.examples if traffic.examples else found.get(LOSS, math.nan)
         metrics: Metrics = {
             "round": self.round,
             **{metric.key: found[metric.name] for metric in self.task.measures.all if metric.name in found},
-            TRAIN_LOSS: traffic.loss_sum / traffic.examples if traffic.examples else found[LOSS],
+            TRAIN_LOSS: train_loss if self.account is None else math.nan,  # of which clients tell nothing
+            **({} if self.account is None else self.account.line()),
             "passes": traffic.differentiated / max(1, sum(self.grid.sizes.values())),
             "bytes_up": traffic.bytes_up,
             "bytes_down": traffic.bytes_down,

@@ -30,6 +30,7 @@ from pisa_fl.engines.base import ClientGrid, is_child
 from pisa_fl.federation import Federation, seeded
 from pisa_fl.identity import Identity, expected, of_deal, of_settings, of_tensors, of_weights
 from pisa_fl.models.limit import at_most
+from pisa_fl.privacy import Privacy
 from pisa_fl.results.console import Display
 from pisa_fl.results.observer import Observer, Observers
 from pisa_fl.results.pictures import Curves, PartitionPicture
@@ -127,6 +128,7 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
     server = build(config.strategy.server, Strategy, layout=layout, seed=config.seed, device=device)
     with blaming(config.strategy.server):
         checks.flowers_own(server)
+    privacy = _privacy(config)
     federation = Federation(
         data,
         partition,
@@ -149,6 +151,7 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
         client_test=config.data.get("client_test", 0),
         evaluate_every=config.evaluate_every,
         evaluate_clients_every=config.evaluate_clients_every,
+        privacy=privacy,
     )
     federation.identity = identity.parts
     return federation
@@ -200,6 +203,7 @@ def one_client(
         return Clients(
             *(data, {number: rows}, model, half, config.seed, config.batch_size, device, noise, task),
             {number: tests},
+            _privacy(config),
         )
     except (ValueError, OSError) as error:
         raise ConfigurationError(f"client {number}: {explain(error)}") from error
@@ -252,6 +256,28 @@ def observers(config: DictConfig, directory: Path | None) -> Observers:
     recorder = Recorder(directory, kept.every, kept.keep, kept.get("best", False))
     curves = Curves(directory / "curves.png", config.redraw)
     return Observers([recorder, display, PartitionPicture(directory / "partition.png"), curves, *chosen])
+
+
+def _privacy(config: DictConfig) -> Privacy | None:
+    """What is done so that others learn little of clients' data; None: nothing.
+
+    Raises:
+        ConfigurationError: It is impossible.
+    """
+    node = config.get("privacy")
+    if node is None:
+        return None
+    if not isinstance(node, DictConfig):
+        raise ConfigurationError(
+            f"privacy must be a group of keys, got {node}: choose one by its name, as in privacy=central"
+        )
+    privacy: Privacy = build(node, Privacy, seed=config.seed)
+    if privacy.random.kind == "system" and config.checkpoint.every != 1:
+        raise ConfigurationError(
+            "privacy.randomness=system draws anew what is done again after an interruption, and each time counts: set"
+            " checkpoint.every=1"
+        )
+    return privacy
 
 
 def trackers(config: DictConfig) -> list[Observer]:

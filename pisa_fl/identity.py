@@ -95,7 +95,8 @@ def of_settings(config: DictConfig) -> dict[str, str]:
     """The parts of the configuration, by dotted key."""
     # not every engine has the key, and those without compute so
     parts = _flat("engine.precision", OmegaConf.select(config, "engine.precision", default="float32"))
-    for key in (*SETTINGS, DEAL):
+    private = ["privacy"] if OmegaConf.select(config, "privacy") is not None else []
+    for key in (*SETTINGS, *private, DEAL):
         value = OmegaConf.select(config, key)
         plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         parts |= _flat(key, plain)

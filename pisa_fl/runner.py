@@ -316,6 +316,8 @@ def _run(
         if path is not None and config.checkpoint.get("best") and (path / run_directory.BEST).is_file():
             by = f"{'validation' if validation else 'test'} {run.measures.quality.name}"
             summary["best_weights"] = {"file": run_directory.BEST, "chosen_by": by}
+        if federation.account is not None:
+            summary["privacy"] = federation.account.summary()
         if federation.of_clients:
             summary["clients"] = run_directory.summarise_own(federation.of_clients, run.measures)
         watching.finished(summary)

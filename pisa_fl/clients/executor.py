@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pisa_fl.clients.flat_model import FlatModel
+from pisa_fl.clients.private_stack import PrivateStack
 from pisa_fl.clients.stack import ClientData, LocalStack
 from pisa_fl.config import ConfigurationError
 from pisa_fl.data.data_set import DataSet, Fields
+from pisa_fl.privacy import Examples, Privacy
 from pisa_fl.randomness import global_generators, torch_seed
 from strategies.base.client import ClientHalf, Instruction
 from strategies.base.messages import (
@@ -95,6 +97,7 @@ class Executor:
         seed: Seed of the run.
         batch_size: Examples of a mini-batch.
         chunk: Examples differentiated at once where the number does not matter to the result.
+        privacy: What clients do so that others learn little of their data; None: nothing.
 
     Attributes:
         allowed: Passes over a client's examples that an answer may take, at most; None: any number.
@@ -110,9 +113,10 @@ class Executor:
         seed: int,
         batch_size: int,
         chunk: int,
+        privacy: Privacy | None = None,
     ) -> None:
         self.model, self.half, self.data, self.clients = model, half, data, clients
-        self._seed, self._batch_size, self._chunk = seed, batch_size, chunk
+        self._seed, self._batch_size, self._chunk, self._privacy = seed, batch_size, chunk, privacy
         self._last: tuple[Mapping[str, Tensor], Instruction] | None = None
         self.allowed: float | None = None
         self.made = 0.0
@@ -147,17 +151,7 @@ class Executor:
 
     def _train(self, job: Job) -> Outcome:
         round_number = integer(job.config, ROUND)
-        stack = LocalStack(
-            self.model,
-            self.data,
-            {client: self.clients[client] for client in job.clients},
-            job.arrays.get(BUFFERS),
-            round_number,
-            self._seed,
-            self._batch_size,
-            self._chunk,
-            self.allowed,
-        )
+        stack = self._stack(job, round_number)
         state = self._state(job)
         # dropout and its like draw from PyTorch's global generators: give them an address of their own
         seed = torch_seed(self._seed, "model", round_number, job.clients[0])
@@ -166,10 +160,13 @@ class Executor:
                 update = self.half.solve(stack, self._instruction_of(job), state)
         finally:
             self.made += sum(stack.passes)
+        losses = update.loss.tolist()
+        if self._privacy is not None:
+            update = self._privacy.sent(update, job.clients, round_number, job.arrays[WEIGHTS])
+            losses = [0.0] * len(job.clients)  # which would tell of their examples
         answered, kept = self.half.sending(update, state)
         if self.model.buffer_layout.size:
             answered[BUFFERS] = stack.buffers
-        losses = update.loss.tolist()
         metrics = [
             {
                 ROUND: round_number,
@@ -189,6 +186,16 @@ class Executor:
             start = job.arrays[WEIGHTS].cpu()
             norms[MOVED] = [math.sqrt(gap @ gap) for gap in (row - start for row in arrays[WEIGHTS])]
         return Outcome(metrics, arrays, rows if kept else (), norms)
+
+    def _stack(self, job: Job, round_number: int) -> LocalStack:
+        clients = {client: self.clients[client] for client in job.clients}
+        given = (
+            *(self.model, self.data, clients, job.arrays.get(BUFFERS), round_number),
+            *(self._seed, self._batch_size, self._chunk, self.allowed),
+        )
+        if isinstance(self._privacy, Examples):
+            return PrivateStack(self._privacy, self._privacy.allowed(self.half), *given)
+        return LocalStack(*given)
 
     def _evaluate(self, job: Job) -> Outcome:
         """Loss and metrics of the sent weights, or of the clients' own; of the test set, sums to be put together."""

@@ -160,21 +160,53 @@ class FlatModel:
         Raises:
             ValueError: The model keeps running statistics.
         """
-        if self.buffer_layout.size:
-            raise ValueError("an example alone has no gradient in a model with running statistics")
-
-        def loss(weights: Tensor, example: Fields) -> Tensor:
-            alone = {name: field.unsqueeze(0) for name, field in example.items()}
-            objective, _ = self.at(weights, self.objective, alone, None, {})
-            return objective[0]
 
         def norm(weights: Tensor, example: Fields) -> Tensor:
-            return torch.linalg.vector_norm(grad(loss)(weights, example))
+            return torch.linalg.vector_norm(grad(self._loss_alone)(weights, example))
 
-        at_once = max(1, GRADIENT_BYTES // (4 * self.layout.size * len(shares)))
-        of_one = vmap(norm, in_dims=(None, 0), randomness="different", chunk_size=at_once)
+        of_one = vmap(norm, in_dims=(None, 0), randomness="different", chunk_size=self._at_once(shares))
         of_all = vmap(of_one, in_dims=(None if weights.dim() == 1 else 0, 0), randomness="different")
         return torch.where(shares > 0, of_all(weights, batches), 0.0)
+
+    def sums_of_gradients(
+        self, weights: Tensor, batches: Fields, shares: Tensor, each: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Sums over batches' examples of what is made of the gradient of each one's own loss, (C, d).
+
+        Args:
+            weights: (d,) or (C, d).
+            batches: (C, B, ...).
+            shares: (C, B); zero for padding, which is left out.
+            each: From gradients of single examples (..., d) to the terms of the sums, (..., d).
+
+        Raises:
+            ValueError: The model keeps running statistics.
+        """
+        of_one = vmap(grad(self._loss_alone), in_dims=(None, 0), randomness="different")
+        of_all = vmap(of_one, in_dims=(None if weights.dim() == 1 else 0, 0), randomness="different")
+        total = torch.zeros(len(shares), self.layout.size, device=self.device)
+        size = self._at_once(shares)
+        for start in range(0, shares.shape[1], size):
+            part = {name: field[:, start : start + size] for name, field in batches.items()}
+            there = (shares[:, start : start + size] > 0).unsqueeze(-1)
+            total += torch.where(there, each(of_all(weights, part)), 0.0).sum(dim=1)
+        return total
+
+    def _loss_alone(self, weights: Tensor, example: Fields) -> Tensor:
+        """Loss of one example.
+
+        Raises:
+            ValueError: The model keeps running statistics.
+        """
+        if self.buffer_layout.size:
+            raise ValueError("an example alone has no gradient in a model with running statistics")
+        alone = {name: field.unsqueeze(0) for name, field in example.items()}
+        objective, _ = self.at(weights, self.objective, alone, None, {})
+        return objective[0]
+
+    def _at_once(self, shares: Tensor) -> int:
+        """Examples of each client whose gradients are held at once."""
+        return max(1, GRADIENT_BYTES // (4 * self.layout.size * len(shares)))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

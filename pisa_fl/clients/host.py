@@ -26,6 +26,7 @@ from pisa_fl.clients.stack import ClientData, fitting_stack
 from pisa_fl.config import ConfigurationError
 from pisa_fl.data.data_set import DataSet
 from pisa_fl.models.examination import Findings, examine
+from pisa_fl.privacy import Privacy
 from pisa_fl.randomness import global_generators
 from pisa_fl.tasks import Task
 from strategies.base.client import ClientHalf
@@ -78,6 +79,7 @@ class Clients:
         noise_std: Client number -> standard deviation of the noise on its inputs; empty for none.
         task: What is learnt; None: what usually is of such data.
         tests: Client number -> positions of its own test examples, which it does not train on.
+        privacy: What they do so that others learn little of their data; None: nothing.
     """
 
     data: DataSet
@@ -90,6 +92,7 @@ class Clients:
     noise_std: Mapping[int, float] = field(default_factory=dict)
     task: Task | None = None
     tests: Mapping[int, NDArray[np.integer]] = field(default_factory=dict)
+    privacy: Privacy | None = None
 
     @cached_property
     def findings(self) -> Findings:
@@ -181,7 +184,9 @@ class Clients:
             )
             for number in numbers
         }
-        executor = Executor(model, self.half, self.data, clients, self.seed, self.batch_size, chunk)
+        executor = Executor(
+            *(model, self.half, self.data, clients, self.seed, self.batch_size, chunk), privacy=self.privacy
+        )
         return ClientHost(executor, stack)
 
 

@@ -60,6 +60,7 @@ PARTS = (
             "flwr.serverapp.strategy.strategy.Strategy",
         ),
     ),
+    Part("privacy", ("pisa_fl.privacy",), ("pisa_fl.privacy.base.Privacy",)),
     Part("task", ("pisa_fl.tasks",), ("pisa_fl.tasks.base.Task",)),
     Part(
         "engine",
@@ -69,7 +70,7 @@ PARTS = (
     Part("tracker[.].*", ("pisa_fl.trackers",), ("pisa_fl.results.observer.Observer",)),
 )
 
-CLIENT = ("data", "partition", "model", "strategy.client", "task")
+CLIENT = ("data", "partition", "model", "strategy.client", "task", "privacy")
 """The parts that a client builds."""
 
 SIMULATION = "PISA_FL_SIMULATION"

@@ -75,6 +75,8 @@ class Display(Observer):
             for metric in self._measures.all
             if metric.key in line
         )
+        if "epsilon" in line:
+            status += f"  epsilon {line['epsilon']:.3g}"
         status += f"  {clients_in(line)}" if status else clients_in(line)
         for task in self._progress.task_ids:
             self._progress.update(task, completed=line["round"], status=status)
@@ -118,6 +120,8 @@ def show_summary(summary: Mapping[str, Any], directory: str, measures: Measures)
         table.add_row("at chance", f"always giving the same answer has {quality.shown(summary['chance'])}")
     for metric in measures.metrics[1:]:
         table.add_row(f"final {on} {metric.name}", metric.shown(summary[f"final_{metric.name}"]))
+    for row in _privacy_rows(summary.get("privacy")):
+        table.add_row(*row)
     for name, spread in (summary.get("clients") or {}).items():
         if name == quality.name:
             words = (f"{key.replace('_', ' ')} {quality.shown(value)}" for key, value in spread.items())
@@ -136,6 +140,22 @@ def show_summary(summary: Mapping[str, Any], directory: str, measures: Measures)
     table.add_row("training time", f"{math.ceil(summary['seconds'])} s")
     console.print(table)
     console.print(f"run directory: {_shown(directory)}", soft_wrap=True)
+
+
+def _privacy_rows(told: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the table says of privacy."""
+    if told is None:
+        return []
+    epsilon = "none" if told["epsilon"] is None else f"{told['epsilon']:.3g} at delta {told['delta']:g}"
+    test = f"{told['advantage_at_least']:.2g} to {told['advantage']:.2g} (hits less false alarms, in the worst case)"
+    rows = [(f"epsilon ({told['adjacency']})", epsilon), ("a test for one's data gains", test)]
+    if told["noise_floor"] is not None and told["noise"] < told["noise_floor"]:
+        limit = (
+            f"{told['noise']:g} is below {told['noise_floor']:.2g}, the limit of DP-SGD (arXiv 2601.10237)"
+        )
+        rows.append(("noise", limit))
+    rows.append(("protects", told["protects"]))
+    return rows + ([("but", told["note"])] if "note" in told else [])
 
 
 def _shown(text: str) -> str:

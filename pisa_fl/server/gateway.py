@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -131,6 +131,8 @@ class Gateway(Grid):
         max_update: How many times as long as the greatest median of a round so far an update |w_i - w| may be, with
             `COMPARED` replies or more; None: as long as it likes.
         timeout: Seconds that an exchange waits for replies if it does not say; None: without end.
+        chances: From a round to a number from [0, 1) for each client, which takes part if that is below
+            `participation`; None: a fixed share of the clients is drawn.
 
     Attributes:
         failures: Of the present round.
@@ -151,6 +153,7 @@ class Gateway(Grid):
         server: ServerHalf | None = None,
         max_update: float | None = None,
         timeout: float | None = None,
+        chances: Callable[[int], Tensor] | None = None,
     ) -> None:
         number = isinstance(max_update, int | float) and not isinstance(max_update, bool)
         if max_update is not None and not (number and 1 < max_update <= LARGEST):
@@ -164,7 +167,8 @@ class Gateway(Grid):
         self.accepted: dict[int, int] = {}
         self._remembers = bool(half.kept_sizes())
         self._answered: list[int] = []
-        self._seed, self._participation = seed, participation
+        self._seed, self._participation, self._chances = seed, participation, chances
+        self._chance = torch.empty(0, dtype=torch.float64)
         self._round = 0
         self._before = (buffers, self.traffic)
         self._nodes: list[int] = []
@@ -176,6 +180,8 @@ class Gateway(Grid):
     def begin(self, round_number: int) -> None:
         """Start a round: other clients are drawn, the round's counters are cleared."""
         self._round = round_number
+        if self._chances is not None:
+            self._chance = self._chances(round_number)
         self._before = (self.buffers, replace(self.traffic))
         self.failures = []
         self._clear()
@@ -219,12 +225,19 @@ class Gateway(Grid):
         nodes = self.look()
         if self._participation >= 1 or not nodes:
             return nodes
+        if self._chances is not None:
+            return [node for node in nodes if self._chance[node] < self._participation]
         draw = numpy_generator(self._seed, "participation", self._round)
         count = max(1, round(self._participation * len(nodes)))
         return sorted(int(n) for n in draw.choice(nodes, count, replace=False))
 
+    @property
+    def draws_by_chance(self) -> bool:
+        """Whether each client is drawn by itself, so that a round may have none."""
+        return self._chances is not None
+
     def get_node_ids(self) -> list[int]:
-        """The clients drawn for this round, in order; at least one if there are any."""
+        """The clients drawn for this round, in order; at least one if there are any and a fixed share is drawn."""
         return self._nodes
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
