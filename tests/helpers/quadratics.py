@@ -84,6 +84,7 @@ class QuadraticStack:
     def __init__(self, problem, clients, steps_per_epoch=1):
         self.clients = list(clients)
         self.differentiated = [1] * len(self.clients)
+        self.passes = [1.0] * len(self.clients)
         self._a, self._b = problem.a[self.clients].float(), problem.b[self.clients].float()
         self._steps = steps_per_epoch
 
