@@ -32,8 +32,10 @@ from pisa_fl.engines.local import local_engine
 from pisa_fl.metric import TRAIN_LOSS, Metrics
 from pisa_fl.privacy import Account, Privacy
 from pisa_fl.randomness import global_generators, numpy_generator
+from pisa_fl.secure.summing import SecAgg
 from pisa_fl.server.flowers_own import server_half
 from pisa_fl.server.gateway import Gateway
+from pisa_fl.server.sums import check_secure
 from pisa_fl.system.surroundings import own_surroundings
 from pisa_fl.tasks import Task
 from pisa_fl.tasks.base import LOSS, TARGETS
@@ -173,6 +175,7 @@ class Federation:
         evaluate_every: Rounds between evaluations on the test set; round 0 and the last have one always.
         evaluate_clients_every: Rounds between evaluations on every client's own examples; None: never.
         privacy: What is done so that others learn little of clients' data; None: nothing.
+        secure: How the server is given sums over clients in place of their updates; None: it is given those.
 
     Attributes:
         task: What is learnt.
@@ -208,6 +211,7 @@ class Federation:
         evaluate_every: int = 1,
         evaluate_clients_every: int | None = None,
         privacy: Privacy | None = None,
+        secure: SecAgg | None = None,
     ) -> None:
         if not data.tests:
             raise ValueError("data: there are no test examples, which the server needs")
@@ -219,7 +223,14 @@ class Federation:
             rows[client], tests[client] = hold_out(dealt, data.groups, client_test, seed, client)
         noise = {client: noise_std(client) for client in rows} if noise_std else {}
         self.clients = len(partition) if clients is None else clients
-        parts = Clients(data, rows, model, half, seed, batch_size, device, noise, task, tests, privacy)
+        self.server = server_half(strategy)
+        drawn = max(1, round(participation * self.clients))
+        check_secure(secure, self.server, type(strategy).__name__, drawn, max_update, privacy is not None)
+        parts = Clients(
+            *(data, rows, model, half, seed, batch_size, device, noise, task, tests),
+            privacy=privacy,
+            secure=secure is not None,
+        )
         self.task, findings = parts.learnt, parts.findings
         self.account: Account | None = None
         if privacy is not None:
@@ -231,7 +242,6 @@ class Federation:
             self.account = Account(privacy, half, participation, self.clients)
         self.grid = engine(parts)
         self.model = FlatModel(model, self.task, device, findings=findings)
-        self.server = server_half(strategy)
         chances = None
         if privacy is not None:
             self.server = privacy.around(self.server, participation * self.clients)
@@ -239,7 +249,8 @@ class Federation:
                 chances = partial(privacy.chances, clients=self.clients)
         buffers = self.model.buffers.cpu()
         self.gateway = Gateway(
-            *(self.grid, half, buffers, seed, participation, self.server, max_update, round_timeout, chances)
+            *(self.grid, half, buffers, seed, participation, self.server, max_update, round_timeout, chances),
+            secure=secure,
         )
         if not self.grid.elsewhere:  # else they are looked for
             self.gateway.traffic.clients_reachable = self.clients

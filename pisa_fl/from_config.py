@@ -35,6 +35,7 @@ from pisa_fl.results.console import Display
 from pisa_fl.results.observer import Observer, Observers
 from pisa_fl.results.pictures import Curves, PartitionPicture
 from pisa_fl.results.recorder import Recorder
+from pisa_fl.secure.summing import SecAgg
 from pisa_fl.system.surroundings import own_surroundings
 from pisa_fl.tasks import Task
 from strategies import ClientHalf, Layout
@@ -152,6 +153,7 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
         evaluate_every=config.evaluate_every,
         evaluate_clients_every=config.evaluate_clients_every,
         privacy=privacy,
+        secure=None if (secure := config.get("secure")) is None else SecAgg(secure.threshold, secure.shares),
     )
     federation.identity = identity.parts
     return federation
@@ -203,7 +205,8 @@ def one_client(
         return Clients(
             *(data, {number: rows}, model, half, config.seed, config.batch_size, device, noise, task),
             {number: tests},
-            _privacy(config),
+            privacy=_privacy(config),
+            secure=config.get("secure") is not None,
         )
     except (ValueError, OSError) as error:
         raise ConfigurationError(f"client {number}: {explain(error)}") from error

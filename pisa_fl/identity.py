@@ -100,6 +100,8 @@ def of_settings(config: DictConfig) -> dict[str, str]:
         value = OmegaConf.select(config, key)
         plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         parts |= _flat(key, plain)
+    if config.get("secure") is not None:  # which rounds sums otherwise
+        parts["secure"] = "sums"
     return {
         key: value
         for key, value in parts.items()

@@ -22,7 +22,15 @@ from strategies.fedvarp import FedVarp
 from strategies.local_sgd import LocalSgd
 from strategies.mifa import Mifa
 from strategies.moon import MoonClient
-from strategies.pisa import Ledger, Penalty, Pisa, PisaClient, PisaLocalClient
+from strategies.pisa import (
+    Ledger,
+    Penalty,
+    Pisa,
+    PisaClient,
+    PisaLocalClient,
+    PisaSummed,
+    PisaSummedClient,
+)
 from strategies.scaffold import Scaffold, ScaffoldClient
 
 __all__ = [
@@ -59,6 +67,8 @@ __all__ = [
     "Pisa",
     "PisaClient",
     "PisaLocalClient",
+    "PisaSummed",
+    "PisaSummedClient",
     "Probe",
     "Scaffold",
     "ScaffoldClient",

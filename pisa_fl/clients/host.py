@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.secure_aggregation.secaggplus_constants import Stage
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from pisa_fl.data.data_set import DataSet
 from pisa_fl.models.examination import Findings, examine
 from pisa_fl.privacy import Privacy
 from pisa_fl.randomness import global_generators
+from pisa_fl.secure.masking import Masking, stage_of
 from pisa_fl.tasks import Task
 from strategies.base.client import ClientHalf
 from strategies.base.messages import (
@@ -80,6 +82,7 @@ class Clients:
         task: What is learnt; None: what usually is of such data.
         tests: Client number -> positions of its own test examples, which it does not train on.
         privacy: What they do so that others learn little of their data; None: nothing.
+        secure: Whether clients answer with updates only where masks hide them (`pisa_fl.secure`).
     """
 
     data: DataSet
@@ -93,6 +96,7 @@ class Clients:
     task: Task | None = None
     tests: Mapping[int, NDArray[np.integer]] = field(default_factory=dict)
     privacy: Privacy | None = None
+    secure: bool = False
 
     @cached_property
     def findings(self) -> Findings:
@@ -187,7 +191,7 @@ class Clients:
         executor = Executor(
             *(model, self.half, self.data, clients, self.seed, self.batch_size, chunk), privacy=self.privacy
         )
-        return ClientHost(executor, stack)
+        return ClientHost(executor, stack, Masking(self.half) if self.secure else None)
 
 
 @dataclass
@@ -264,13 +268,15 @@ class ClientHost:
     Args:
         executor: What computes for them.
         stack: Clients that advance together.
+        masking: What hides their updates; None: they are sent as they are.
     """
 
-    def __init__(self, executor: Executor, stack: int) -> None:
+    def __init__(self, executor: Executor, stack: int, masking: Masking | None = None) -> None:
         self.executor, self.clients = executor, executor.clients
         self.data, self.device = executor.data, executor.model.device
         self.states = {client: ClientState() for client in executor.clients}
         self._model, self._half, self._stack = executor.model, executor.half, stack
+        self.masking = masking
 
     def handle(self, messages: Sequence[tuple[int, Message]], run: Run | None = None) -> Iterator[Message]:
         """Answer messages, given with the number of the client each is for; errors are answers too.
@@ -279,6 +285,46 @@ class ClientHost:
             messages: The messages.
             run: Runs the jobs in place of this host's own executor.
         """
+        masking = self.masking
+        if masking is None:
+            yield from self._openly(messages, run)
+            return
+        hidden = {message.metadata.message_id: (client, message) for client, message in messages}
+        openly: list[tuple[int, Message]] = []
+        for client, message in messages:
+            stage = stage_of(message)
+            if stage == Stage.COLLECT_MASKED_VECTORS or message.metadata.message_type == MessageType.EVALUATE:
+                openly.append((client, message))
+            else:
+                yield self._masked(masking, client, message, stage)
+        for reply in self._openly(openly, run):
+            client, message = hidden[reply.metadata.reply_to_message_id]
+            masks = message.metadata.message_type != MessageType.EVALUATE and not reply.has_error()
+            yield self._masked(masking, client, message, stage_of(message), reply) if masks else reply
+
+    def _masked(
+        self,
+        masking: Masking,
+        client: int,
+        message: Message,
+        stage: str | None,
+        update: Message | None = None,
+    ) -> Message:
+        """An answer of secure aggregation; whoever lost its state says so before there are keys."""
+        try:
+            if stage is None:
+                raise InstructionError("it asks for an update that nothing hides")
+            if stage == Stage.SETUP:
+                self._check_rounds(message.content, 1)
+                accepted = config_of(message.content).get(ACCEPTED)
+                if not self._settle(client, _Received(accepted=accepted)):
+                    return Message(Error(STATE_LOST, _lost(client)), reply_to=message)
+            return masking.answer(client, message, update)
+        except Exception as error:  # whatever a stranger's message makes the protocol raise
+            return Message(Error(CLIENT_FAILED, failure_reason(error)), reply_to=message)
+
+    def _openly(self, messages: Sequence[tuple[int, Message]], run: Run | None) -> Iterator[Message]:
+        """Answers as they are."""
         contents: dict[tuple[int, bool], _Received] = {}
         arrays: _Arrays = {}
         groups: list[_Group] = []
@@ -291,8 +337,7 @@ class ClientHost:
             if instruction.refused is not None:
                 yield Message(Error(CLIENT_FAILED, instruction.refused), reply_to=message)
             elif self._remembering(train) and not self._settle(client, instruction):
-                reason = f"client {client} does not hold the state that the server accepted"
-                yield Message(Error(STATE_LOST, reason), reply_to=message)
+                yield Message(Error(STATE_LOST, _lost(client)), reply_to=message)
             else:
                 group = next((g for g in groups if g.takes(train, instruction)), None)
                 if group is None:
@@ -459,6 +504,10 @@ class ClientHost:
         if BUFFERS in flat:
             tensors |= self._model.buffer_layout.views(flat[BUFFERS])
         return record({name: tensors[name].clone() for name in names})
+
+
+def _lost(client: int) -> str:
+    return f"client {client} does not hold the state that the server accepted"
 
 
 def printable(reason: str) -> str:

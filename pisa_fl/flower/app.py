@@ -106,6 +106,8 @@ def answer(message: Message, context: Context) -> Message:
         file = StateFile(config.engine.state, name, number)
         with file.locked():
             host.states[number] = file.load(host.executor.half.kept_sizes()).to(host.device)
+            if host.masking is not None:
+                host.masking.kept[number] = context.state  # a process may be for one message alone
             with counted(host, number, name):
                 (reply,) = host.handle([(number, message)])
             file.save(host.states[number])

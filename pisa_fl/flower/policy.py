@@ -54,7 +54,7 @@ TEMPLATE = """\
 
 FINGERPRINTED = (
     *("seed", "clients", "min_clients", "rounds", "participation", "batch_size"),
-    *("data", "partition", "model", "strategy", "task", "privacy"),
+    *("data", "partition", "model", "strategy", "task", "privacy", "secure"),
 )
 """Keys that what a client does, and what becomes of it, follow from; where files lie is no part of it."""
 

@@ -8,13 +8,16 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
 from torch import Tensor
 
 from strategies.base.server import ServerHalf
 
 SEPARATOR = "/"
 """Between the name of an attribute that is a dictionary and that of an array in it."""
+
+SUMS = (FedAvg, FedAvgM, FedProx, FedAdam, FedAdagrad, FedYogi)
+"""Those of Flower's that take of a round's replies their mean by examples alone."""
 
 NUMBER = "#"
 """Before the name of an attribute that is a plain number, to be told from an array without dimensions."""
@@ -34,6 +37,7 @@ class FlowersOwn(ServerHalf):
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
+        self.takes_sums = type(strategy) in SUMS
 
     def state_dict(self) -> dict[str, Tensor]:
         """Those attributes."""

@@ -26,6 +26,8 @@ from torch import Tensor
 from pisa_fl.clients.host import CLIENT_FAILED, printable
 from pisa_fl.engines.base import ClientGrid, TurnedAway
 from pisa_fl.randomness import numpy_generator
+from pisa_fl.secure.summing import SecAgg, SumError
+from pisa_fl.server.sums import SecureRound, carried
 from strategies.base.client import ClientHalf
 from strategies.base.messages import (
     ACCEPTED,
@@ -48,6 +50,7 @@ from strategies.base.messages import (
     averaged,
     config_of,
     integer,
+    members,
     metrics_of,
     payload,
     problem,
@@ -74,7 +77,7 @@ class Failure:
     """Why a reply was not accepted, or a client not admitted.
 
     Attributes:
-        client: Client number; None for a client that was turned away before it said a number.
+        client: Client number; None for a client that was turned away before it said a number, or for all of a sum.
         reason: One line.
         traceback: Of the client's own code; empty if there is none, or if it was reported before.
     """
@@ -133,6 +136,7 @@ class Gateway(Grid):
         timeout: Seconds that an exchange waits for replies if it does not say; None: without end.
         chances: From a round to a number from [0, 1) for each client, which takes part if that is below
             `participation`; None: a fixed share of the clients is drawn.
+        secure: How the server half is given sums in place of clients' updates; None: it is given those.
 
     Attributes:
         failures: Of the present round.
@@ -154,6 +158,7 @@ class Gateway(Grid):
         max_update: float | None = None,
         timeout: float | None = None,
         chances: Callable[[int], Tensor] | None = None,
+        secure: SecAgg | None = None,
     ) -> None:
         number = isinstance(max_update, int | float) and not isinstance(max_update, bool)
         if max_update is not None and not (number and 1 < max_update <= LARGEST):
@@ -169,6 +174,7 @@ class Gateway(Grid):
         self._answered: list[int] = []
         self._seed, self._participation, self._chances = seed, participation, chances
         self._chance = torch.empty(0, dtype=torch.float64)
+        self._secure = secure
         self._round = 0
         self._before = (buffers, self.traffic)
         self._nodes: list[int] = []
@@ -247,6 +253,8 @@ class Gateway(Grid):
         self._add_buffers(sent.values())
         self._acknowledge(sent)
         self._asked = {}
+        if self._secure is not None and any(map(_trains, sent.values())):
+            return self._summed(self._secure, sent, timeout)
         answers = self._exchange(sent, timeout)
         if again := self._with_state(sent, answers):
             sent |= again
@@ -266,6 +274,49 @@ class Gateway(Grid):
                 )
         self._take_buffers(accepted, all(map(_trains, sent.values())))
         return accepted
+
+    def _summed(self, secure: SecAgg, sent: Mapping[int, Message], timeout: float | None) -> list[Message]:
+        """One reply for all whose updates are in the sum (`pisa_fl.server.sums`); none if there is no sum."""
+        if not sent:
+            return []
+
+        def lost(client: int) -> None:
+            self.accepted.pop(client, None)
+            if self._server is not None:
+                self._server.lost(client)
+            log.warning(
+                "round %d: client %d has lost what it remembered, and begins anew", self._round, client
+            )
+            self._acknowledge(sent)
+
+        first = next(iter(sent.values())).content
+        fields = dict(self._half.reply_fields(config_of(first)))
+        if len(self.buffers):
+            fields[BUFFERS] = averaged(len(self.buffers))
+        done = SecureRound(
+            *(secure, self._round, sent, self._grid.sizes, fields),
+            *(lambda messages: self._exchange(messages, timeout), lost),
+        )
+        order = numpy_generator(self._seed, "neighbours", self._round).permutation(sorted(sent))
+        try:
+            reply = done.reply([int(node) for node in order])
+        except SumError as error:
+            self.failures.append(Failure(None, f"no sum: {error}"))
+            log.warning("round %d: no sum: %s", self._round, error)
+            reply = None
+        self.traffic.bytes_up += done.bytes_up
+        for node, (answer, reason) in done.faults.items():
+            self._count(node, answer, reason, True, 0)
+        if reply is None:
+            return []
+        self._answered = list(members(reply.content))
+        self.traffic.clients_ok += len(self._answered)
+        metrics = metrics_of(reply.content)
+        self.traffic.examples += integer(metrics, EXAMPLES)
+        self.traffic.loss_sum += real(metrics, LOSS) * integer(metrics, EXAMPLES)
+        self.traffic.differentiated += integer(metrics, DIFFERENTIATED)
+        self._take_buffers([reply], True)
+        return [reply]
 
     def _acknowledge(self, sent: Mapping[int, Message]) -> None:
         """Tell every client that remembers something which of its replies was accepted last; 0: none, begin anew.
@@ -303,7 +354,7 @@ class Gateway(Grid):
         for message in sent.values():
             content = message.content
             if id(content) not in sizes:
-                sizes[id(content)] = sum(map(payload, content.array_records.values()))
+                sizes[id(content)] = sum(map(payload, content.array_records.values())) + carried(content)
             self.traffic.bytes_down += sizes[id(content)]
         replies = self._grid.send_and_receive(sent.values(), timeout=timeout)
         asked = {message.metadata.message_id: node for node, message in sent.items()}

@@ -28,6 +28,9 @@ MEASURE = "measure"
 ROUND, ACCEPTED = "server-round", "accepted-round"
 EXAMPLES, LOSS, DIFFERENTIATED = "num-examples", "train-loss", "examples-differentiated"
 
+CLIENTS = "clients"
+"""Who is in a sum, in the reply that stands for all of them; under `EXAMPLES` what each of them has."""
+
 STATE_LOST = 1001
 """Code of the error of a client whose state is not the one that the ledger accepted."""
 
@@ -197,6 +200,12 @@ def config_of(content: RecordDict) -> dict[str, Any]:
     """The numbers and texts of an instruction; empty if it carries none."""
     config = content.get(CONFIG)  # much cheaper than Flower's `config_records`
     return dict(config) if isinstance(config, ConfigRecord) else {}
+
+
+def members(content: RecordDict) -> dict[int, int]:
+    """Who is in the sum that a reply is -> examples of each."""
+    said = config_of(content)
+    return dict(zip(said[CLIENTS], said[EXAMPLES], strict=True))
 
 
 def integer(values: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -16,7 +16,16 @@ from torch import Tensor
 
 
 class ServerHalf(Strategy):
-    """A server half; what it need not say has a default: it keeps nothing, and supplies nothing."""
+    """A server half; what it need not say has a default: it keeps nothing, and supplies nothing.
+
+    Attributes:
+        takes_sums: Whether a round's replies may come as one, of all those who answered: the mean of their arrays by
+            examples, all their examples, and under `CONFIG` who they are, `clients`, with their `examples`.
+        needs_sums: Whether they must.
+    """
+
+    takes_sums: bool = False
+    needs_sums: bool = False
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that it keeps from round to round, for a checkpoint."""
@@ -32,6 +41,9 @@ class ServerHalf(Strategy):
     def begins_anew(self, client: int) -> bool:
         """Whether what the client remembers is void, and it is to begin from zeros."""
         return False
+
+    def lost(self, client: int) -> None:
+        """A client has lost what it remembered, which nobody can supply, and begins anew from zeros."""
 
     def length(self, client: int, arrays: ArrayRecord) -> float | None:
         """How long a client's update is, to be compared with the others'; None: as |w_i - w| of its weights."""

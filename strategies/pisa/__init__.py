@@ -18,7 +18,8 @@ over those who answered, and everybody's last gradient is kept as well (`strateg
 Who takes the two steps is a matter of the wire, not of the path. `gradient`: clients send g_i alone, keep nothing, and
 the ledger steps for them; with `compression` they send it in fewer bytes, and keep what that leaves out for their next
 (`strategies.transforms.compression`). `primal`: they take the steps themselves, send w_i, and keep a replica of their
-dual; that is needed for more than one local step, or a Q of their own.
+dual; that is needed for more than one local step, or a Q of their own. Where the server is to see sums over clients
+alone, the rows stay with the clients (`strategies.pisa.summed`).
 
 Departures from the paper, all an override away from its form (docs/algorithm.md derives them):
 
@@ -39,5 +40,7 @@ from strategies.pisa.ledger import Ledger
 from strategies.pisa.local_client import PisaLocalClient
 from strategies.pisa.penalty import Penalty
 from strategies.pisa.server import Pisa
+from strategies.pisa.summed import PisaSummed
+from strategies.pisa.summed_client import PisaSummedClient
 
-__all__ = ["Ledger", "Penalty", "Pisa", "PisaClient", "PisaLocalClient"]
+__all__ = ["Ledger", "Penalty", "Pisa", "PisaClient", "PisaLocalClient", "PisaSummed", "PisaSummedClient"]

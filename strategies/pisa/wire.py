@@ -16,6 +16,9 @@ from strategies.preconditioners.base import LOSS, PROBED
 OFFSET, KNOWN = "offset", "known"
 """Names of what friction has taken from all duals, and of a client's note, 1, that it has one at all."""
 
+RESIDUAL, STEPPED = "residual", "stepped-round"
+"""Names of g_i + pi_i, where it is summed, and of the round whose step a client's dual is still to take; 0: none."""
+
 Wire = Literal["auto", "primal", "gradient"]
 
 
@@ -61,6 +64,32 @@ def by_gradient(wire: Wire, align_every: int, local_steps: int, preconditioner: 
             f" {'local_steps=1' if local_steps > 1 else 'align_every=1'}"
         )
     return wire != "primal" and local_steps == 1 and common
+
+
+def added(name: str) -> str:
+    """Name of what a client's statistic has more than the one it last added to their sum."""
+    return f"new-{name}"
+
+
+def check_linear(preconditioner: Preconditioner, align_every: int) -> None:
+    """Refuse a Q by which the sum of the clients' steps is not the step of their sum, or which gradients do not make.
+
+    Raises:
+        ValueError: It is one.
+    """
+    name = type(preconditioner).__name__
+    if not align_every and preconditioner.state_fields():
+        raise ValueError(
+            "align_every=0 gives every client its own Q, so that steps do not add up: set align_every=1"
+        )
+    if type(preconditioner).direction is not Preconditioner.direction:
+        raise ValueError(
+            f"{name} maps gradients to directions, so that steps do not add up: use kronecker or second_moment"
+        )
+    if preconditioner.probe is not None:
+        raise ValueError(
+            f"{name} takes more than gradients, which is not summed: use kronecker or second_moment"
+        )
 
 
 def check_alignment(align_every: int, penalty: Penalty, preconditioner: Preconditioner) -> None:

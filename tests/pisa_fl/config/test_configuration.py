@@ -94,7 +94,8 @@ def test_the_promised_defaults():
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_builds(name):
-    federation = pisa_fl.prepare(whole_one(f"strategy={name}", "model=mlp", "model.hidden=[2]"))
+    sums = ["secure=secagg"] if name == "pisa_summed" else []
+    federation = pisa_fl.prepare(whole_one(f"strategy={name}", "model=mlp", "model.hidden=[2]", *sums))
     assert isinstance(federation.strategy, Strategy)
     assert isinstance(federation.grid.host._half, ClientHalf)
     assert federation.model.layout.size == 2 * 784 + 2 + 10 * 2 + 10

@@ -189,6 +189,7 @@ def test_an_owner_pins_the_experiment(host, tmp_path):
         {"partition": {"seed": 1}},
         {"min_clients": 2},
         {"data": {"validation": 0.5}},
+        {"secure": {"threshold": 0.7}},
     ):
         other = OmegaConf.merge(config, change)
         assert answers(other) == (
