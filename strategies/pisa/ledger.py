@@ -223,8 +223,12 @@ class Ledger:
             sigma: Penalty, () or (d,); None in a round that only measures, which leaves the duals as they are.
             following: Penalty of the next round, of which the consensus is made.
             gone: Clients that are none of those, and are forgotten with it.
-            observed: What `observe` gave in this round, to be kept in the table.
+            observed: What `observe` gave in this round, to be kept in the table; of those who did not answer with w_i
+                after all, what they sent before stays there.
         """
+        if observed is not None and not observed.statistics.keys() <= weights.keys():
+            answered = {client: s for client, s in observed.statistics.items() if client in weights}
+            observed = self.observe(answered, examples, gone) if answered else None
         at_once = self._stays_in_range(consensus, sigma, following)
         before = None if at_once else self._now()
         self._admit(weights)

@@ -115,6 +115,24 @@ def test_sums_are_those_of_the_rows(history, seed, on_disk, friction):
             assert torch.equal(ledger.statistic(client).double(), book.table[client])
 
 
+def test_a_statistic_whose_answer_was_lost_is_of_its_round_alone():
+    """With the wire `primal` a client is asked twice; one knew client 1, the other is new."""
+    draw, ledger = torch.Generator().manual_seed(3), Ledger(LAYOUT, False, False, TABLE)
+    consensus, sigma = torch.zeros(SIZE), torch.ones(SIZE)
+    kept, seen = {}, []
+    for number, (asked, answered) in enumerate([((0, 1), (0, 1)), ((0, 1, 2), (0,)), ((0,), (0,))], start=1):
+        statistics = {c: torch.randn(TABLE, generator=draw) for c in asked}
+        observed = ledger.observe(statistics, dict.fromkeys(asked, 5))
+        seen.append((observed.average, torch.stack([*(kept | statistics).values()]).mean(dim=0)))
+        kept |= {c: statistics[c] for c in answered}
+        weights = dict.fromkeys(answered, consensus)
+        ledger.begin(number, weights, dict.fromkeys(answered, 5), consensus, sigma, sigma, (), observed)
+        ledger.commit()
+    for average, expected in seen:
+        torch.testing.assert_close(average, expected)
+    assert all(torch.equal(ledger.statistic(client), row) for client, row in kept.items())
+
+
 def test_a_table_that_dwindles_is_not_left_with_what_was_rounded():
     # squares that were of the size of 1, and a million rounds later of 1e-12
     draw, ledger = torch.Generator().manual_seed(1), Ledger(LAYOUT, False, False, TABLE)
