@@ -2,6 +2,7 @@
 
 import io
 import json
+import mmap
 import multiprocessing
 import os
 import sys
@@ -194,7 +195,8 @@ def test_the_cost_of_a_preconditioner(monkeypatch):
 def test_shared_memory_is_counted_once():
     fork = multiprocessing.get_context("fork")
     before = memory.used(os.getpid())
-    block = bytearray(os.urandom(2**26))
+    block = mmap.mmap(-1, 2**26, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # of none that was freed before
+    block.write(os.urandom(len(block)))
     over = fork.Event()
     child = fork.Process(target=over.wait)
     child.start()
