@@ -18,6 +18,7 @@ import yaml
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import http_grid
 from omegaconf import DictConfig, OmegaConf
 
 from pisa_fl import runner
@@ -30,6 +31,7 @@ from pisa_fl.config.root_keys import problem
 from pisa_fl.engines.base import set_threads
 from pisa_fl.federation import RunError
 from pisa_fl.flower.grid import NODES, FlowerGrid
+from pisa_fl.flower.looks import look_soon
 from pisa_fl.flower.passes import PassesMade
 from pisa_fl.flower.policy import Policy
 from pisa_fl.flower.state_file import StateFile, root_of
@@ -57,6 +59,7 @@ def main(grid: Grid, context: Context) -> None:
     if not (directory / run_directory.FLOWER_LOG).is_file():
         raise ConfigurationError(f"{directory} is not to be seen here: start pisa-fl on the SuperLink's host")
 
+    look_soon(http_grid, "pull_objects")
     nodes = os.environ.get(NODES)
     registered = None if nodes is None else Path(nodes)
 

@@ -23,6 +23,7 @@ from flwr.serverapp import Grid
 
 from pisa_fl.clients.host import CLIENT_FAILED, Clients, printable
 from pisa_fl.engines.base import ClientGrid, TurnedAway
+from pisa_fl.flower.looks import pause
 from pisa_fl.system.text import visible
 from strategies.base.messages import CONFIG, config_of
 
@@ -113,16 +114,16 @@ class FlowerGrid(ClientGrid):
     def _wait(self, ids: set[str], timeout: float | None) -> Iterable[Message]:
         """Replies to messages, as they come."""
         end = None if timeout is None else time.monotonic() + timeout
-        pause = 0.05
+        since = time.monotonic()
         while ids:
             replies = list(self._grid.pull_messages(ids))
             ids -= {reply.metadata.reply_to_message_id for reply in replies}
             yield from replies
             if end is not None and time.monotonic() >= end:
                 return
-            pause = 0.05 if replies else min(1.3 * pause, LONGEST_PAUSE)
+            since = time.monotonic() if replies else since
             if ids:
-                time.sleep(pause)
+                time.sleep(pause(time.monotonic() - since, LONGEST_PAUSE))
 
     def _meet(self, online: Sequence[int]) -> None:
         """Ask those who are new, or were away, who they are; whoever answers late is met later."""

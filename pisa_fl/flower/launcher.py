@@ -55,11 +55,13 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ADDRESS": "local",
     "NO_COLOR": "1",
     "TERM": "dumb",
     "PYTHONUTF8": "1",
 }
-"""Environment of everything that is started: nothing phones home, nothing is installed, and words are bare."""
+"""Environment of everything that is started: nothing phones home, nothing is installed, Ray is none that happens to run
+here, and words are bare."""
 
 LOUD = {"FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"}
 """What would have Flower's commands colour or fold what is read of them; Jupyter sets some."""

@@ -20,10 +20,12 @@ from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 from flwr.supercore.tls import validate_and_resolve_root_certificates
 
+from pisa_fl.flower.looks import look_soon
+
 METHOD: Literal["forkserver"] = "forkserver"
 """Python's way of starting processes that suits; Windows has it not, and there Flower starts them as ever."""
 
-NEEDED = ["flwr.supernode.runtime.run_clientapp", "pisa_fl.flower.app"]
+NEEDED = ["pisa_fl.flower.superexec", "flwr.supernode.runtime.run_clientapp", "pisa_fl.flower.app"]
 """What the process imports that the others are forks of."""
 
 LOOK = 0.05
@@ -59,9 +61,10 @@ class ForkingExecutor(SubprocessExecutor):
 
 def run_client(spec: ExecutionSpec) -> None:
     """What `flwr-clientapp` does."""
-    from flwr.supernode.runtime.run_clientapp import run_clientapp
+    from flwr.supernode.runtime import run_clientapp
 
-    run_clientapp(
+    look_soon(run_clientapp, "pull_and_inflate_object_from_tree")
+    run_clientapp.run_clientapp(
         runtime_api_address=spec.runtime_api_address,
         token=spec.token,
         insecure=spec.insecure,

@@ -5,8 +5,8 @@ first on Python's path and runs it. Here the SuperNode takes a bundle of its own
 but the name of the installed app. Of the server's it keeps the configuration, which
 `pisa_fl.config.allowed` and its owner's policy look through.
 
-Flower's own looks for messages every three seconds, which most of a round's seconds would be; this one oftener. One
-that takes the place of a SuperNode that was killed makes up for it (former_life.py).
+Flower's own looks for messages every three seconds, which most of a round's seconds would be; this one oftener at
+first. One that takes the place of a SuperNode that was killed makes up for it (former_life.py).
 Arguments are those of `flower-supernode`.
 """
 
@@ -34,9 +34,10 @@ from pisa_fl.config.allowed import SIMULATION
 from pisa_fl.flower.bundle import BUNDLE
 from pisa_fl.flower.former_life import Life, bury, make_up
 from pisa_fl.flower.keeper import KEEPER
+from pisa_fl.flower.looks import look_soon, pause
 
-LOOK = 0.25
-"""Seconds between looks for messages at the SuperLink."""
+LONGEST_PAUSE = 3.0
+"""Seconds between looks for messages at the SuperLink, at most: Flower's own."""
 
 
 def own_bundle() -> Fab:
@@ -49,8 +50,9 @@ def patient(receive: Callable[[], Any]) -> Callable[[], Any]:
     """A way to receive a message that waits until there is one."""
 
     def received() -> Any:
+        began = time.monotonic()
         while (message := receive()) is None:
-            time.sleep(LOOK)
+            time.sleep(pause(time.monotonic() - began, LONGEST_PAUSE))
         return message
 
     return received
@@ -81,6 +83,7 @@ def main() -> None:
             yield node, *both, *own, pull_object, push_object, confirm
 
     flower: Any = start_client_internal
+    look_soon(flower, "pull_objects")
     flower._init_connection = connect_for_messages
     os.environ.pop(SIMULATION, None)
     if keeper := os.environ.get(KEEPER):
