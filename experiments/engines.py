@@ -25,6 +25,9 @@ from pisa_fl.config import CONF
 NAMES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
 """All strategies."""
 
+DEEPER = {"fedper": ["model=mlp"], "fedrep": ["model=mlp"]}
+"""What those take that keep the last layer to each client."""
+
 RUN = [
     *("clients=6", "participation=0.5", "rounds=20", "model=logistic", "batch_size=250", "progress=false"),
     *("tracker=none", "checkpoint.every=3", "engine.threads=1"),
@@ -58,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 def compared(folder: Path, name: str, engine: str, overrides: Sequence[str]) -> str:
     """How a run on an engine compares with the one in this process that loses as many replies."""
     losing = LOSING if engine in ("workers", "killed") else []
-    common = [f"strategy={name}", *RUN, *losing]
+    common = [f"strategy={name}", *RUN, *losing, *DEEPER.get(name, [])]
     reference, other = folder / f"reference{len(losing)}", folder / engine
     if not reference.exists() and (failed := ended(reference, [*common, "engine.workers=0", *overrides])):
         return failed

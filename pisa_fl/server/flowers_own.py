@@ -19,6 +19,9 @@ SEPARATOR = "/"
 SUMS = (FedAvg, FedAvgM, FedProx, FedAdam, FedAdagrad, FedYogi)
 """Those of Flower's that take of a round's replies their mean by examples alone."""
 
+PLACE = "@"
+"""Between the name of an attribute that is a list and the place of an array in it."""
+
 NUMBER = "#"
 """Before the name of an attribute that is a plain number, to be told from an array without dimensions."""
 
@@ -29,7 +32,7 @@ def server_half(strategy: Strategy) -> ServerHalf:
 
 
 class FlowersOwn(ServerHalf):
-    """A strategy that does not say what it keeps: numbers, arrays, and dictionaries of arrays among its attributes.
+    """A strategy that does not say what it keeps: numbers, arrays, and lists and dictionaries of arrays among its attributes.
 
     Args:
         strategy: The strategy, which does everything else.
@@ -51,21 +54,29 @@ class FlowersOwn(ServerHalf):
                 kept[name] = torch.tensor(value)
             elif isinstance(value, dict) and value and all(isinstance(v, np.ndarray) for v in value.values()):
                 kept |= {f"{name}{SEPARATOR}{key}": torch.tensor(v) for key, v in value.items()}
+            elif isinstance(value, list) and value and all(isinstance(v, np.ndarray) for v in value):
+                kept |= {f"{name}{PLACE}{place}": torch.tensor(v) for place, v in enumerate(value)}
         return kept
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Set them."""
         tables: dict[str, dict[str, np.ndarray]] = {}
+        lists: dict[str, dict[int, np.ndarray]] = {}
         for name, value in state.items():
             attribute, of_table, key = name.partition(SEPARATOR)
             if of_table:
                 tables.setdefault(attribute, {})[key] = value.numpy()
+            elif PLACE in name:
+                attribute, _, place = name.partition(PLACE)
+                lists.setdefault(attribute, {})[int(place)] = value.numpy()
             elif name.startswith(NUMBER):
                 setattr(self.strategy, name.removeprefix(NUMBER), value.item())
             else:
                 setattr(self.strategy, name, value.numpy())
         for attribute, table in tables.items():
             setattr(self.strategy, attribute, table)
+        for attribute, places in lists.items():
+            setattr(self.strategy, attribute, [places[place] for place in sorted(places)])
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
