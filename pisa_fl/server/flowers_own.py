@@ -32,7 +32,7 @@ def server_half(strategy: Strategy) -> ServerHalf:
 
 
 class FlowersOwn(ServerHalf):
-    """A strategy that does not say what it keeps: numbers, arrays, and lists and dictionaries of arrays among its attributes.
+    """A strategy that does not say what it keeps: its attributes that are numbers, arrays, or lists or tables of arrays.
 
     Args:
         strategy: The strategy, which does everything else.
