@@ -32,7 +32,7 @@ def server_half(strategy: Strategy) -> ServerHalf:
 
 
 class FlowersOwn(ServerHalf):
-    """A strategy that does not say what it keeps: its attributes that are numbers, arrays, or lists or tables of arrays.
+    """A strategy that does not say what it keeps: attributes that are numbers, arrays, or lists or tables of them.
 
     Args:
         strategy: The strategy, which does everything else.
