@@ -60,7 +60,7 @@ def check_secure(
     if private:
         raise ConfigurationError(
             "secure=secagg and privacy do not go together: what is accounted for is of replies that the server sees;"
-            " set secure=none, or leave out privacy"
+            " leave out one of them"
         )
     if max_update is not None:
         raise ConfigurationError(

@@ -23,6 +23,7 @@ from strategies.pisa.wire import (
     check_alignment,
     measures,
     probed_fields,
+    restored,
     statistic_of,
     suited,
 )
@@ -124,16 +125,14 @@ class PisaClient(ClientHalf):
     def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """The gradient, or K local steps and the dual step; see the module's equations."""
         consensus, config = instruction.arrays[WEIGHTS], instruction.config
-        gradients = self._gradients(stack)
+        gradients = gradients_of(stack, self.gradient, self.local_steps)
         gradient, loss, probed = self._probed(stack, config, gradients, consensus)
         if self.by_gradient:
             return Update({GRADIENT: gradient} | probed, loss)
         row = dual = state[DUAL]
         known: dict[str, Tensor] = {}
         if self.friction:
-            offset = instruction.arrays[OFFSET]
-            row = torch.where(state[KNOWN] > 0, row, -offset)  # a new client's dual is zero
-            dual, known = row + offset, {KNOWN: torch.ones_like(state[KNOWN])}
+            row, dual, known = restored(row, state, instruction.arrays)
         statistic = statistic_of(self.preconditioner, gradient, dual, probed)
         if config.get(MEASURE):
             return Update(statistic, loss, lambda _: state)
@@ -199,9 +198,12 @@ class PisaClient(ClientHalf):
             return True
         return (self.by_gradient or self.lag == 1) and self._measures(config)
 
-    def _gradients(self, stack: Stack) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """The stochastic gradient: at weights (d,) or (C, d), gradients (C, d) and losses (C,)."""
-        if self.gradient != "batch":
-            return lambda weights: stack.full_gradient(weights, self.gradient)
-        batches = stack.batches(epochs=self.local_steps)
-        return lambda weights: stack.gradient(weights, next(batches))
+
+def gradients_of(
+    stack: Stack, gradient: Literal["mean", "sum", "batch"], steps: int
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The stochastic gradient, for so many steps: at weights (d,) or (C, d), gradients (C, d) and losses (C,)."""
+    if gradient != "batch":
+        return lambda weights: stack.full_gradient(weights, gradient)
+    batches = stack.batches(epochs=steps)
+    return lambda weights: stack.gradient(weights, next(batches))

@@ -37,8 +37,10 @@ from strategies.pisa.wire import (
     KNOWN,
     OFFSET,
     Wire,
+    accumulated,
     by_gradient,
     check_alignment,
+    limited,
     measures,
     statistic_of,
     suited,
@@ -188,10 +190,8 @@ class Pisa(ServerHalf):
         weights = self._weights(server_round, held, step, sigma, answers)
         gone = self._gone(server_round, answers)
         self.ledger.begin(server_round, weights, examples, self._consensus, sigma, following, gone, observed)
-        consensus, largest = self._consensus, self._largest_after(scale)
-        lambda_: float | Tensor = self.lambda_
-        if self.penalty.sigma is None:
-            lambda_ = self.layout.expand(largest.clamp(max=self.lambda_))
+        consensus = self._consensus
+        lambda_, largest = limited(self.lambda_, self._largest, scale, self.penalty, self.layout)
         if following is not None:
             consensus = self.ledger.consensus(following, lambda_)
         if wrong := out_of_range({WEIGHTS: consensus, DUAL: self.ledger.largest_dual}):
@@ -211,12 +211,6 @@ class Pisa(ServerHalf):
         )
         return record({WEIGHTS: consensus}), metrics
 
-    def _largest_after(self, scale: Tensor | None) -> Tensor:
-        """The greatest q that each tensor has had, (T,), with that of a round, (d,); zeros if nothing depends on it."""
-        if scale is None or not self.lambda_ or self.penalty.sigma is not None:
-            return self._largest
-        return torch.maximum(self._largest, self.layout.mean(scale.cpu()[None])[0])
-
     def _measures(self, server_round: int) -> bool:
         return measures(self.preconditioner, server_round, self.align_every)
 
@@ -234,15 +228,8 @@ class Pisa(ServerHalf):
 
         rows = dict(zip(answers, in_threads(statistic, answers), strict=True))
         observed = self.ledger.observe(rows, examples, self._gone(server_round, answers))
-        sizes = [field.size for field in fields.values()]
-        parts = [
-            part.clamp(min=field.minimum).to(self.device)  # a sum with rows taken out may be less by rounding
-            for part, field in zip(observed.average[None].split(sizes, dim=-1), fields.values(), strict=True)
-        ]
         with one_thread():
-            return self.preconditioner.accumulate(
-                self._shared, dict(zip(fields, parts, strict=True))
-            ), observed
+            return accumulated(self.preconditioner, self._shared, observed.average, self.device), observed
 
     def _weights(
         self,

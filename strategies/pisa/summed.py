@@ -48,9 +48,11 @@ from strategies.pisa.wire import (
     OFFSET,
     RESIDUAL,
     STEPPED,
+    accumulated,
     added,
     check_alignment,
     check_linear,
+    limited,
     measures,
     suited,
 )
@@ -160,10 +162,8 @@ class PisaSummed(ServerHalf):
         if self.friction:
             offset = offset - (dual * (self.friction / total)).float()
             dual = dual - total * (self.offset.double() - offset)
-        largest = self._largest_after(None if step is None else step.scale)
-        lambda_: float | Tensor = self.lambda_
-        if self.penalty.sigma is None:
-            lambda_ = self.layout.expand(largest.clamp(max=self.lambda_))
+        scale = None if step is None else step.scale
+        lambda_, largest = limited(self.lambda_, self._largest, scale, self.penalty, self.layout)
         consensus = self._consensus
         if sigma is not None:
             primal = consensus.double() + gap
@@ -186,25 +186,13 @@ class PisaSummed(ServerHalf):
         """The common state, the statistics' sum and who is in it, after a round."""
         if not measures(self.preconditioner, server_round, self.align_every):
             return self._shared, self._table, self._tabled
-        fields = self.preconditioner.statistic_fields()
-        new = torch.cat([said[added(name)] for name in fields]).double()
+        new = torch.cat([said[added(name)] for name in self.preconditioner.statistic_fields()]).double()
         table, tabled = self._table + sum(present.values()) * new, self._tabled | present
         average = (table / sum(tabled.values())).float()
-        parts = average[None].split([field.size for field in fields.values()], dim=-1)
-        statistic = {
-            name: part.clamp(min=field.minimum).to(self.device)
-            for (name, field), part in zip(fields.items(), parts, strict=True)
-        }
-        shared = self.preconditioner.accumulate(self._shared, statistic)
+        shared = accumulated(self.preconditioner, self._shared, average, self.device)
         if wrong := out_of_range(shared):
             raise RoundError(f"{wrong} of the server")
         return shared, table, tabled
-
-    def _largest_after(self, scale: Tensor | None) -> Tensor:
-        """The greatest q that each tensor has had, (T,), as for `Pisa`."""
-        if scale is None or not self.lambda_ or self.penalty.sigma is not None:
-            return self._largest
-        return torch.maximum(self._largest, self.layout.mean(scale.cpu()[None])[0])
 
     def _remember(self, server_round: int, shared: State, present: Iterable[int]) -> None:
         """Keep what the duals of those who answered are to step with, and no more of what nobody's is."""

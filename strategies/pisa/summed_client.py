@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from strategies.base import checks
@@ -13,6 +12,7 @@ from strategies.base.client import ClientHalf, Instruction, Stack, Update
 from strategies.base.layout import Layout
 from strategies.base.messages import DUAL, ROUND, WEIGHTS, Field, integer, squared
 from strategies.base.threads import one_thread
+from strategies.pisa.client import gradients_of
 from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
 from strategies.pisa.wire import (
@@ -24,6 +24,7 @@ from strategies.pisa.wire import (
     check_alignment,
     check_linear,
     measures,
+    restored,
     suited,
 )
 from strategies.preconditioners import Preconditioner
@@ -96,20 +97,13 @@ class PisaSummedClient(ClientHalf):
     def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:
         """The dual step of last time, then the residual of now."""
         consensus = instruction.arrays[WEIGHTS]
-        if self.gradient == "batch":
-            gradient, loss = stack.gradient(
-                consensus.expand(len(stack.clients), -1), next(stack.batches(epochs=1))
-            )
-        else:
-            gradient, loss = stack.full_gradient(consensus, self.gradient)
+        gradient, loss = gradients_of(stack, self.gradient, 1)(consensus)
         row, step = state[DUAL], instruction.common
         if step is not None:
             row = row - step.solve(state[RESIDUAL]) * step.sigma
-        dual, known = row, {}
+        dual, known = row, dict[str, Tensor]()
         if self.friction:
-            offset = instruction.arrays[OFFSET]
-            row = torch.where(state[KNOWN] > 0, row, -offset)  # a new client's dual is zero
-            dual, known = row + offset, {KNOWN: torch.ones_like(state[KNOWN])}
+            row, dual, known = restored(row, state, instruction.arrays)
         residual = gradient + dual
         kept = {name: rows for name, rows in state.items() if name in self.preconditioner.statistic_fields()}
         new: dict[str, Tensor] = {}

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from strategies.base.layout import Layout
 from strategies.base.messages import Field
 from strategies.pisa.penalty import Penalty
 from strategies.preconditioners import Preconditioner
@@ -49,6 +51,52 @@ def statistic_of(
     for name, field in probed_fields(preconditioner).items():
         made[name] = probed.get(name, gradient.new_zeros(1)).expand(len(gradient), field.size)
     return made
+
+
+def accumulated(
+    preconditioner: Preconditioner, shared: Mapping[str, Tensor], average: Tensor, device: torch.device | str
+) -> dict[str, Tensor]:
+    """The common state, with the average of the clients' statistics, (k,), in it."""
+    fields = preconditioner.statistic_fields()
+    parts = average[None].split([field.size for field in fields.values()], dim=-1)
+    # a sum with rows taken out may be less than it can be, by rounding
+    least = [part.clamp(min=field.minimum) for part, field in zip(parts, fields.values(), strict=True)]
+    statistic = {name: part.to(device) for name, part in zip(fields, least, strict=True)}
+    return preconditioner.accumulate(shared, statistic)
+
+
+def restored(
+    row: Tensor, state: Mapping[str, Tensor], arrays: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Duals without and with what friction took from all, and the notes that there are some.
+
+    Args:
+        row: Duals without it, as they are kept, (C, d).
+        state: What clients remember; of a new one nothing.
+        arrays: What they were sent.
+    """
+    offset = arrays[OFFSET]
+    row = torch.where(state[KNOWN] > 0, row, -offset)  # a new client's dual is zero
+    return row, row + offset, {KNOWN: torch.ones_like(state[KNOWN])}
+
+
+def limited(
+    lambda_: float, largest: Tensor, scale: Tensor | None, penalty: Penalty, layout: Layout
+) -> tuple[float | Tensor, Tensor]:
+    """lambda of a round, with an automatic penalty no more than the greatest q so far, and that of each tensor, (T,).
+
+    Args:
+        lambda_: As it is set.
+        largest: The greatest q of the rounds before, (T,).
+        scale: q of the round, (d,), or None.
+        penalty: sigma and rho.
+        layout: Of the model.
+    """
+    if penalty.sigma is not None:
+        return lambda_, largest
+    if scale is not None and lambda_:
+        largest = torch.maximum(largest, layout.mean(scale.cpu()[None])[0])
+    return layout.expand(largest.clamp(max=lambda_)), largest
 
 
 def by_gradient(wire: Wire, align_every: int, local_steps: int, preconditioner: Preconditioner) -> bool:

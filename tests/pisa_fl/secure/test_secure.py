@@ -294,7 +294,7 @@ def test_pisa_with_its_duals_at_the_clients_goes_the_plain_way_and_goes_on_after
         (("strategy=pisa",), "Pisa needs every client's own message: use strategy=pisa_summed"),
         (("strategy=krum",), "Krum needs every client's own message"),
         (("strategy=scaffold",), "Scaffold needs every client's own message"),
-        (("strategy=fedavg", "privacy=central"), "set secure=none, or leave out privacy"),
+        (("strategy=fedavg", "privacy=central"), "leave out one of them"),
         (("strategy=fedavg", "max_update=5"), "set max_update=null"),
         (("strategy=fedavg", "participation=0.2"), "takes 3 clients of a round or more"),
         (("strategy=fedavg", "secure.threshold=0.5"), "secure.threshold must be above 0.5 and at most 1"),
@@ -303,10 +303,14 @@ def test_pisa_with_its_duals_at_the_clients_goes_the_plain_way_and_goes_on_after
             ("strategy=pisa_summed", "strategy/preconditioner=muon"),
             "Muon maps gradients to directions, so that steps do not add up",
         ),
-        (("strategy=pisa_summed", "secure=none"), "set secure=secagg, or use strategy=pisa"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_sums_cannot_do_is_refused_in_a_sentence(settings, sentence):
     with pytest.raises(ConfigurationError, match=sentence):
         prepare(compose(*QUICK, "secure=secagg", *settings))
+
+
+def test_duals_at_the_clients_take_sums():
+    with pytest.raises(ConfigurationError, match="set secure=secagg, or use strategy=pisa"):
+        prepare(compose(*QUICK, "strategy=pisa_summed"))
