@@ -1,12 +1,12 @@
 """Is it the same run on every engine? Every strategy on each of them, killed and resumed too: a table of who differs.
 
     python -m experiments.engines
-    python -m experiments.engines --only pisa scaffold --engines workers ray rounds=5 model=mlp
+    python -m experiments.engines --only pisa pisa/kfac scaffold --engines workers ray rounds=5 model=mlp
 
-Each run is a command of its own: six clients of two classes, half of them in a round, 20 rounds of which one reply in
-ten is lost where the engine can lose some. `same` says that the final weights, and every round's metrics but seconds,
-are those of `engine.workers=0` to the bit. `killed` gets SIGKILL after half of its rounds and is resumed. Further
-arguments are overrides, given to all; they come last.
+`pisa/NAME` is PISA with another preconditioner. Each run is a command of its own: six clients of two classes, half of
+them in a round, 20 rounds of which one reply in ten is lost where the engine can lose some. `same` says that the final
+weights, and every round's metrics but seconds, are those of `engine.workers=0` to the bit. `killed` gets SIGKILL after
+half of its rounds and is resumed. Further arguments are overrides, given to all; they come last.
 """
 
 from __future__ import annotations
@@ -22,11 +22,23 @@ from pathlib import Path
 
 from pisa_fl.config import CONF
 
-NAMES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
-"""All strategies."""
 
-DEEPER = {"fedper": ["model=mlp"], "fedrep": ["model=mlp"]}
-"""What those take that keep the last layer to each client."""
+def _names(folder: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / folder).glob("*.yaml"))
+
+
+CASES = {
+    **{name: [f"strategy={name}"] for name in _names("strategy")},
+    **{
+        f"pisa/{name}": ["strategy=pisa", f"strategy/preconditioner={name}"]
+        for name in _names("strategy/preconditioner")
+    },
+    # there must be a layer below the client's own
+    "fedper": ["strategy=fedper", "model=mlp"],
+    "fedrep": ["strategy=fedrep", "model=mlp"],
+    "pisa_summed": ["strategy=pisa_summed", "secure=secagg"],
+}
+"""All strategies and preconditioners."""
 
 RUN = [
     *("clients=6", "participation=0.5", "rounds=20", "model=logistic", "batch_size=250", "progress=false"),
@@ -45,7 +57,7 @@ ENGINES = {
 def main(arguments: list[str] | None = None) -> int:
     """Run all, print a row for each strategy; returns the number of runs that differ or failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     chosen, overrides = parser.parse_known_args(arguments)
     wrong = 0
@@ -61,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 def compared(folder: Path, name: str, engine: str, overrides: Sequence[str]) -> str:
     """How a run on an engine compares with the one in this process that loses as many replies."""
     losing = LOSING if engine in ("workers", "killed") else []
-    common = [f"strategy={name}", *RUN, *losing, *DEEPER.get(name, [])]
+    common = [*RUN, *CASES[name], *losing]
     reference, other = folder / f"reference{len(losing)}", folder / engine
     if not reference.exists() and (failed := ended(reference, [*common, "engine.workers=0", *overrides])):
         return failed

@@ -88,6 +88,15 @@ def _read(folder: Path, source: str) -> Arrays:
     return arrays
 
 
+def _sound(folder: Path, source: str) -> bool:
+    """Whether an entry can be read: another process may have finished it meanwhile, and be reading it."""
+    try:
+        _read(folder, source)
+    except Exception:  # as above
+        return False
+    return True
+
+
 def _file(folder: Path, name: str) -> Path:
     """A file of an entry; a pipe in its place would be waited for without end."""
     if not (folder / name).is_file():
@@ -110,7 +119,7 @@ def _write(folder: Path, source: str, arrays: Arrays) -> None:
             np.save(complete / f"{key}.npy", arrays[key], allow_pickle=False)
             kept[key] = files.digest(complete / f"{key}.npy")
         files.write(complete / DIGESTS, json.dumps(kept))
-        if os.path.lexists(folder):
+        if os.path.lexists(folder) and not _sound(folder, source):
             # moved aside first, since a folder replaces no folder; and gone with the temporary one
             os.replace(folder, Path(temporary, "damaged"))
         try:
