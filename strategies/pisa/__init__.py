@@ -30,6 +30,8 @@ first round only measures, w_i = w and pi_i = 0, if the penalty is automatic.
 *Local steps.* `local_steps` K > 1 goes on with the subproblem before the dual step,
 w_i -= (sigma I + rho Q)^-1 (P(g_i(w_i)) + pi_i + sigma (w_i - w)), K times in all from w_i = w.
 *Friction.* Every round takes a share `friction` of the duals' average away from all of them (`strategies.pisa.ledger`).
+*A client's difference.* With h = sum_i alpha_i g_i over everybody's last gradients, h + `difference` (g_i - h) takes
+the place of g_i in the primal step: by itself that is 1 where everybody takes part, and less where few do.
 *A bound.* No tensor of the consensus moves by more than `bound` of its size in a round (`strategies.pisa.bound`).
 
 Symbols: w `consensus`, w_i `weights`, pi_i `dual`, g_i `gradient`, g_i + pi_i `residual`, lambda `lambda_`.

@@ -16,11 +16,13 @@ from strategies.base.threads import one_thread
 from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
 from strategies.pisa.wire import (
+    COMMON,
     KNOWN,
     OFFSET,
     Wire,
     by_gradient,
     check_alignment,
+    difference_of,
     measures,
     probed_fields,
     restored,
@@ -50,6 +52,7 @@ class PisaClient(ClientHalf):
         compression: How gradients are sent: `none`, as they are, or in fewer bytes as `bfloat16`, `int8` or `topk`.
         keep: Share of the elements that `topk` sends.
         friction: As the server's.
+        difference: As the server's.
 
     Raises:
         ValueError: A value is outside its range, the automatic penalty is asked for without alignment, or the wire
@@ -69,6 +72,7 @@ class PisaClient(ClientHalf):
         compression: SchemeName = "none",
         keep: float = 0.1,
         friction: float = 0.0,
+        difference: float | None = 1.0,
     ) -> None:
         checks.whole("local_steps", local_steps, 1)
         checks.whole("align_every", align_every, 0)
@@ -79,6 +83,7 @@ class PisaClient(ClientHalf):
         self.by_gradient = by_gradient(wire, align_every, local_steps, self.preconditioner)
         self.transforms = compression_of(compression, keep, layout, self.by_gradient)
         check_alignment(align_every, penalty, self.preconditioner)
+        self.difference = difference_of(difference, self.penalty, align_every, lag, self.preconditioner)
 
     def state_sizes(self) -> dict[str, int]:
         """The dual and, unaligned, the client's own Q; nothing if it only sends gradients."""
@@ -95,8 +100,10 @@ class PisaClient(ClientHalf):
             return fields
         if self.friction:
             fields |= {OFFSET: Field(self.layout.size)}
-        own = config.get(MEASURE) or not self.align_every
-        return fields | ({} if own else self.preconditioner.solver_fields())
+        if config.get(MEASURE) or not self.align_every:
+            return fields
+        common = {COMMON: Field(self.layout.size)} if self.difference < 1 else {}
+        return fields | common | self.preconditioner.solver_fields()
 
     def reply_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
         """The gradient or the weights, of which the dual is made, and in rounds that measure what they do not tell."""
@@ -119,7 +126,11 @@ class PisaClient(ClientHalf):
         with one_thread():
             return PrimalStep.of_round(
                 *(self.preconditioner, self.penalty, held, integer(config, ROUND), self.lag),
-                arrays[WEIGHTS].device,
+                *(
+                    arrays[WEIGHTS].device,
+                    arrays[COMMON][None] if COMMON in arrays else None,
+                    self.difference,
+                ),
             )
 
     def solve(self, stack: Stack, instruction: Instruction, state: Mapping[str, Tensor]) -> Update:

@@ -1,6 +1,6 @@
 """PISA's primal step, wherever it is taken: by the clients, or by the server for them.
 
-w_i = w - (sigma I + rho Q)^-1 (P(g_i) + pi_i)
+w_i = w - (sigma I + rho Q)^-1 (P(h + difference (g_i - h)) + pi_i)
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class PrimalStep:
         scale: Typical size q of Q, (d,), that an automatic penalty follows; else None.
         size: Norm of each tensor if its elements are q, (T,), where an automatic penalty follows a q that knows nothing
             of the gradients at hand; else None.
+        common: The federation's gradient h, a single row, if a client's difference from it has a weight; else None.
+        difference: That weight.
     """
 
     preconditioner: Preconditioner
@@ -37,6 +39,8 @@ class PrimalStep:
     rho: float
     scale: Tensor | None
     size: Tensor | None
+    common: Tensor | None = None
+    difference: float = 1.0
 
     @classmethod
     def of_round(
@@ -47,6 +51,8 @@ class PrimalStep:
         round_number: int,
         lag: int,
         device: torch.device | str = "cpu",
+        common: Tensor | None = None,
+        difference: float = 1.0,
     ) -> PrimalStep | None:
         """The step of a round (counted from 1) with a Q that is `lag` rounds old; None if that has observed nothing."""
         if held and not any(vector.any() for vector in held.values()):
@@ -55,7 +61,8 @@ class PrimalStep:
         sigma = penalty.sigma_at(round_number, scale)
         assert sigma is not None
         size = None if scale is None or not lag else preconditioner.layout.norms(scale.to(device))
-        return cls(preconditioner, penalty, held, sigma.to(device), penalty.rho_at(round_number), scale, size)
+        rho = penalty.rho_at(round_number)
+        return cls(preconditioner, penalty, held, sigma.to(device), rho, scale, size, common, difference)
 
     @classmethod
     def with_own(
@@ -74,7 +81,10 @@ class PrimalStep:
         return step
 
     def residual(self, gradient: Tensor, dual: Tensor) -> Tensor:
-        """P(g_i) + pi_i, (C, d)."""
+        """P(h + difference (g_i - h)) + pi_i, (C, d)."""
+        if self.common is not None:
+            # each operation by itself: fused, the same row may have other bits among other rows
+            gradient = (gradient - self.common).mul_(self.difference).add_(self.common)
         return self.preconditioner.direction(self.held, gradient) + dual
 
     def solve(self, residual: Tensor) -> Tensor:

@@ -34,12 +34,15 @@ from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
 from strategies.pisa.trim import trimmed
 from strategies.pisa.wire import (
+    COMMON,
     KNOWN,
     OFFSET,
     Wire,
     accumulated,
     by_gradient,
     check_alignment,
+    common_of,
+    difference_of,
     limited,
     measures,
     statistic_of,
@@ -70,6 +73,8 @@ class Pisa(ServerHalf):
         consensus: `all` (the paper) or `fresh`; see `strategies.pisa.ledger`.
         bound: Sum of the shares by which all matrices may move in a round (`strategies.pisa.bound`); None for no bound.
         friction: Share of the duals' average that a round takes away, in [0, 1); 0 in the paper.
+        difference: Weight of what a client's gradient differs by from the federation's in the step that it takes, in
+            (0, 1]; 1, the paper's; None: the root of the participation, where the federation's is known.
         trim: Share of the clients that answer whose gradients are moved to the nearest others', at either end of every
             element (`strategies.pisa.trim`), in [0, 1/2]; 0 for none, the paper's; 1/2 leaves the median.
         device: Where Q is kept and solved with; the ledger's rows stay in the CPU's memory.
@@ -96,6 +101,7 @@ class Pisa(ServerHalf):
         bound: float | None = None,
         friction: float = 0.0,
         trim: float = 0.0,
+        difference: float | None = 1.0,
         device: torch.device | str = "cpu",
     ) -> None:
         checks.not_negative("lambda_", lambda_)
@@ -110,6 +116,7 @@ class Pisa(ServerHalf):
         self.lambda_, self.align_every, self.lag, self.bound = lambda_, align_every, lag, bound
         self.by_gradient = by_gradient(wire, align_every, local_steps, self.preconditioner)
         check_alignment(align_every, penalty, self.preconditioner)
+        self.difference = difference_of(difference, self.penalty, align_every, lag, self.preconditioner)
         checks.fraction("trim", trim)
         if trim > 0.5:
             raise ValueError(f"trim must be 0.5, which leaves the median, or less, got {trim}")
@@ -149,6 +156,8 @@ class Pisa(ServerHalf):
                 return []
             self._asked = self._observed(server_round, heard.arrays, heard.examples)
             shared, nodes = self._asked[0], list(heard.arrays)
+            if self.difference < 1:
+                sent |= {COMMON: common_of(self.preconditioner, self._asked[1].average)}
         if self.align_every:
             sent |= {name: shared[name][0].float() for name in self.preconditioner.solver_fields()}
         return messages(nodes, sent, said)
@@ -178,8 +187,12 @@ class Pisa(ServerHalf):
         if wrong := out_of_range(shared):
             raise RoundError(f"{wrong} of the server")
         held = shared if self.lag == 0 else self._shared
+        common = None
+        if observed is not None and self.difference < 1:
+            common = common_of(self.preconditioner, observed.average)[None].to(self.device)
         step = PrimalStep.of_round(
-            self.preconditioner, self.penalty, held, server_round, self.lag, self.device
+            *(self.preconditioner, self.penalty, held, server_round, self.lag, self.device),
+            *(common, self.difference),
         )
         sigma = following = self.penalty.sigma_at(server_round, None) if step is None else step.sigma.cpu()
         scale = None if step is None else step.scale

@@ -8,10 +8,12 @@ Everybody takes the same step C = (sigma I + rho Q)^-1, which is linear; so the 
     D  -= A sigma C R                                             D = sum_i n_i pi_i over all that ever answered
     w   = (sigma (w - C R) + D / sum n_i) / (sigma + lambda)                            the consensus `fresh`
 
-with friction as in `strategies.pisa.ledger`. It is the path of `Pisa` with one local step, `consensus: fresh`,
-`lag: 0` and the wire `gradient`, but for rounding, whoever drops out. A client keeps its dual, its last residual and
-its last statistic; the step that its dual is still to take, that of the round in which it was last in a sum, is sent to
-it with its next instruction. So the server keeps the common Q of every round that is some client's last.
+With friction as in `strategies.pisa.ledger`. Where a client's difference from the federation's gradient h, which is in
+S, weighs delta < 1, it is delta g_i that is summed, and (1 - delta) h is added to R. It is the path of `Pisa` with one
+local step, `consensus: fresh`, `lag: 0` and the wire `gradient`, but for rounding, whoever drops out. A client keeps
+its dual, its last residual and its last statistic; the step that its dual is still to take, that of the round in which
+it was last in a sum, is sent to it with its next instruction. So the server keeps the common Q of every round that is
+some client's last.
 
 What nobody has is the dual of a client that lost it. D would hold it for ever, as a pull that no data have: so all
 duals begin anew then, from zero.
@@ -45,6 +47,7 @@ from strategies.pisa.bound import bounded
 from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
 from strategies.pisa.wire import (
+    COMMON,
     OFFSET,
     RESIDUAL,
     STEPPED,
@@ -52,6 +55,8 @@ from strategies.pisa.wire import (
     added,
     check_alignment,
     check_linear,
+    common_of,
+    difference_of,
     limited,
     measures,
     suited,
@@ -73,6 +78,7 @@ class PisaSummed(ServerHalf):
         align_every: Rounds between exchanges of the statistic.
         bound: As for `Pisa`.
         friction: As for `Pisa`.
+        difference: As for `Pisa`.
         device: Where Q is kept and solved with.
 
     Raises:
@@ -91,6 +97,7 @@ class PisaSummed(ServerHalf):
         align_every: int,
         bound: float | None = None,
         friction: float = 0.0,
+        difference: float | None = 1.0,
         device: torch.device | str = "cpu",
     ) -> None:
         checks.not_negative("lambda_", lambda_)
@@ -102,6 +109,7 @@ class PisaSummed(ServerHalf):
         self.penalty = suited(penalty, self.preconditioner)
         check_alignment(align_every, penalty, self.preconditioner)
         check_linear(self.preconditioner, align_every)
+        self.difference = difference_of(difference, self.penalty, align_every, 0, self.preconditioner)
         self.lambda_, self.align_every, self.bound, self.friction = lambda_, align_every, bound, friction
         self.device = device
         self._shared: State = self.preconditioner.nothing(device)
@@ -119,7 +127,9 @@ class PisaSummed(ServerHalf):
         self._rounds: dict[int, int] = {}  # client -> round in which it was last in a sum
         self._examples: dict[int, int] = {}
         self._tabled: dict[int, int] = {}
-        self._held: dict[int, State] = {}  # round -> the common Q that its steps were taken with
+        self._held: dict[
+            int, State
+        ] = {}  # round -> what its steps were taken with: the common Q, and (1 - delta) h
         self._dual = torch.zeros(self.layout.size, dtype=torch.float64)
         self._table = torch.zeros(statistic, dtype=torch.float64)
 
@@ -151,12 +161,17 @@ class PisaSummed(ServerHalf):
         (reply,) = heard
         said, present = vectors(arrays_of(reply.content)), members(reply.content)
         shared, table, tabled = self._observed(server_round, said, present)
+        residual, common = said[RESIDUAL], State()
+        if self.difference < 1:
+            h = common_of(self.preconditioner, self._average(table, tabled))
+            common = {COMMON: h * (1 - self.difference)}
+            residual = residual + common[COMMON]
         step = PrimalStep.of_round(self.preconditioner, self.penalty, shared, server_round, 0, self.device)
         sigma = self.penalty.sigma_at(server_round, None) if step is None else step.sigma.cpu()
         examples = self._examples | present
         total, gap, dual = sum(examples.values()), torch.zeros(self.layout.size), self._dual
         if step is not None:
-            gap = -step.solve(said[RESIDUAL][None].to(self.device))[0].cpu()
+            gap = -step.solve(residual[None].to(self.device))[0].cpu()
             dual = dual + sum(present.values()) * (gap * step.sigma.cpu()).double()
         offset = self.offset
         if self.friction:
@@ -174,11 +189,11 @@ class PisaSummed(ServerHalf):
             consensus = bounded(consensus, self._consensus, self.bound, self.layout)
         self._dual, self._table, self._tabled, self._examples = dual, table, tabled, examples
         self.offset, self._largest = offset, largest
-        self._remember(server_round, shared, present)
+        self._remember(server_round, shared, common, present)
         moved = (consensus - self._consensus)[None].to(self.device)
         self._shared = dict(self.preconditioner.moved({name: shared[name] for name in self._kept}, moved))
-        residual = float((dual / total - lambda_ * consensus).norm())
-        return record({WEIGHTS: consensus}), MetricRecord({"dual-residual": residual})
+        dual_residual = float((dual / total - lambda_ * consensus).norm())
+        return record({WEIGHTS: consensus}), MetricRecord({"dual-residual": dual_residual})
 
     def _observed(
         self, server_round: int, said: Mapping[str, Tensor], present: dict[int, int]
@@ -188,17 +203,22 @@ class PisaSummed(ServerHalf):
             return self._shared, self._table, self._tabled
         new = torch.cat([said[added(name)] for name in self.preconditioner.statistic_fields()]).double()
         table, tabled = self._table + sum(present.values()) * new, self._tabled | present
-        average = (table / sum(tabled.values())).float()
+        average = self._average(table, tabled)
         shared = accumulated(self.preconditioner, self._shared, average, self.device)
         if wrong := out_of_range(shared):
             raise RoundError(f"{wrong} of the server")
         return shared, table, tabled
 
-    def _remember(self, server_round: int, shared: State, present: Iterable[int]) -> None:
+    @staticmethod
+    def _average(table: Tensor, tabled: Mapping[int, int]) -> Tensor:
+        return (table / sum(tabled.values())).float()
+
+    def _remember(self, server_round: int, shared: State, common: State, present: Iterable[int]) -> None:
         """Keep what the duals of those who answered are to step with, and no more of what nobody's is."""
         solver = self.preconditioner.solver_fields()
         self._rounds = self._rounds | dict.fromkeys(present, server_round)
-        held = self._held | {server_round: {name: shared[name][0].float().cpu() for name in solver}}
+        own = {name: shared[name][0].float().cpu() for name in solver}
+        held = self._held | {server_round: own | common}
         needed = set(self._rounds.values())
         self._held = {number: own for number, own in held.items() if number in needed}
 

@@ -16,6 +16,7 @@ from strategies.pisa.client import gradients_of
 from strategies.pisa.penalty import Penalty
 from strategies.pisa.primal_step import PrimalStep
 from strategies.pisa.wire import (
+    COMMON,
     KNOWN,
     OFFSET,
     RESIDUAL,
@@ -23,6 +24,7 @@ from strategies.pisa.wire import (
     added,
     check_alignment,
     check_linear,
+    difference_of,
     measures,
     restored,
     suited,
@@ -41,6 +43,7 @@ class PisaSummedClient(ClientHalf):
         align_every: As the server's.
         gradient: As for `PisaClient`.
         friction: As the server's.
+        difference: As the server's.
 
     Raises:
         ValueError: A value is outside its range, or clients' steps do not add up.
@@ -54,12 +57,14 @@ class PisaSummedClient(ClientHalf):
         align_every: int,
         gradient: Literal["mean", "sum", "batch"],
         friction: float = 0.0,
+        difference: float | None = 1.0,
     ) -> None:
         checks.whole("align_every", align_every, 0)
         self.layout, self.preconditioner = layout, preconditioner(layout)
         self.penalty = suited(penalty, self.preconditioner)
         check_alignment(align_every, penalty, self.preconditioner)
         check_linear(self.preconditioner, align_every)
+        self.difference = difference_of(difference, self.penalty, align_every, 0, self.preconditioner)
         self.align_every, self.gradient, self.friction = align_every, gradient, friction
 
     def state_sizes(self) -> dict[str, int]:
@@ -72,7 +77,8 @@ class PisaSummedClient(ClientHalf):
     def instruction_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
         """The weights, and what it takes of the Q that the dual is still to step with."""
         offset = {OFFSET: Field(self.layout.size)} if self.friction else {}
-        held = self.preconditioner.solver_fields() if config.get(STEPPED) else {}
+        common = {COMMON: Field(self.layout.size)} if self.difference < 1 else {}
+        held = self.preconditioner.solver_fields() | common if config.get(STEPPED) else {}
         return super().instruction_fields(config) | offset | held
 
     def reply_fields(self, config: Mapping[str, Any]) -> dict[str, Field]:
@@ -100,15 +106,18 @@ class PisaSummedClient(ClientHalf):
         gradient, loss = gradients_of(stack, self.gradient, 1)(consensus)
         row, step = state[DUAL], instruction.common
         if step is not None:
-            row = row - step.solve(state[RESIDUAL]) * step.sigma
+            stepped = state[RESIDUAL]
+            if self.difference < 1:
+                stepped = stepped + instruction.arrays[COMMON]
+            row = row - step.solve(stepped) * step.sigma
         dual, known = row, dict[str, Tensor]()
         if self.friction:
             row, dual, known = restored(row, state, instruction.arrays)
-        residual = gradient + dual
+        residual = gradient * self.difference + dual
         kept = {name: rows for name, rows in state.items() if name in self.preconditioner.statistic_fields()}
         new: dict[str, Tensor] = {}
         if measures(self.preconditioner, integer(instruction.config, ROUND), self.align_every):
-            statistic = self.preconditioner.statistic(gradient, residual)
+            statistic = self.preconditioner.statistic(gradient, gradient + dual)
             new = {added(name): rows - kept[name] for name, rows in statistic.items()}
             kept = statistic
         following = {DUAL: row, RESIDUAL: residual} | known | kept

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from strategies.base import checks
 from strategies.base.layout import Layout
 from strategies.base.messages import Field
 from strategies.pisa.penalty import Penalty
@@ -20,6 +21,9 @@ OFFSET, KNOWN = "offset", "known"
 
 RESIDUAL, STEPPED = "residual", "stepped-round"
 """Names of g_i + pi_i, where it is summed, and of the round whose step a client's dual is still to take; 0: none."""
+
+COMMON = "common"
+"""Name of the federation's gradient h."""
 
 Wire = Literal["auto", "primal", "gradient"]
 
@@ -34,6 +38,34 @@ def measures(preconditioner: Preconditioner, round_number: int, align_every: int
 def suited(penalty: Penalty, preconditioner: Preconditioner) -> Penalty:
     """The penalty, its lr in the preconditioner's own units."""
     return replace(penalty, lr=penalty.lr * preconditioner.rate)
+
+
+def difference_of(
+    difference: float | None, penalty: Penalty, align_every: int, lag: int, preconditioner: Preconditioner
+) -> float:
+    """The weight of what a client's gradient differs by from the federation's; None finds it.
+
+    Raises:
+        ValueError: It is outside (0, 1], or below 1 where the federation's gradient is not known in every round.
+    """
+    known = align_every == 1 and lag == 0 and penalty.consensus == "fresh"
+    known = known and preconditioner.gradient_field is not None
+    if difference is None:
+        return penalty.participation**0.5 if known else 1.0
+    checks.share("difference", difference)
+    if difference < 1 and not known:
+        raise ValueError(
+            f"difference={difference:g} needs the federation's gradient in every round: set align_every=1, lag=0,"
+            " consensus=fresh and a preconditioner that learns from gradients, or difference=1"
+        )
+    return difference
+
+
+def common_of(preconditioner: Preconditioner, average: Tensor) -> Tensor:
+    """The federation's gradient h, (d,), in the average of the clients' statistics, (k,)."""
+    fields = preconditioner.statistic_fields()
+    parts = average.split([field.size for field in fields.values()])
+    return dict(zip(fields, parts, strict=True))[str(preconditioner.gradient_field)]
 
 
 def probed_fields(preconditioner: Preconditioner) -> dict[str, Field]:

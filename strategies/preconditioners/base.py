@@ -46,11 +46,14 @@ class Preconditioner(ABC):
         layout: Layout of the model's parameters.
         probe: What sees the layers while a gradient is computed, and makes the vector `probed` of the statistic; None:
             there is no such vector.
+        gradient_field: Field of the statistic that is the gradient itself, so that its average is the federation's;
+            None: there is none.
         rate: What the automatic penalty's lr is multiplied by, so that one lr suits all.
     """
 
     layout: Layout
     probe: Probe | None = None
+    gradient_field: str | None = None
     rate: float = 1.0
     _factored: tuple[State, Tensor, float, Any] | None = None
 

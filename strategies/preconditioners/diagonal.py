@@ -13,6 +13,8 @@ from strategies.preconditioners.base import Preconditioner, State
 class Diagonal(Preconditioner):
     """Q = diag(q), from the gradients that clients observe; aligned, from their average."""
 
+    gradient_field: str | None = "observed"
+
     @abstractmethod
     def diagonal(self, state: State) -> Tensor:
         """q, (C, d)."""

@@ -98,6 +98,8 @@ class Kfac(Preconditioner):
         ValueError: A value is outside its range.
     """
 
+    gradient_field = "observed"
+
     def __init__(
         self,
         layout: Layout,

@@ -57,6 +57,8 @@ class Kronecker(Preconditioner):
         ValueError: A number is outside its range.
     """
 
+    gradient_field = "observed"
+
     def __init__(
         self, layout: Layout, beta: float, eps: float, max_side: int, refresh: int, factored: float
     ) -> None:

@@ -52,6 +52,7 @@ class Mfac(Preconditioner):
         ValueError: A number is outside its range.
     """
 
+    gradient_field = "observed"
     rate = (
         0.1  # of runs where half of the clients answered, none of 9 failed with that, and four of 15 with 0.5
     )

@@ -53,6 +53,8 @@ class NewtonSchulz(Preconditioner):
         ValueError: A number is outside its range.
     """
 
+    gradient_field = "gradient"
+
     def __init__(
         self, layout: Layout, mu: float, steps: int, eps: float, others: Callable[[Layout], SecondMoment]
     ) -> None:
@@ -134,6 +136,7 @@ class Spectral(Preconditioner):
         checks.decay("beta", beta)
         self.layout, self.beta = layout, beta
         self._of_gradient = moment_of == "gradient"
+        self.gradient_field = "factor" if self._of_gradient else None
         self._others = others(layout)
         self._sides = {name: min(shape) for name, shape in layout.matrices.items()}
 

@@ -60,6 +60,7 @@ class SecondMoment(Diagonal):
         self._of_gradient = moment_of == "gradient"
         self._squared = average == "square"
         self._exact = bias_correction == "exact"
+        self.gradient_field = "observed" if self._of_gradient and not self._squared else None
 
     def state_fields(self) -> dict[str, Field]:
         """`moment` v (d,) and `mass` 1-beta^t (1,)."""

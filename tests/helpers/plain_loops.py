@@ -498,7 +498,7 @@ def kronecker_pisa(problem, rounds, numbers, q, *, drawn=everyone, horizon):
             sigma, rho = root.mean() / lr, numbers["momentum"] / ((1 - numbers["momentum"]) * lr)
             start, total = flat[name](before), torch.zeros_like(g)
             for i in drawn(number):
-                residual = table[i][name] + dual[i][name]
+                residual = g + numbers["difference"] * (table[i][name] - g) + dual[i][name]
                 step = new_u @ ((new_u.T @ residual @ new_z) / (sigma + rho * root)) @ new_z.T
                 total = total + SIZES[i] / present * (start - step)
                 dual[i][name] = dual[i][name] - sigma * step

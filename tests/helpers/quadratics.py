@@ -227,11 +227,12 @@ def pisa_bench(
     bound=None,
     friction=0.0,
     trim=0.0,
+    difference=1.0,
     **options,
 ):
     """A bench of PISA with a preconditioner, by name or made from a layout; other options are of its penalty."""
     consensus = options.get("consensus", "all")
-    both = {"wire": wire, "lag": lag, "friction": friction}
+    both = {"wire": wire, "lag": lag, "friction": friction, "difference": difference}
     sending = {key: options.pop(key) for key in ("compression", "keep") if key in options}
     bench = {key: options.pop(key) for key in ("participation", "stack") if key in options}
     settings = {"lr": 0.1, "momentum": 0.9, "sigma": 6.0, "rho": 1.0, "gamma": 1.0, "grow_every": 10}

@@ -161,7 +161,8 @@ def test_presets_follow_the_plain_loop_with_their_own_numbers(problem, preset, r
 def test_pisa_follows_the_plain_loop_with_its_own_numbers(problem, drawn, share, lr):
     rounds, preset = 6, compose("strategy=pisa").strategy
     numbers = {key: preset[key] for key in ("momentum", "warmup", "final", "bound", "lambda", "friction")} | {
-        "lr": lr
+        "lr": lr,
+        "difference": share**0.5,
     }
     expected, duals = kronecker_pisa(problem, rounds, numbers, preset.preconditioner, drawn=drawn, horizon=9)
     overrides = ("strategy=pisa", f"participation={share}", f"strategy.lr={lr}", "rounds=9")

@@ -17,11 +17,13 @@ AUTOMATIC = {"sigma": None, "rho": None}
 class Summed:
     """Rounds of the two halves, with sums by a plain loop in double precision, and states by what was accepted."""
 
-    def __init__(self, problem, name, penalty, align_every=1, lambda_=0.0, friction=0.0, bound=None):
+    def __init__(
+        self, problem, name, penalty, align_every=1, lambda_=0.0, friction=0.0, bound=None, difference=1.0
+    ):
         make, penalty = PRECONDITIONERS[name], Penalty(**SETTINGS | penalty)
         self.problem, self.number = problem, 0
-        self.strategy = PisaSummed(LAYOUT, make, penalty, lambda_, align_every, bound, friction)
-        self.half = PisaSummedClient(LAYOUT, make, penalty, align_every, "mean", friction)
+        self.strategy = PisaSummed(LAYOUT, make, penalty, lambda_, align_every, bound, friction, difference)
+        self.half = PisaSummedClient(LAYOUT, make, penalty, align_every, "mean", friction, difference)
         self.arrays, self.accepted = record({WEIGHTS: torch.zeros(LAYOUT.size)}), {}
 
     def get_node_ids(self):
@@ -71,6 +73,7 @@ def losses(rounds, seed=0):
         ("second moment", {**BY_HAND, "align_every": 2, "lambda_": 0.1}),
         ("squares", {**BY_HAND, "friction": 0.2}),
         ("kronecker", {**AUTOMATIC, "friction": 0.1, "lambda_": 0.01, "bound": 0.5}),
+        ("kronecker", {**AUTOMATIC, "friction": 0.1, "difference": 0.4}),
     ],
 )
 def test_it_goes_the_way_of_the_ledger_with_rows(name, settings):

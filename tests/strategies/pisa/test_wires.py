@@ -34,6 +34,23 @@ def test_both_wires_take_the_same_path(preconditioner, consensus, lag, penalty, 
     assert primal.consensus.norm() > 0.1
 
 
+def test_both_wires_weigh_differences_alike_and_everybodys_cancel():
+    """A difference is weighed where few answer; where all do, their average is zero, whatever its weight."""
+    problem = Quadratics.draw(seed=3)
+    options = {"lag": 0, "consensus": "fresh", **AUTOMATIC}
+    whole, *benches = (
+        pisa_bench("kronecker", wire=wire, difference=weight, stack=stack, **options)
+        for wire, weight, stack in (("gradient", 1.0, 1), ("primal", 0.3, 2), ("gradient", 0.3, 1))
+    )
+    with solving(problem):
+        for number in range(12):
+            for bench in (whole, *benches):
+                bench.round(lost={number % 4, 0} if number > 5 else (), forgetful={2} if number == 8 else ())
+            assert torch.equal(benches[0].consensus, benches[1].consensus), number
+            apart = (whole.consensus - benches[0].consensus).norm() / whole.consensus.norm()
+            assert apart < 1e-5 if number < 6 else apart > 1e-4, number
+
+
 @pytest.mark.parametrize("consensus", ["all", "fresh"])
 def test_one_vector_each_way_and_no_state(consensus):
     bench = pisa_bench("kronecker", wire="gradient", lag=0, consensus=consensus, **AUTOMATIC)
