@@ -60,8 +60,8 @@ class Pisa(ServerHalf):
         preconditioner: Q, given its layout.
         penalty: sigma and rho.
         lambda_: Weight of (lambda/2)|w|^2; the authors' federated setting: 5e-3. With an automatic penalty, in each
-            tensor no more than the greatest q so far: where gradients are small, lambda / (sigma + lambda) of the
-            weights would be taken away in a round, and they would be gone before anything was learnt.
+            tensor no more than `difference` times the greatest q so far: where gradients are small, lambda / (sigma +
+            lambda) of the weights would be taken away in a round, and they would be gone before anything was learnt.
         align_every: Rounds between exchanges of the statistic; 0 leaves every client its own.
         alpha: `examples` (n_i/n, the paper) or `uniform` (1/N).
         state: Where the ledger's rows are kept: in `memory`, or on `disk` (`strategies.base.rows.zeros`).
@@ -204,7 +204,9 @@ class Pisa(ServerHalf):
         gone = self._gone(server_round, answers)
         self.ledger.begin(server_round, weights, examples, self._consensus, sigma, following, gone, observed)
         consensus = self._consensus
-        lambda_, largest = limited(self.lambda_, self._largest, scale, self.penalty, self.layout)
+        lambda_, largest = limited(
+            self.lambda_, self.difference, self._largest, scale, self.penalty, self.layout
+        )
         if following is not None:
             consensus = self.ledger.consensus(following, lambda_)
         if wrong := out_of_range({WEIGHTS: consensus, DUAL: self.ledger.largest_dual}):

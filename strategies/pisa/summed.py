@@ -178,7 +178,9 @@ class PisaSummed(ServerHalf):
             offset = offset - (dual * (self.friction / total)).float()
             dual = dual - total * (self.offset.double() - offset)
         scale = None if step is None else step.scale
-        lambda_, largest = limited(self.lambda_, self._largest, scale, self.penalty, self.layout)
+        lambda_, largest = limited(
+            self.lambda_, self.difference, self._largest, scale, self.penalty, self.layout
+        )
         consensus = self._consensus
         if sigma is not None:
             primal = consensus.double() + gap

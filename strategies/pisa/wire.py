@@ -113,13 +113,19 @@ def restored(
 
 
 def limited(
-    lambda_: float, largest: Tensor, scale: Tensor | None, penalty: Penalty, layout: Layout
+    lambda_: float,
+    share: float,
+    largest: Tensor,
+    scale: Tensor | None,
+    penalty: Penalty,
+    layout: Layout,
 ) -> tuple[float | Tensor, Tensor]:
-    """lambda of a round, with an automatic penalty no more than the greatest q so far, and that of each tensor, (T,).
+    """lambda of a round, with an automatic penalty no more than a share of the greatest q so far, and that q, (T,).
 
     Args:
         lambda_: As it is set.
-        largest: The greatest q of the rounds before, (T,).
+        share: Of the greatest q: `difference`, for where few take part it takes more rounds to learn anything.
+        largest: The greatest q of the rounds before, (T,), of each tensor.
         scale: q of the round, (d,), or None.
         penalty: sigma and rho.
         layout: Of the model.
@@ -128,7 +134,7 @@ def limited(
         return lambda_, largest
     if scale is not None and lambda_:
         largest = torch.maximum(largest, layout.mean(scale.cpu()[None])[0])
-    return layout.expand(largest.clamp(max=lambda_)), largest
+    return layout.expand((largest * share).clamp(max=lambda_)), largest
 
 
 def by_gradient(wire: Wire, align_every: int, local_steps: int, preconditioner: Preconditioner) -> bool:

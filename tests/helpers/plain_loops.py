@@ -507,7 +507,9 @@ def kronecker_pisa(problem, rounds, numbers, q, *, drawn=everyone, horizon):
                 dual[i][name] = dual[i][name] - slowed
             duals = sum(SIZES[i] / known * dual[i][name] for i in dual)
             largest[name] = max(largest.get(name, 0.0), float(root.mean()))
-            moved[name] = (sigma * total + duals) / (sigma + min(numbers["lambda"], largest[name])) - start
+            moved[name] = (sigma * total + duals) / (
+                sigma + min(numbers["lambda"], numbers["difference"] * largest[name])
+            ) - start
         longest = allowed(
             {name: flat[name](before) for name, before in w.items()}, moved, w, numbers["bound"]
         )
