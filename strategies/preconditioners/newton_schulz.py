@@ -53,8 +53,6 @@ class NewtonSchulz(Preconditioner):
         ValueError: A number is outside its range.
     """
 
-    gradient_field = "gradient"
-
     def __init__(
         self, layout: Layout, mu: float, steps: int, eps: float, others: Callable[[Layout], SecondMoment]
     ) -> None:
