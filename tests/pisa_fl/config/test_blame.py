@@ -76,6 +76,12 @@ WRONG = [
         "strategy.wire=gradient needs one local step and a common Q: set strategy.wire=primal, or"
         " strategy.local_steps=1",
     ),
+    (
+        "strategy.difference=0.5 strategy.align_every=2",
+        "strategy.difference=0.5 needs the federation's gradient in every round: set strategy.align_every=1,"
+        " strategy.lag=0, strategy.consensus=fresh and a preconditioner that learns from gradients, or"
+        " strategy.difference=1",
+    ),
     ("model.hidden=[0]", "model.hidden must hold whole numbers of at least 1, got [0]"),
     # said when the data are dealt
     ("clients=10001 partition=iid", "clients=10001 is more than the 10000 examples: lower clients"),
