@@ -5,21 +5,25 @@ everybody's last), and clients differ as their gradients do:
 
     q   = sqrt(moving average of h's mean square) + eps             one number a matrix
     D   = q P(h)                                                    in the gradient's units
-    w_i = w - (sigma I + rho q)^-1 (g_i + (D - h) + pi_i)
+    w_i = w - (sigma I + rho q)^-1 (D + k (g_i - h) + pi_i)         k = `spread`
 
 The average of these residuals is D + sum_i alpha_i pi_i. So, with everybody there, the path is that of P applied to
 the average, whatever the skew, and the duals hold what clients want more or less than the others, as they do for
 other preconditioners. The automatic penalty has sigma = q/lr: a steady direction moves the weights by about lr a
 round.
 
-At a fixed point pi_i = -(g_i + D - h), so that D = -lambda w. Without lambda D is zero, and with it h, unless P says
-otherwise: the solution of the problem. (Steps do not shrink with the gradient, as those of any P without a scale; the
-schedule of lr ends them.) With lambda, w is pulled to zero against P(h) in place of h, as by decoupled weight decay.
+k is nothing to that path. But where only some answer, their differences do not cancel, and D is as long as q, however
+small h becomes, while clients may differ by many times q: with k = 1 and half of ten clients there, the first twenty
+rounds did more harm than good. (`difference`, docs/algorithm.md, departure 8, multiplies k.)
+
+At a fixed point pi_i = -(k (g_i - h) + D), so that D = -lambda w. Without lambda D is zero, and with it h, unless P
+says otherwise: the solution of the problem. (Steps do not shrink with the gradient, as those of any P without a scale;
+the schedule of lr ends them.) With lambda, w is pulled to zero against P(h) in place of h, as by decoupled weight decay.
 
 Unaligned, h is a client's own gradient and the residual P(g_i) + pi_i. A mean of orthogonalised gradients is not the
 orthogonalised mean: its fixed points, where sum_i alpha_i P(g_i) = 0, are the problem's if all clients are alike.
 
-D - h is a vector that all clients have in common. Where every round observes anew (`align_every: 1` with `lag: 0`, or
+D - k h is a vector that all clients have in common. Where every round observes anew (`align_every: 1` with `lag: 0`, or
 unaligned) it is forgotten after its round, and what is kept is as little as P's paper promises. Tensors of fewer than
 two dimensions follow the second moment: they have a q for each element, and D = h.
 """
@@ -27,6 +31,7 @@ two dimensions follow the second moment: they have a q for each element, and D =
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +55,9 @@ class Direction(Diagonal):
         ValueError: A number is outside its range.
     """
 
+    spread: ClassVar[float] = 0.3
+    """k, of which 1 failed and 0.1 is no better."""
+
     def __init__(self, layout: Layout, beta: float, eps: float) -> None:
         checks.decay("beta", beta)
         checks.not_negative("eps", eps)
@@ -70,7 +78,7 @@ class Direction(Diagonal):
         """P's memory after one more gradient, (C, d), and D of each matrix, (C, m, n), given its q, (C, 1, 1)."""
 
     def state_fields(self) -> dict[str, Field]:
-        """The memory, and `turn` D - h (d,)."""
+        """The memory, and `turn` D - k h (d,)."""
         return self.memory_fields() | {"turn": Field(self.layout.size)}
 
     def memory_fields(self) -> dict[str, Field]:
@@ -91,15 +99,15 @@ class Direction(Diagonal):
         q = dict(self.layout.each_matrix(self.diagonal(moments)))
         sizes = {name: matrix[:, :1, :1] for name, matrix in q.items()}
         memory, directions = self.follow(state, observed, sizes)
-        turn = torch.zeros_like(observed)
+        turn = observed * (1 - self.spread)
         gradients = dict(self.layout.each_matrix(observed))
         for name, target in self.layout.each_matrix(turn):
-            torch.sub(directions[name], gradients[name], out=target)
+            torch.sub(directions[name], gradients[name] * self.spread, out=target)
         return memory | moments | {"turn": turn}
 
     def direction(self, state: State, gradient: Tensor) -> Tensor:
-        """g + (D - h), (C, d)."""
-        return gradient + state["turn"]
+        """k g + (D - k h), (C, d)."""
+        return gradient * self.spread + state["turn"]
 
     def diagonal(self, state: State) -> Tensor:
         """q, (C, d)."""

@@ -40,6 +40,7 @@ class PolarGrad(MomentumDirection):
     """
 
     rate = 0.1
+    spread = 1.0  # D is long enough by itself
 
     def __init__(
         self, layout: Layout, mu: float, method: Method, steps: int, beta: float, eps: float
