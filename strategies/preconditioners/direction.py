@@ -18,7 +18,8 @@ rounds did more harm than good. (`difference`, docs/algorithm.md, departure 8, m
 
 At a fixed point pi_i = -(k (g_i - h) + D), so that D = -lambda w. Without lambda D is zero, and with it h, unless P
 says otherwise: the solution of the problem. (Steps do not shrink with the gradient, as those of any P without a scale;
-the schedule of lr ends them.) With lambda, w is pulled to zero against P(h) in place of h, as by decoupled weight decay.
+the schedule of lr ends them.) With lambda, w is pulled to zero against P(h) in place of h, as by decoupled weight
+decay.
 
 Unaligned, h is a client's own gradient and the residual P(g_i) + pi_i. A mean of orthogonalised gradients is not the
 orthogonalised mean: its fixed points, where sum_i alpha_i P(g_i) = 0, are the problem's if all clients are alike.
