@@ -49,12 +49,14 @@ class Preconditioner(ABC):
         gradient_field: Field of the statistic that is the gradient itself, so that its average is the federation's;
             None: there is none.
         rate: What the automatic penalty's lr is multiplied by, so that one lr suits all.
+        trust: What the bound on the consensus's step is multiplied by (`strategies.pisa.bound`).
     """
 
     layout: Layout
     probe: Probe | None = None
     gradient_field: str | None = None
     rate: float = 1.0
+    trust: float = 1.0
     _factored: tuple[State, Tensor, float, Any] | None = None
 
     @abstractmethod
