@@ -112,11 +112,13 @@ def summed(settings: SecAgg, nodes: Sequence[int], length: int, ask: Ask) -> Sum
     Raises:
         SumError: Too few stayed, or something does not fit together.
     """
-    if len(nodes) < LEAST:
-        raise SumError(
-            f"{len(nodes)} clients are too few for a sum that hides what each has: it takes {LEAST}"
-        )
+    _check_enough(len(nodes))
     return _Summation(settings, nodes, length, ask).run()
+
+
+def _check_enough(clients: int) -> None:
+    if clients < LEAST:
+        raise SumError(f"{clients} clients are too few for a sum that hides what each has: it takes {LEAST}")
 
 
 class _Summation:
@@ -264,8 +266,9 @@ class _Summation:
         answers = self._ask(stage, said, fault)
         if stage != Stage.UNMASK:
             left = min((len(self._among(node, answers)) for node in answers), default=0)
-            if left < self._least or len(answers) < LEAST:
+            if left < self._least:
                 raise SumError(f"too few clients stayed for a sum: {left} of {self._holders}, {self._need}")
+            _check_enough(len(answers))
         return answers
 
     @property
