@@ -1,12 +1,12 @@
 """Is it the same run on every engine? Every strategy on each of them, killed and resumed too: a table of who differs.
 
     python -m experiments.engines
-    python -m experiments.engines --only pisa pisa/kfac scaffold --engines workers ray rounds=5 model=mlp
+    python -m experiments.engines rounds=5 model=mlp --only pisa pisa/kfac scaffold --engines workers ray
 
 `pisa/NAME` is PISA with another preconditioner. Each run is a command of its own: six clients of two classes, half of
 them in a round, 20 rounds of which one reply in ten is lost where the engine can lose some. `same` says that the final
 weights, and every round's metrics but seconds, are those of `engine.workers=0` to the bit. `killed` gets SIGKILL after
-half of its rounds and is resumed. Further arguments are overrides, given to all; they come last.
+half of its rounds and is resumed. Further arguments are overrides, given to all; they come first.
 """
 
 from __future__ import annotations
