@@ -71,8 +71,8 @@ class Pisa(ServerHalf):
         local_steps: As the clients'.
         wire: `primal` or `gradient`; `auto`: `gradient` where that is possible.
         consensus: `all` (the paper) or `fresh`; see `strategies.pisa.ledger`.
-        bound: Sum of the shares by which all matrices may move in a round (`strategies.pisa.bound`), if the
-            preconditioner's `trust` is 1; None for no bound.
+        bound: Sum of the shares by which all matrices may move in a round (`strategies.pisa.bound`), times the
+            preconditioner's `trust` if Q is of that round; None for no bound.
         friction: Share of the duals' average that a round takes away, in [0, 1); 0 in the paper.
         difference: Weight of what a client's gradient differs by from the federation's in the step that it takes, in
             (0, 1]; 1, the paper's; None: the root of the participation, where the federation's is known.
@@ -115,7 +115,8 @@ class Pisa(ServerHalf):
         self.layout, self.preconditioner = layout, preconditioner(layout)
         self.penalty = suited(penalty, self.preconditioner)
         self.lambda_, self.align_every, self.lag = lambda_, align_every, lag
-        self.bound = None if bound is None else bound * self.preconditioner.trust
+        trust = self.preconditioner.trust if align_every == 1 and lag == 0 else 1.0
+        self.bound = None if bound is None else bound * trust
         self.by_gradient = by_gradient(wire, align_every, local_steps, self.preconditioner)
         check_alignment(align_every, penalty, self.preconditioner)
         self.difference = difference_of(difference, self.penalty, align_every, lag, self.preconditioner)

@@ -111,7 +111,7 @@ class PisaSummed(ServerHalf):
         check_linear(self.preconditioner, align_every)
         self.difference = difference_of(difference, self.penalty, align_every, 0, self.preconditioner)
         self.lambda_, self.align_every, self.friction = lambda_, align_every, friction
-        self.bound = None if bound is None else bound * self.preconditioner.trust
+        self.bound = bound
         self.device = device
         self._shared: State = self.preconditioner.nothing(device)
         self._kept = (

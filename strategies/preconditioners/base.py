@@ -49,7 +49,8 @@ class Preconditioner(ABC):
         gradient_field: Field of the statistic that is the gradient itself, so that its average is the federation's;
             None: there is none.
         rate: What the automatic penalty's lr is multiplied by, so that one lr suits all.
-        trust: What the bound on the consensus's step is multiplied by (`strategies.pisa.bound`).
+        trust: What the bound on the consensus's step (`strategies.pisa.bound`) is multiplied by where Q has taken in
+            the gradients that it is applied to.
     """
 
     layout: Layout

@@ -6,6 +6,8 @@ import pytest
 import torch
 from quadratics import EXAMPLES, LAYOUT, PRECONDITIONERS, Quadratics, pisa_bench, solving
 
+from strategies.preconditioners import Kronecker
+
 AUTOMATIC = {"sigma": None, "rho": None}
 VECTOR = 4 * LAYOUT.size + 128
 """Bytes of a vector of the model's size, with NumPy's header."""
@@ -32,6 +34,20 @@ def test_both_wires_take_the_same_path(preconditioner, consensus, lag, penalty, 
     for client in range(len(EXAMPLES)):
         assert torch.equal(primal.strategy.ledger.dual(client), gradient.strategy.ledger.dual(client))
     assert primal.consensus.norm() > 0.1
+
+
+@pytest.mark.parametrize(("lag", "times"), [(0, 4), (1, 1)])
+def test_steps_are_trusted_further_by_a_q_of_their_own_round(lag, times, monkeypatch):
+    options = {"lag": lag, "wire": "gradient", **AUTOMATIC}
+    plain = pisa_bench("kronecker", bound=0.05 * times, **options)
+    monkeypatch.setattr(Kronecker, "trust", 4.0)
+    trusted = pisa_bench("kronecker", bound=0.05, **options)
+    with solving(Quadratics.draw()):
+        for _ in range(4):
+            plain.round()
+            trusted.round()
+    assert torch.equal(plain.consensus, trusted.consensus)
+    assert plain.consensus.any()
 
 
 def test_both_wires_weigh_differences_alike_and_everybodys_cancel():
