@@ -128,9 +128,8 @@ class PisaSummed(ServerHalf):
         self._rounds: dict[int, int] = {}  # client -> round in which it was last in a sum
         self._examples: dict[int, int] = {}
         self._tabled: dict[int, int] = {}
-        self._held: dict[
-            int, State
-        ] = {}  # round -> what its steps were taken with: the common Q, and (1 - delta) h
+        # round -> what its steps were taken with: the common Q, and (1 - delta) h
+        self._held: dict[int, State] = {}
         self._dual = torch.zeros(self.layout.size, dtype=torch.float64)
         self._table = torch.zeros(statistic, dtype=torch.float64)
 
