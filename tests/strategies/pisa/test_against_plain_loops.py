@@ -43,7 +43,14 @@ def sisa(*more, beta=0.9, of="gradient", average="vector", floor=0.0, by=BY_LR, 
         f"{moments[0]}.bias_correction=exact",
     ]
     group = [] if strategy == "sisa" else [f"strategy/preconditioner={strategy}"]
-    return [f"strategy={'sisa' if strategy == 'sisa' else 'nsisa'}", *group, *by, *keys, *more]
+    return [
+        f"strategy={'sisa' if strategy == 'sisa' else 'nsisa'}",
+        "strategy.bound=null",
+        *group,
+        *by,
+        *keys,
+        *more,
+    ]
 
 
 SHARED = {**LR, "beta": 0.9, "of": "gradient", "shared": True}
@@ -250,8 +257,10 @@ def test_fedavgm_follows_the_plain_loop(problem):
         for name in w:
             average = sum(n / sum(SIZES) * a[name] for n, a in zip(SIZES, answers, strict=True))
             momentum[name] = 0.7 * momentum[name] + (w[name] - average)
-        w = {name: w[name] - momentum[name] for name in w}
-    federation, _ = problem.run(3, "strategy=fedavgm", "strategy.server_momentum=0.7", *EPOCHS)
+        w = {name: w[name] - 0.5 * momentum[name] for name in w}
+    federation, _ = problem.run(
+        3, "strategy=fedavgm", "strategy.server_momentum=0.7", "strategy.server_lr=0.5", *EPOCHS
+    )
     assert_moved_alike(federation, w, problem.start)
 
 
