@@ -95,6 +95,15 @@ def pisa(bench: Bench, tasks: Sequence[Task] = (SILO, Task(100, 100, 64), MANY))
         yield Outcome("pisa", f"PISA, {sizes(task)}", [figure], rounds)
 
 
+def compiled(bench: Bench, tasks: Sequence[Task] = (DEVICE, MANY, SILO)) -> Iterator[Outcome]:
+    """What compiling the gradients of a client alone gains on a CPU."""
+    for task in tasks:
+        sides = [ours(task, *FEDAVG), ours(task, *FEDAVG, "engine.compiled=true", name="compiled")]
+        rounds = take_turns(sides, bench.repeats)
+        figure = Figure(f"{OURS} / compiled", ratio(rounds, OURS, "compiled"))
+        yield Outcome("compiled", f"FedAvg, {sizes(task)}, batch {task.batch}", [figure], rounds)
+
+
 def preconditioners(bench: Bench, task: Task = SILO) -> Iterator[Outcome]:
     """What a round of PISA with each preconditioner costs beside a SISA round."""
     for name in NAMES:
@@ -196,7 +205,21 @@ def profile(bench: Bench, task: Task = MANY) -> Iterator[Outcome]:
         yield Outcome("profile", f"{name}, {sizes(task)}, batch {task.batch}", parts=parts)
 
 
-_ALL = device, silo, sisa, pisa, preconditioners, many, clients, memory, workers, together, gpu, profile
+_ALL = (
+    device,
+    silo,
+    sisa,
+    pisa,
+    compiled,
+    preconditioners,
+    many,
+    clients,
+    memory,
+    workers,
+    together,
+    gpu,
+    profile,
+)
 WORKS: dict[str, Callable[[Bench], Iterator[Outcome]]] = {work.__name__: work for work in _ALL}
 """All of them by name."""
 

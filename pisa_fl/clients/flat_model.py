@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map
 
+from pisa_fl.clients.compiled import Package
 from pisa_fl.clients.layers import watched
 from pisa_fl.data.data_set import DataSet
 from pisa_fl.models.examination import Findings
@@ -36,9 +37,10 @@ class FlatModel:
         task: What it learns.
         device: Where it computes.
         precision: `float32`, or `bfloat16`: mixed, by PyTorch's autocast, for the gradients.
-        compiled: Have PyTorch compile the gradients of stacks.
+        compiled: Have PyTorch compile the gradients of stacks of several.
         findings: What training has to know of it; None: every floating-point buffer is a running statistic, and a
             single example is enough.
+        package: Gradients of a client alone, compiled; None: as PyTorch has them.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class FlatModel:
         precision: Literal["float32", "bfloat16"] = "float32",
         compiled: bool = False,
         findings: Findings | None = None,
+        package: Package | None = None,
     ) -> None:
         self._given = task, device, precision, compiled, findings
+        self.package = package
         self.module, self.task = model.to(device), task
         self.layout = Layout.of_parameters(model)
         self.buffer_layout = Layout.of_buffers(model, findings.statistics if findings else None)
@@ -72,7 +76,7 @@ class FlatModel:
 
     def __reduce__(self) -> tuple[type[FlatModel], tuple[Any, ...]]:
         """In another process: a model of its own, from a copy whose parameters are no views."""
-        return FlatModel, (copy.deepcopy(self.module), *self._given)
+        return FlatModel, (copy.deepcopy(self.module), *self._given, self.package)
 
     @property
     def buffers(self) -> Tensor:
@@ -96,9 +100,12 @@ class FlatModel:
         made = {shared: self._vectorised(shared) for shared in (True, False)}
         return {shared: torch.compile(f) for shared, f in made.items()} if self._compiled else made
 
+    def of_one(self, term: Term | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Gradient (d,) and summed loss of one client's batch, of what `gradients` takes without a client axis."""
+        return grad(partial(self.weighted_loss, term), has_aux=True)
+
     def _vectorised(self, shared: bool, term: Term | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
-        of_one = grad(partial(self.weighted_loss, term), has_aux=True)
-        return vmap(of_one, in_dims=(None if shared else 0, 0, 0, 0), randomness="different")
+        return vmap(self.of_one(term), in_dims=(None if shared else 0, 0, 0, 0), randomness="different")
 
     def weighted_loss(
         self, term: Term | None, weights: Tensor, batch: Fields, shares: Tensor, given: Fields

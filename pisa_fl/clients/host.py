@@ -21,6 +21,7 @@ from flwr.common.secure_aggregation.secaggplus_constants import Stage
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pisa_fl.clients.compiled import Package, packaged
 from pisa_fl.clients.executor import MOVED, Executor, InstructionError, Job, Outcome, failure_reason, tensors
 from pisa_fl.clients.flat_model import FlatModel
 from pisa_fl.clients.stack import ClientData, fitting_stack
@@ -155,7 +156,7 @@ class Clients:
             chunk: Examples differentiated at once where the number does not matter to the result; `auto`: 250 on a
                 CPU, about what its cache holds, else 8192.
             precision: `float32`, or `bfloat16`: mixed, by PyTorch's autocast.
-            compiled: Have PyTorch compile the gradients of stacks.
+            compiled: Have PyTorch compile the gradients of stacks of several, or on a CPU those of a client alone.
             ready: Make the whole set ready now, instead of every example each time it is read.
 
         Raises:
@@ -178,6 +179,8 @@ class Clients:
             stack = fitting_stack(model, example, self.batch_size, chunk, free)
         if ready:
             fields = model.ready(fields, self.data)
+        if compiled and on_cpu and stack == 1:
+            model.package = self._package(model, fields, ready)
         clients = {
             number: ClientData(
                 fields,
@@ -192,6 +195,12 @@ class Clients:
             *(model, self.half, self.data, clients, self.seed, self.batch_size, chunk), privacy=self.privacy
         )
         return ClientHost(executor, stack, Masking(self.half) if self.secure else None)
+
+    def _package(self, model: FlatModel, fields: Mapping[str, Tensor], ready: bool) -> Package | None:
+        """Gradients of a client's batches, compiled."""
+        examples = len(next(iter(fields.values())))
+        batch = model.take(fields, torch.arange(self.batch_size) % examples)
+        return packaged(model, batch if ready else self.data.ready(batch))
 
 
 @dataclass

@@ -294,20 +294,30 @@ class LocalStack:
     def _backward(
         self, weights: Tensor, batches: Iterable[Batch], term: Term | None
     ) -> tuple[Tensor, Tensor]:
-        self._model.load(weights)
+        package = self._model.package if self._probe is None and term is None else None
+        total, compiled, backward = weights.new_zeros(1), None, False
         self._model.gradient.zero_()
-        total = weights.new_zeros(1)
         given = {name: values[0] for name, values in term.given.items()} if term else {}
         for batch in batches:
             shares = batch.weights[0]
             data = {name: field[0] for name, field in batch.data.items()}
+            if package is not None and package.takes(data):
+                gradient, loss = package(weights, data, shares)
+                compiled = gradient if compiled is None else compiled.add_(gradient)
+                total += loss
+                continue
+            if not backward:
+                self._model.load(weights)
+                backward = True
             if self._probe is not None:
                 loss = probed_backward(self._model, data, shares, term, given, *self._probe)
             else:
                 objective, loss = self._model.objective(data, term, given)
                 (shares * objective).sum().backward()
             total += loss.detach().sum()
-        return self._model.gradient.clone().unsqueeze(0), total
+        if compiled is None:
+            return self._model.gradient.clone().unsqueeze(0), total
+        return (compiled.add_(self._model.gradient) if backward else compiled).unsqueeze(0), total
 
 
 def fitting_stack(

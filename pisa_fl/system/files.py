@@ -11,6 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def cache() -> Path:
+    """The folder for what is made once and used again: `$PISA_FL_CACHE`, or one in the user's home."""
+    return expand(os.environ.get("PISA_FL_CACHE", "~/.cache/pisa-fl"), "PISA_FL_CACHE")
+
+
 def expand(name: str | Path, key: str) -> Path:
     """The path that a configuration key names, with `~` replaced.
 

@@ -1,0 +1,166 @@
+"""Gradients of a client alone, compiled ahead of time for a CPU: a package for one model and one size of batch.
+
+PyTorch's AOTInductor makes a library of the pass forward and back, of which autograd's and the modules' own time, most
+of a small batch's, is gone. It is made once and kept in the cache; what it computes is the eager path's up to rounding,
+and the same bits in every process that loads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pisa_fl.config.explain import first_line
+from pisa_fl.system import files
+from pisa_fl.system.locks import locked
+
+if TYPE_CHECKING:
+    from pisa_fl.clients.flat_model import FlatModel
+
+log = logging.getLogger(__name__)
+
+OPTIONS = {"cpp.threads": 1, "compile_threads": 1}
+"""Inductor's, for a process of one thread that starts no others."""
+
+
+class UnsuitableError(Exception):
+    """A model's gradients cannot be compiled so that they are the eager path's."""
+
+
+class Package:
+    """Compiled gradients; it can be sent to another process of this machine.
+
+    Args:
+        path: The library that PyTorch has made.
+        example: A batch, of the size and in the order in memory for which it was made.
+    """
+
+    def __init__(self, path: Path, example: Mapping[str, Tensor]) -> None:
+        self._path, self._names = path, list(example)
+        self._size = len(next(iter(example.values())))
+        self._room = {name: torch.zeros_like(field) for name, field in example.items()}
+        self._shares = torch.zeros(self._size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_run"}
+
+    @cached_property
+    def _run(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        return torch._inductor.aoti_load_package(str(self._path), run_single_threaded=True)
+
+    def takes(self, batch: Mapping[str, Tensor]) -> bool:
+        """Whether a batch is of its kind: of its size, or filled up to that by less than as much again."""
+        size = len(next(iter(batch.values())))
+        return self._size < 2 * size <= 2 * self._size and all(
+            name in batch and batch[name].shape[1:] == room.shape[1:] and batch[name].dtype == room.dtype
+            for name, room in self._room.items()
+        )
+
+    @torch.no_grad()
+    def __call__(self, weights: Tensor, batch: Mapping[str, Tensor], shares: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient (d,) of a batch's weighted losses, and the plain sum of the losses, of examples with a weight."""
+        fields = [self._placed(batch[name], self._room[name]) for name in self._names]
+        return self._run(weights, *fields, self._placed(shares, self._shares))
+
+    @staticmethod
+    def _placed(field: Tensor, room: Tensor) -> Tensor:
+        """A field as it was at compilation, which the library takes for granted."""
+        if field.shape == room.shape and field.stride() == room.stride():
+            return field
+        room[: len(field)] = field
+        room[len(field) :] = 0
+        return room
+
+
+def packaged(model: FlatModel, example: Mapping[str, Tensor]) -> Package | None:
+    """A model's gradients of batches like an example, compiled; None, and a warning, where that is impossible.
+
+    Args:
+        model: The model, on a CPU.
+        example: A batch of the size that is to be compiled for, as it is read (`FlatModel.take`).
+    """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(
+        logging.ERROR
+    )  # says that there is no GPU, which is known
+    try:
+        traced, inputs = _trace(model, example)
+        folder = files.cache() / "gradients"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{_digest(traced, inputs)}.pt2"
+        with locked(path.with_suffix(".lock")):
+            if not path.exists():
+                log.warning("engine.compiled: compiling the gradients, once for this model and batch size")
+                _compile(traced, inputs, path)
+        package = Package(path, example)
+        package._run  # noqa: B018  loaded before workers are forked
+    except Exception as error:  # whatever a compiler, or tracing somebody's model, raises
+        log.warning(
+            "engine.compiled: going without, since the gradients cannot be compiled (%s).", first_line(error)
+        )
+        return None
+    return package
+
+
+def _trace(
+    model: FlatModel, example: Mapping[str, Tensor]
+) -> tuple[torch.fx.GraphModule, tuple[Tensor, ...]]:
+    """The operations of a pass forward and back, and what they are given.
+
+    Raises:
+        UnsuitableError: They change something, or draw.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    if model.buffer_layout.size:
+        raise UnsuitableError("the model keeps running statistics")
+    names = list(example)
+
+    def gradient(weights: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        return model.of_one()(weights, dict(zip(names, given[:-1], strict=True)), given[-1], {})
+
+    size = len(next(iter(example.values())))
+    inputs = (model.weights.detach().clone(), *example.values(), torch.full((size,), 1 / size))
+    traced = make_fx(gradient)(*inputs)
+    for node in traced.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise UnsuitableError("the model draws random numbers")
+    return traced, inputs
+
+
+def _digest(traced: torch.fx.GraphModule, inputs: tuple[Tensor, ...]) -> str:
+    """What a library depends on: operations, constants, inputs, PyTorch, and the processor it is made for."""
+    said = [torch.__version__, platform.machine(), platform.processor(), traced.code]
+    said += [f"{t.shape} {t.stride()} {t.dtype}" for t in inputs]
+    said += [repr(OPTIONS), torch.backends.cpu.get_cpu_capability()]
+    with suppress(OSError):
+        said += sorted({line for line in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in line})
+    digest = hashlib.sha256("\0".join(said).encode())
+    for node in traced.graph.find_nodes(op="get_attr"):
+        constant = getattr(traced, node.target).detach().contiguous()
+        digest.update(
+            f"{node.target} {constant.shape} {constant.dtype}".encode() + constant.numpy().tobytes()
+        )
+    return digest.hexdigest()[:32]
+
+
+def _compile(traced: torch.fx.GraphModule, inputs: tuple[Tensor, ...], path: Path) -> None:
+    """Make a library, whole or not at all."""
+    import torch._inductor
+
+    exported = torch.export.export(traced, inputs)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(Path(folder, path.name)), inductor_configs=OPTIONS
+        )
+        os.replace(made, path)
