@@ -52,9 +52,9 @@ from pisa_fl.flower.scripts import (
     COMPOSE,
     DIRECT,
     ENVIRONMENT,
-    OWNERS,
     REGISTER,
     START_CLIENT,
+    START_ON_WINDOWS,
     START_SUPERLINK,
     UNIT,
 )
@@ -201,10 +201,14 @@ def _make(folder: Path, address: Address, clients: int, name: str, days: int) ->
     for client in range(clients):
         home = _private_key(folder, client).parent
         if home.exists():  # it need not be kept here once it is on its host
-            options = client_options(address, client, clients, OWNERS)
-            start = START_CLIENT.format(client=client, direct=DIRECT, options=options)
+            options = client_options(address, client, clients)
+            start = START_CLIENT.format(client=client, options=options)
+            windows = START_ON_WINDOWS.format(
+                client=client, options=" ".join(options.replace("\\\n", "").split())
+            )
             _write(home / "ca.crt", authority, PUBLIC)
             _write(home / "start.sh", start.encode(), SCRIPT)
+            _write(home / "start.cmd", windows.replace("\n", "\r\n").encode(), PUBLIC)
             _write(home / "pisa-fl@.service", UNIT.encode(), PUBLIC)
             _write(home / "compose.yaml", COMPOSE.format(client=client).encode(), PUBLIC)
             _write(home / "policy.example.toml", TEMPLATE.encode(), PUBLIC)
@@ -220,12 +224,12 @@ def superlink_command(address: Address) -> str:
     )
 
 
-def client_options(address: Address, client: int, clients: int, more: str = "") -> str:
-    """Arguments of a client's SuperNode, for its folder; `more` is added to the node's configuration."""
+def client_options(address: Address, client: int, clients: int) -> str:
+    """Arguments of a client's SuperNode, for its folder."""
     return (
         f"--superlink {address} --root-certificates ca.crt \\\n"
         f"    --auth-supernode-private-key client-{client} --port {SUPERNODE_PORT + client} \\\n"
-        f'    --node-config "partition-id={client} num-partitions={clients}{more}"'
+        f'    --node-config "partition-id={client} num-partitions={clients}"'
     )
 
 

@@ -1,8 +1,10 @@
 """Keeps a client running: its SuperNode and its SuperExec, both started again whenever one of them dies.
 
-`python -m pisa_fl.flower.keeper`, which `start.sh` calls, in the client's folder, with the arguments of
-`pisa-fl-supernode`. It ends, and they with it, when it is told to, by Ctrl-C or a signal. A lock in the folder keeps a
-second one out; it falls with the process, however that ends.
+    python -m pisa_fl.flower.keeper HOME [FOLDER] -- ARGUMENTS
+
+which `start.sh` and `start.cmd` call with the client's folder, one that holds data of its own, if any, and the
+arguments of `pisa-fl-supernode`. It ends, and they with it, when it is told to, by Ctrl-C or a signal. A lock in the
+client's folder keeps a second one out; it falls with the process, however that ends.
 """
 
 from __future__ import annotations
@@ -13,11 +15,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from pisa_fl.system.locks import HeldError, let_go, take
+
+QUIET = (
+    "FLWR_TELEMETRY_ENABLED=0",
+    "FLWR_DISABLE_UPDATE_CHECK=1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1",
+)
+"""What Flower is told by its environment."""
+
+HERE = ("127.0.0.1", "localhost", "::1")
+"""Hosts to which no proxy leads."""
 
 KEEPER = "PISA_FL_KEEPER"
 """Environment variable with the process id of a SuperNode's keeper, with which it ends."""
@@ -44,20 +56,86 @@ PATIENCE = 10.0
 """Seconds in which a process has to end when it is told to."""
 
 
+def environment(home: Path, given: Mapping[str, str]) -> dict[str, str]:
+    """What the environment of a client in a folder has beyond the one given."""
+    own = dict(variable.split("=") for variable in QUIET) | {"FLWR_HOME": str(home / "flwr")}
+    own["PISA_FL_STATE"] = given.get("PISA_FL_STATE") or str(home / "state")
+    policy = home / "policy.toml"
+    if not given.get("PISA_FL_POLICY") and policy.exists():
+        own["PISA_FL_POLICY"] = str(policy)
+    direct = given.get("no_proxy") or given.get("NO_PROXY") or ""
+    if direct != "*" and direct.split(",")[0] != HERE[0]:
+        direct = ",".join((*HERE, *filter(None, [direct])))
+    return own | {"no_proxy": direct, "NO_PROXY": direct}
+
+
+def own_words(folder: Path | None, allowed: str | None) -> str:
+    """What its owner adds to a node's configuration: where its data are, and what packages it allows.
+
+    Raises:
+        ValueError: There is no such folder, or Flower cannot be told its name.
+    """
+    said = {"data": folder and str(folder), "allow": allowed}
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder")
+    words = ""
+    for key, value in said.items():
+        if value and "'" not in value:
+            words += f" {key}='{value}'"
+        elif value and '"' not in value:
+            escaped = value.replace("\\", "\\\\")
+            words += f' {key}="{escaped}"'
+        elif value:
+            raise ValueError(f"{value} has both kinds of quotation marks, which Flower cannot be told")
+    return words
+
+
 def main() -> int:
     """Keep a client running until told to end; the exit status."""
+    if "--" not in sys.argv:
+        print(
+            "this start.sh is of an earlier version: take a new one from pisa-fl-credentials", file=sys.stderr
+        )
+        return 2
+    mark = sys.argv.index("--")
+    (home, *given), arguments = sys.argv[1:mark], sys.argv[mark + 1 :]
+    folder = (given or [os.environ.get("PISA_FL_DATA", "")])[0]
+    try:
+        words = own_words(Path(os.path.abspath(folder)) if folder else None, os.environ.get("PISA_FL_ALLOW"))
+        if len(given) > 1:
+            raise ValueError(f"one folder at most, and these are {len(given)}: {' '.join(given)}")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    arguments[arguments.index("--node-config") + 1] += words
+    os.chdir(home)
+    os.umask(0o077)
+    Path().chmod(0o700)
+    Path(arguments[arguments.index("--auth-supernode-private-key") + 1]).chmod(0o600)
+    os.environ |= environment(Path.cwd(), os.environ)
+    return keep(arguments)
+
+
+def keep(arguments: Sequence[str]) -> int:
+    """Keep the client of this folder running until told to end; the exit status."""
     try:
         lock = take(Path(LOCK))
     except HeldError:
         print(f"{Path.cwd()}: this client runs already", file=sys.stderr)
         return 1
     stop, pause = threading.Event(), SHORTEST
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
+    for name in (
+        "SIGINT",
+        "SIGTERM",
+        "SIGHUP",
+        "SIGBREAK",
+    ):  # the last is Windows', which lacks the one before
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: stop.set())
     try:
         while True:
             began = time.monotonic()
-            who = _live(sys.argv[1:], stop)
+            who = _live(arguments, stop)
             if stop.is_set():
                 return 0
             if time.monotonic() - began >= WELL:

@@ -76,24 +76,15 @@ START_CLIENT = """\
 #!/usr/bin/env bash
 # Keeps client {client} running:  ./start.sh [FOLDER]  where FOLDER (or PISA_FL_DATA) holds data of its own, if any.
 # PISA_FL_ALLOW="PACKAGE ..." names packages installed here whose classes a run's configuration may name; policy.toml
-# says what else this client takes part in.
-set -euo pipefail
-data=${{1:-${{PISA_FL_DATA:-}}}}
-data=${{data:+$(cd "$data" && pwd)}}
-cd "$(dirname "${{BASH_SOURCE[0]}}")"
-umask 077
-chmod 700 .
-chmod 600 client-{client}
-export FLWR_HOME="$PWD/flwr" PISA_FL_STATE="${{PISA_FL_STATE:-$PWD/state}}"
-[[ -n ${{PISA_FL_POLICY:-}} || ! -e policy.toml ]] || export PISA_FL_POLICY="$PWD/policy.toml"
-export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
-{direct}
-# pisa-fl-supernode, and what starts the client's work for it, again and again
-exec python -m pisa_fl.flower.keeper {options}
+# says what else this client takes part in. It starts pisa-fl-supernode, and what does the client's work for it, again
+# and again.
+exec python -m pisa_fl.flower.keeper "$(dirname "${{BASH_SOURCE[0]}}")" "$@" -- {options}
 """
 
-OWNERS = '${data:+ data=\\"$data\\"}${PISA_FL_ALLOW:+ allow=\\"$PISA_FL_ALLOW\\"}'
-"""What a client's script adds to its node's configuration."""
+START_ON_WINDOWS = """\
+@rem Keeps client {client} running:  start.cmd [FOLDER]  as start.sh does elsewhere.
+@python -m pisa_fl.flower.keeper "%~dp0." %* -- {options}
+"""
 
 UNIT = """\
 # Runs what is in a folder from boot on, as the user whose unit it is. Once, in that folder, with pisa-fl's environment

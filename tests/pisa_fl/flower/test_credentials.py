@@ -1,6 +1,7 @@
 """What `pisa-fl-credentials` makes, judged by OpenSSL, OpenSSH, bash and Flower itself."""
 
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -17,7 +18,7 @@ from cryptography import x509
 from flwr.cli.flower_config import read_superlink_connection
 from flwr.common.config import parse_config_args
 
-from pisa_fl.flower import credentials
+from pisa_fl.flower import credentials, keeper
 
 ADDRESS = "192.0.2.1:9092"
 
@@ -63,6 +64,7 @@ def client_files(number):
         f"client-{number}",
         "ca.crt",
         "start.sh",
+        "start.cmd",
         "policy.example.toml",
         "compose.yaml",
         "pisa-fl@.service",
@@ -192,22 +194,22 @@ def test_an_owners_policy_stays_as_it_is(call, made):
 
 
 def test_a_client_is_added_to_those_that_there_are(call, made):
-    for script in made.glob("client-*/start.sh"):
+    for script in made.glob("client-*/start.*"):
         script.unlink()  # they say how many clients there are
     before = contents(made)
     assert call("made", "--superlink", ADDRESS, "--clients", 4)[0] == 0
-    expected = client_files(3) + [f"client-{number}/start.sh" for number in range(3)]
+    expected = client_files(3) + [f"client-{n}/start.{kind}" for n in range(3) for kind in ("cmd", "sh")]
     assert new_in(before, made) == sorted(expected)
 
 
 def test_a_key_that_is_on_its_host_alone_is_not_made_again(call, made, tmp_path):
     (made / "client-0").rename(tmp_path / "away")
     (made / "ca.key").rename(tmp_path / "ca.key")
-    for script in made.glob("client-*/start.sh"):
+    for script in made.glob("client-*/start.*"):
         script.unlink()
     before = contents(made)
     assert call("made", "--superlink", ADDRESS, "--clients", 4)[0] == 0
-    expected = client_files(3) + [f"client-{number}/start.sh" for number in (1, 2)]
+    expected = client_files(3) + [f"client-{n}/start.{kind}" for n in (1, 2) for kind in ("cmd", "sh")]
     assert new_in(before, made) == sorted(expected)
 
 
@@ -384,7 +386,9 @@ def play(tmp_path):
     commands = tmp_path / "commands"
     commands.mkdir()
     for name in ("pisa-fl-superlink", "python", "flwr"):
-        (commands / name).write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\nenv | grep -E "^(FLWR|PISA)_"\n')
+        (commands / name).write_text(
+            '#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\nenv | grep -E "^(FLWR|PISA)_" || true\n'
+        )
         (commands / name).chmod(0o755)
 
     def run(script, *arguments, **environment):
@@ -414,26 +418,63 @@ QUIET = {
 }
 
 
-def test_a_clients_script(carried, play, tmp_path):
-    data = tmp_path / "my data"
+@pytest.fixture
+def kept(monkeypatch):
+    """What a keeper is called with, in its own process and environment; its status, folder and arguments."""
+
+    def run(words, folder, **environment):
+        seen = []
+        for name in [name for name in os.environ if name.startswith(("PISA_FL_", "FLWR_"))]:
+            monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["keeper.py", *words])
+        monkeypatch.setattr(keeper, "keep", lambda arguments: seen.append((Path.cwd(), arguments)) or 0)
+        before, mask = dict(os.environ), os.umask(0o022)
+        os.umask(mask)
+        try:
+            return keeper.main(), seen, {n: v for n, v in os.environ.items() if before.get(n) != v}
+        finally:
+            os.umask(mask)
+            os.environ.clear()
+            os.environ.update(before)
+
+    return run
+
+
+def on_windows(script):
+    """The words that a command prompt gives Python."""
+    *_, line = script.read_bytes().decode().split("\r\n")[:-1]
+    assert line.startswith("@python ")
+    line = line.removeprefix("@python ").replace("%~dp0.", str(script.parent)).replace("%*", "")
+    return [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)]
+
+
+def test_a_clients_script(carried, play, kept, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "intern")
+    data = tmp_path / "my 'data"
     data.mkdir()
+    home = carried / "client-1"
     both = {"data": str(data), "allow": "mine other"}
     for arguments, own, environment in (
         ([], {}, {}),
-        (["my data"], both, {"PISA_FL_ALLOW": "mine other"}),
+        (["my 'data"], both, {"PISA_FL_ALLOW": "mine other"}),
         ([], both, {"PISA_FL_ALLOW": "mine other", "PISA_FL_DATA": str(data)}),
     ):
-        status, out, error = play(carried / "client-1" / "start.sh", *arguments, **environment)
+        status, out, error = play(home / "start.sh", *arguments)
         assert (status, error) == (0, "")
-        home, *lines = [line for line in out.splitlines() if line.partition("=")[0] not in environment]
-        assert home == str(carried / "client-1")
-        assert (f"PISA_FL_POLICY={home}/policy.toml" in lines) == (
-            carried / "client-1" / "policy.toml"
-        ).exists()
-        lines = [line for line in lines if not line.startswith("PISA_FL_POLICY=")]
-        assert QUIET | {f"FLWR_HOME={home}/flwr", f"PISA_FL_STATE={home}/state"} == set(lines[-5:])
-        assert lines[:2] == ["-m", "pisa_fl.flower.keeper"]
-        options = dict(zip(lines[2:-5:2], lines[3:-5:2], strict=True))
+        _, *words = out.splitlines()
+        assert words[:2] == ["-m", "pisa_fl.flower.keeper"]
+        assert on_windows(home / "start.cmd") == [w for w in words if w not in arguments]
+        status, [(where, given)], added = kept(words[2:], tmp_path, **environment)
+        assert (status, where) == (0, home)
+        policy = {"PISA_FL_POLICY": f"{home}/policy.toml"} if (home / "policy.toml").exists() else {}
+        direct = dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost,::1,intern")
+        quiet = dict(variable.split("=") for variable in QUIET)
+        folders = {"FLWR_HOME": f"{home}/flwr", "PISA_FL_STATE": f"{home}/state"}
+        assert added == quiet | folders | policy | direct
+        options = dict(zip(given[::2], given[1::2], strict=True))
         node = parse_config_args([options.pop("--node-config")])
         assert node == {"partition-id": 1, "num-partitions": 3} | own
         assert options == {
@@ -442,15 +483,52 @@ def test_a_clients_script(carried, play, tmp_path):
             "--auth-supernode-private-key": "client-1",
             "--port": "9095",
         }
-        (carried / "client-1" / "policy.toml").touch()
-    assert (carried / "client-1").stat().st_mode & 0o777 == 0o700
-    assert (carried / "client-1" / "client-1").stat().st_mode & 0o777 == 0o600
+        (home / "policy.toml").touch()
+    assert home.stat().st_mode & 0o777 == 0o700
+    assert (home / "client-1").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_clients_script_without_the_data_that_it_is_told(carried, play):
-    status, out, error = play(carried / "client-1" / "start.sh", "nowhere")
-    assert (status, out) == (1, "")
-    assert "nowhere: No such file or directory" in error
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere", "--"], "nowhere: there is no such folder"),
+        (["a", "b", "--"], "one folder at most, and these are 2: a b"),
+        (["both'\"", "--"], "has both kinds of quotation marks, which Flower cannot be told"),
+        ([], "this start.sh is of an earlier version: take a new one from pisa-fl-credentials"),
+    ],
+)
+def test_a_keeper_that_is_told_what_cannot_be(kept, tmp_path, capsys, words, said):
+    for name in ("a", "b", "both'\""):
+        (tmp_path / name).mkdir()
+    assert kept([str(tmp_path), *words], tmp_path)[:2] == (2, [])
+    error = capsys.readouterr().err
+    assert (error.count("\n"), said in error) == (1, True), error
+
+
+@pytest.mark.parametrize("path", [r"C:\Users\me\my data", "/it's", r"/it's\here"])
+def test_flower_reads_the_data_path_as_it_is(path):
+    words = keeper.own_words(None, path)
+    assert parse_config_args([f"partition-id=1{words}"]) == {"partition-id": 1, "allow": path}
+
+
+WITHOUT = """
+import importlib, os, signal, sys
+for module in ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog"):
+    sys.modules[module] = None
+for module, names in (
+    (os, "fork killpg setsid getuid geteuid getpgid mkfifo nice"),
+    (signal, "SIGHUP SIGKILL SIGUSR1 SIGUSR2 SIGALRM SIGQUIT"),
+):
+    for name in names.split():
+        delattr(module, name)
+for module in ("keeper", "supernode", "superexec", "app"):
+    importlib.import_module(f"pisa_fl.flower.{module}")
+"""
+
+
+def test_a_client_needs_nothing_that_windows_lacks_to_start():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_superlinks_script(carried, play):

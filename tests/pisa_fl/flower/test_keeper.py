@@ -22,6 +22,7 @@ echo $$ "$@" >>{name}.lives
 [ -e {name}.fails ] && exit 1
 exec sleep 1000
 """
+GIVEN = ["--port", "9101", "--auth-supernode-private-key", "client-0", "--node-config", "partition-id=0"]
 NODE, EXECUTOR = "pisa-fl-supernode", "pisa-fl-superexec"
 
 
@@ -35,7 +36,8 @@ def keep(tmp_path):
     started = []
 
     def start():
-        line = [sys.executable, "-m", "pisa_fl.flower.keeper", "--port", "9101", "--superlink", "there:1"]
+        (tmp_path / "client-0").touch()
+        line = [sys.executable, "-m", "pisa_fl.flower.keeper", ".", "--", *GIVEN]
         environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         started.append(
             subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
@@ -71,7 +73,7 @@ def test_whichever_of_the_two_is_killed_both_are_started_again(keep, tmp_path):
         os.kill(int(lives(tmp_path, victim)[-1][0]), signal.SIGKILL)
     wait_for(lambda: len(lives(tmp_path, EXECUTOR)) == 3, str)
     secret = ["--superexec-auth-secret-file", "superexec-secret"]
-    given = ["--port", "9101", "--superlink", "there:1", "--isolation", "process"]
+    given = [*GIVEN, "--isolation", "process"]
     for (node, *arguments), (_, *others) in zip(
         lives(tmp_path, NODE), lives(tmp_path, EXECUTOR), strict=True
     ):
