@@ -59,6 +59,11 @@ class Package:
     def _run(self) -> Callable[..., tuple[Tensor, Tensor]]:
         return torch._inductor.aoti_load_package(str(self._path), run_single_threaded=True)
 
+    def loaded(self) -> Package:
+        """The same, read now: before workers are forked, which then share it."""
+        _ = self._run
+        return self
+
     def takes(self, batch: Mapping[str, Tensor]) -> bool:
         """Whether a batch is of its kind: of its size, or filled up to that by less than as much again."""
         size = len(next(iter(batch.values())))
@@ -99,17 +104,27 @@ def packaged(model: FlatModel, example: Mapping[str, Tensor]) -> Package | None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{_digest(traced, inputs)}.pt2"
         with locked(path.with_suffix(".lock")):
-            if not path.exists():
-                log.warning("engine.compiled: compiling the gradients, once for this model and batch size")
-                _compile(traced, inputs, path)
-        package = Package(path, example)
-        package._run  # noqa: B018  loaded before workers are forked
+            if (kept := _kept(path, example)) is not None:
+                return kept
+            log.warning("engine.compiled: compiling the gradients, once for this model and batch size")
+            _compile(traced, inputs, path)
+            return Package(path, example).loaded()
     except Exception as error:  # whatever a compiler, or tracing somebody's model, raises
         log.warning(
             "engine.compiled: going without, since the gradients cannot be compiled (%s).", first_line(error)
         )
         return None
-    return package
+
+
+def _kept(path: Path, example: Mapping[str, Tensor]) -> Package | None:
+    """The library in the cache, loaded; None if there is none, or it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return Package(path, example).loaded()
+    except Exception as error:  # whatever a damaged one makes PyTorch raise
+        log.warning("engine.compiled: %s is damaged (%s) and is made again", path, first_line(error))
+        return None
 
 
 def _trace(

@@ -68,7 +68,9 @@ class FlatModel:
         values, gradients = self.layout.views(self.weights), self.layout.views(self.gradient)
         for name, parameter in parameters.items():
             parameter.data, parameter.grad = values[name], gradients[name]
-        # oneDNN's convolutions, and PyTorch's pooling even more, are faster on inputs with channels last
+        # oneDNN's convolutions, and PyTorch's pooling even more, are faster on inputs with channels last: by 10 to 21 %
+        # in simple_cnn and vgg9 on 3 x 32 x 32, slower by 1 to 5 % in resnet18, and as exact. A measurement in every
+        # run would choose no better, and bits would hang on it.
         convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
         self._channels_last = convolves and device.type == "cpu"
         self._mixed, self._compiled = precision == "bfloat16", compiled

@@ -92,6 +92,11 @@ def test_a_compiled_run_has_the_same_bits_whoever_computes_and_is_compiled_once(
         tmp_path, "second", "engine.compiled=true", "engine.workers=0", "engine.threads=1"
     )
     _, eager = federate(tmp_path, "eager")
+    [package] = (tmp_path / "cache" / "gradients").glob("*.pt2")
+    package.write_bytes(package.read_bytes()[:1000])
+    mended, third = federate(tmp_path, "third", "engine.compiled=true")
+    assert "is damaged" in mended
+    assert all((first[name] == third[name]).all() for name in first)
     assert "compiling the gradients, once" in said
     assert "compiling" not in again
     assert "WARNING" not in again
