@@ -147,10 +147,18 @@ def _trace(
     size = len(next(iter(example.values())))
     inputs = (model.weights.detach().clone(), *example.values(), torch.full((size,), 1 / size))
     traced = make_fx(gradient)(*inputs)
-    for node in traced.graph.nodes:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise UnsuitableError("the model draws random numbers")
+    if any(_draws(node) for node in traced.graph.nodes):
+        raise UnsuitableError("the model draws random numbers")
     return traced, inputs
+
+
+def _draws(node: torch.fx.Node) -> bool:
+    """Whether an operation draws random numbers, which attention does not without dropout."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return not ("dropout_p" in names and given.get("dropout_p", 0.0) == 0.0)
 
 
 def _digest(traced: torch.fx.GraphModule, inputs: tuple[Tensor, ...]) -> str:

@@ -9,7 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import nn
+
+from pisa_fl.clients.compiled import packaged
+from pisa_fl.clients.flat_model import FlatModel
+from pisa_fl.tasks import Classification
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler for PyTorch to use")
 
@@ -126,3 +132,13 @@ def test_where_it_cannot_be_compiled_it_says_why_and_goes_on(tmp_path, overrides
         rf"going without, since the gradients cannot be compiled \([^)]*{re.escape(why)}", said
     ), said
     assert all((without[name] == eager[name]).all() for name in eager)
+
+
+def test_a_model_that_draws_is_left_as_it_is(caplog):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.Dropout(0.5), nn.Linear(8, 5))
+    batch = {"inputs": torch.randn(4, 2, 6, 6), "targets": torch.arange(4)}
+    assert packaged(FlatModel(model.train(), Classification(), torch.device("cpu")), batch) is None
+    assert (
+        "going without, since the gradients cannot be compiled (the model draws random numbers)"
+        in caplog.text
+    )
