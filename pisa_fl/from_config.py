@@ -129,13 +129,19 @@ def _prepare(config: DictConfig, engine: Engine, identity: Identity, run: Path |
     server = build(config.strategy.server, Strategy, layout=layout, seed=config.seed, device=device)
     with blaming(config.strategy.server):
         checks.flowers_own(server)
+    half = build(config.strategy.client, ClientHalf, layout=layout, seed=config.seed)
+    if half.personal and config.evaluate_clients_every is None:
+        log.warning(
+            "clients have weights of their own, of which only evaluate_clients_every=N says something: what is said of"
+            " the test set is of the weights that the server has"
+        )
     privacy = _privacy(config)
     federation = Federation(
         data,
         partition,
         model,
         server,
-        build(config.strategy.client, ClientHalf, layout=layout, seed=config.seed),
+        half,
         engine,
         seed=config.seed,
         batch_size=config.batch_size,

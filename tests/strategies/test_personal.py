@@ -45,6 +45,12 @@ def own_of(federation, method, vectors):
     return {name: t.double() for name, t in layout.views(row).items()}
 
 
+@pytest.mark.parametrize("evaluated", ["null", "1"])
+def test_whoever_looks_at_the_common_weights_alone_is_told_so(problem, caplog, evaluated):
+    problem.run(0, *METHODS["fedper"], f"evaluate_clients_every={evaluated}", "engine.workers=0")
+    assert ("of the weights that the server has" in caplog.text) == (evaluated == "null")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_client_is_evaluated_with_the_weights_of_its_own_that_the_server_accepted(
     problem, method, monkeypatch, caplog
