@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pisa_fl.config.explain import first_line
-from pisa_fl.system import files
+from pisa_fl.system.files import cache_folder
 from pisa_fl.system.locks import locked
 
 if TYPE_CHECKING:
@@ -32,10 +32,6 @@ log = logging.getLogger(__name__)
 
 OPTIONS = {"cpp.threads": 1, "compile_threads": 1}
 """Inductor's, for a process of one thread that starts no others."""
-
-
-class UnsuitableError(Exception):
-    """A model's gradients cannot be compiled so that they are the eager path's."""
 
 
 class Package:
@@ -95,12 +91,11 @@ def packaged(model: FlatModel, example: Mapping[str, Tensor]) -> Package | None:
         model: The model, on a CPU.
         example: A batch of the size that is to be compiled for, as it is read (`FlatModel.take`).
     """
-    logging.getLogger("torch.utils.cpp_extension").setLevel(
-        logging.ERROR
-    )  # says that there is no GPU, which is known
+    # it says that there is no GPU, which is known
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         traced, inputs = _trace(model, example)
-        folder = files.cache() / "gradients"
+        folder = cache_folder() / "gradients"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{_digest(traced, inputs)}.pt2"
         with locked(path.with_suffix(".lock")):
@@ -133,12 +128,12 @@ def _trace(
     """The operations of a pass forward and back, and what they are given.
 
     Raises:
-        UnsuitableError: They change something, or draw.
+        ValueError: The model keeps running statistics, or draws random numbers, which would be others than eager ones.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
     if model.buffer_layout.size:
-        raise UnsuitableError("the model keeps running statistics")
+        raise ValueError("the model keeps running statistics")
     names = list(example)
 
     def gradient(weights: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +143,7 @@ def _trace(
     inputs = (model.weights.detach().clone(), *example.values(), torch.full((size,), 1 / size))
     traced = make_fx(gradient)(*inputs)
     if any(_draws(node) for node in traced.graph.nodes):
-        raise UnsuitableError("the model draws random numbers")
+        raise ValueError("the model draws random numbers")
     return traced, inputs
 
 

@@ -40,6 +40,8 @@ class FlatModel:
         compiled: Have PyTorch compile the gradients of stacks of several.
         findings: What training has to know of it; None: every floating-point buffer is a running statistic, and a
             single example is enough.
+
+    Attributes:
         package: Gradients of a client alone, compiled; None: as PyTorch has them.
     """
 
@@ -51,10 +53,9 @@ class FlatModel:
         precision: Literal["float32", "bfloat16"] = "float32",
         compiled: bool = False,
         findings: Findings | None = None,
-        package: Package | None = None,
     ) -> None:
         self._given = task, device, precision, compiled, findings
-        self.package = package
+        self.package: Package | None = None
         self.module, self.task = model.to(device), task
         self.layout = Layout.of_parameters(model)
         self.buffer_layout = Layout.of_buffers(model, findings.statistics if findings else None)
@@ -76,9 +77,9 @@ class FlatModel:
         self._mixed, self._compiled = precision == "bfloat16", compiled
         self._shell = _Shell(self.module)
 
-    def __reduce__(self) -> tuple[type[FlatModel], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[type[FlatModel], tuple[Any, ...], dict[str, Any]]:
         """In another process: a model of its own, from a copy whose parameters are no views."""
-        return FlatModel, (copy.deepcopy(self.module), *self._given, self.package)
+        return FlatModel, (copy.deepcopy(self.module), *self._given), {"package": self.package}
 
     @property
     def buffers(self) -> Tensor:

@@ -38,8 +38,7 @@ from pisa_fl.flower.state_file import StateFile, root_of
 from pisa_fl.from_config import one_client
 from pisa_fl.results import run_directory
 from pisa_fl.results.result import Interrupted
-from pisa_fl.system import files
-from pisa_fl.system.files import write
+from pisa_fl.system.files import cache_folder, write
 from pisa_fl.system.resources import memory
 from pisa_fl.system.text import visible
 from strategies.base.messages import CONFIG
@@ -177,7 +176,7 @@ def client_configuration(context: Context) -> DictConfig:
         raise ConfigurationError(f"client {number}: {error}") from error
     config.engine.state = None
     if config.data.get("cache") is not None:
-        config.data.cache = str(files.cache())
+        config.data.cache = str(cache_folder())
     return config
 
 

@@ -52,6 +52,7 @@ from pisa_fl.flower.scripts import (
     COMPOSE,
     DIRECT,
     ENVIRONMENT,
+    QUIET,
     REGISTER,
     START_CLIENT,
     START_ON_WINDOWS,
@@ -192,6 +193,7 @@ def _make(folder: Path, address: Address, clients: int, name: str, days: int) ->
         "name": name,
         "command": superlink_command(address),
         "direct": DIRECT,
+        "quiet": " ".join(f"{name}={value}" for name, value in QUIET.items()),
     }
     _write(superlink / "ca.crt", authority, PUBLIC)
     _write(superlink / "environment.sh", ENVIRONMENT.format(**values).encode(), PUBLIC)

@@ -19,17 +19,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from pisa_fl.flower.scripts import HERE, QUIET
 from pisa_fl.system.locks import HeldError, let_go, take
-
-QUIET = (
-    "FLWR_TELEMETRY_ENABLED=0",
-    "FLWR_DISABLE_UPDATE_CHECK=1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1",
-)
-"""What Flower is told by its environment."""
-
-HERE = ("127.0.0.1", "localhost", "::1")
-"""Hosts to which no proxy leads."""
 
 KEEPER = "PISA_FL_KEEPER"
 """Environment variable with the process id of a SuperNode's keeper, with which it ends."""
@@ -58,14 +49,14 @@ PATIENCE = 10.0
 
 def environment(home: Path, given: Mapping[str, str]) -> dict[str, str]:
     """What the environment of a client in a folder has beyond the one given."""
-    own = dict(variable.split("=") for variable in QUIET) | {"FLWR_HOME": str(home / "flwr")}
+    own = QUIET | {"FLWR_HOME": str(home / "flwr")}
     own["PISA_FL_STATE"] = given.get("PISA_FL_STATE") or str(home / "state")
     policy = home / "policy.toml"
     if not given.get("PISA_FL_POLICY") and policy.exists():
         own["PISA_FL_POLICY"] = str(policy)
     direct = given.get("no_proxy") or given.get("NO_PROXY") or ""
-    if direct != "*" and direct.split(",")[0] != HERE[0]:
-        direct = ",".join((*HERE, *filter(None, [direct])))
+    if direct != "*" and not direct.startswith("127.0.0.1,"):
+        direct = f"{HERE},{direct}" if direct else HERE
     return own | {"no_proxy": direct, "NO_PROXY": direct}
 
 
@@ -92,28 +83,39 @@ def own_words(folder: Path | None, allowed: str | None) -> str:
 
 def main() -> int:
     """Keep a client running until told to end; the exit status."""
-    if "--" not in sys.argv:
-        print(
-            "this start.sh is of an earlier version: take a new one from pisa-fl-credentials", file=sys.stderr
-        )
-        return 2
-    mark = sys.argv.index("--")
-    (home, *given), arguments = sys.argv[1:mark], sys.argv[mark + 1 :]
-    folder = (given or [os.environ.get("PISA_FL_DATA", "")])[0]
     try:
-        words = own_words(Path(os.path.abspath(folder)) if folder else None, os.environ.get("PISA_FL_ALLOW"))
-        if len(given) > 1:
-            raise ValueError(f"one folder at most, and these are {len(given)}: {' '.join(given)}")
+        return keep(_at_home(sys.argv[1:]))
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
     except ValueError as error:
         print(error, file=sys.stderr)
-        return 2
-    arguments[arguments.index("--node-config") + 1] += words
+    return 2
+
+
+def _at_home(words: Sequence[str]) -> list[str]:
+    """Go to the client's folder, keep it to its owner, and tell Flower by the environment; the SuperNode's arguments.
+
+    Raises:
+        ValueError: What was said cannot be.
+        OSError: The folder or the key is not there.
+    """
+    if "--" not in words:
+        raise ValueError("this start.sh is of an earlier version: take a new one from pisa-fl-credentials")
+    mark = words.index("--")
+    (home, *given), arguments = words[:mark], list(words[mark + 1 :])
+    if len(given) > 1:
+        raise ValueError(f"one folder at most, and these are {len(given)}: {' '.join(given)}")
+    folder = given[0] if given else os.environ.get("PISA_FL_DATA")
+    words_of_owner = own_words(
+        Path(os.path.abspath(folder)) if folder else None, os.environ.get("PISA_FL_ALLOW")
+    )
+    arguments[arguments.index("--node-config") + 1] += words_of_owner
     os.chdir(home)
     os.umask(0o077)
     Path().chmod(0o700)
     Path(arguments[arguments.index("--auth-supernode-private-key") + 1]).chmod(0o600)
     os.environ |= environment(Path.cwd(), os.environ)
-    return keep(arguments)
+    return arguments
 
 
 def keep(arguments: Sequence[str]) -> int:
@@ -124,14 +126,9 @@ def keep(arguments: Sequence[str]) -> int:
         print(f"{Path.cwd()}: this client runs already", file=sys.stderr)
         return 1
     stop, pause = threading.Event(), SHORTEST
-    for name in (
-        "SIGINT",
-        "SIGTERM",
-        "SIGHUP",
-        "SIGBREAK",
-    ):  # the last is Windows', which lacks the one before
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda *_: stop.set())
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):  # the last two are not on all systems
+        if (number := getattr(signal, name, None)) is not None:
+            signal.signal(number, lambda *_: stop.set())
     try:
         while True:
             began = time.monotonic()

@@ -1,15 +1,25 @@
 """What runs a federation's hosts, as templates: shell scripts, a unit for systemd, a file for Docker Compose."""
 
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+"""What Flower is told by its environment, on every host."""
+
+HERE = "127.0.0.1,localhost,::1"
+"""Hosts to which no proxy leads; the first of them comes first."""
+
 DIRECT = """\
 no_proxy="${no_proxy:-${NO_PROXY:-}}"  # no proxy leads to this host
-[[ $no_proxy == "*" || $no_proxy == 127.0.0.1,* ]] || no_proxy="127.0.0.1,localhost,::1${no_proxy:+,$no_proxy}"
-export no_proxy NO_PROXY="$no_proxy\""""
+[[ $no_proxy == "*" || $no_proxy == 127.0.0.1,* ]] || no_proxy="HERE${no_proxy:+,$no_proxy}"
+export no_proxy NO_PROXY="$no_proxy\"""".replace("HERE", HERE)
 """How a host's own processes reach each other where HTTP has to go through a proxy."""
 
 ENVIRONMENT = """\
 # What Flower's commands need in a shell that talks to this SuperLink:  . environment.sh
 export FLWR_HOME="$(cd "$(dirname "${{BASH_SOURCE[0]:-$0}}")" && pwd)/flwr"
-export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
+export {quiet}
 {direct}
 export PISA_FL_NODES="${{FLWR_HOME%/flwr}}/nodes.txt"  # which key is which client's
 mkdir -p "$FLWR_HOME"

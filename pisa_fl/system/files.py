@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def cache() -> Path:
+def cache_folder() -> Path:
     """The folder for what is made once and used again: `$PISA_FL_CACHE`, or one in the user's home."""
     return expand(os.environ.get("PISA_FL_CACHE", "~/.cache/pisa-fl"), "PISA_FL_CACHE")
 

@@ -494,6 +494,10 @@ def test_a_clients_script(carried, play, kept, tmp_path, monkeypatch):
         (["nowhere", "--"], "nowhere: there is no such folder"),
         (["a", "b", "--"], "one folder at most, and these are 2: a b"),
         (["both'\"", "--"], "has both kinds of quotation marks, which Flower cannot be told"),
+        (
+            ["--", "--node-config", "", "--auth-supernode-private-key", "key"],
+            "key: No such file or directory",
+        ),
         ([], "this start.sh is of an earlier version: take a new one from pisa-fl-credentials"),
     ],
 )
