@@ -1,7 +1,7 @@
 """A study: one question, put to several methods in several settings, everything else equal. One command, one report.
 
     python -m experiments.study skew
-    python -m experiments.study skew --settings iid --methods pisa fedavg seed=0 data=mnist data.root=FOLDER
+    python -m experiments.study skew seed=0 data=mnist data.root=FOLDER --settings iid --methods pisa fedavg
     python -m experiments.study skew --dry
 
 What a study is stands in `experiments/NAME/study.yaml` (`Study`); what it shows, in the README.md beside it. Every
@@ -9,7 +9,7 @@ method is a sweep over the seeds in each setting, and goes on where it was inter
 has been run so far, in `runs/studies/NAME`. Beside it lies `signed.csv`, a line a run: a hash of its configuration, one
 of the bits of its final weights, and its numbers; the last line is a hash of those above. Who runs the same study on
 the same kind of processor, with the same versions, has the same file. Further arguments are overrides, given to all;
-they come last.
+they come before the options, and count last.
 """
 
 from __future__ import annotations
