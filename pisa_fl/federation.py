@@ -25,6 +25,7 @@ from partitioners import Partition
 from pisa_fl.clients.executor import TEST_PART, tensors
 from pisa_fl.clients.flat_model import FlatModel
 from pisa_fl.clients.host import Clients
+from pisa_fl.config import ConfigurationError
 from pisa_fl.data.data_set import DataSet
 from pisa_fl.data.hold_out import hold_out
 from pisa_fl.engines.base import ClientGrid
@@ -35,7 +36,7 @@ from pisa_fl.randomness import global_generators, numpy_generator
 from pisa_fl.secure.summing import SecAgg
 from pisa_fl.server.flowers_own import server_half
 from pisa_fl.server.gateway import Gateway
-from pisa_fl.server.sums import check_secure
+from pisa_fl.server.sums import HOSTS, SECAGG, check_sums
 from pisa_fl.system.surroundings import own_surroundings
 from pisa_fl.tasks import Task
 from pisa_fl.tasks.base import LOSS, TARGETS
@@ -225,7 +226,9 @@ class Federation:
         self.clients = len(partition) if clients is None else clients
         self.server = server_half(strategy)
         drawn = max(1, round(participation * self.clients))
-        check_secure(secure, self.server, type(strategy).__name__, drawn, max_update, privacy is not None)
+        asked = (self.server, type(strategy).__name__, drawn, max_update, privacy is not None)
+        if secure is not None:
+            check_sums(SECAGG, *asked)
         parts = Clients(
             *(data, rows, model, half, seed, batch_size, device, noise, task, tests),
             privacy=privacy,
@@ -241,6 +244,14 @@ class Federation:
             privacy.check(half, strategy)
             self.account = Account(privacy, half, participation, self.clients)
         self.grid = engine(parts)
+        try:
+            if secure is not None and self.grid.sums:
+                raise ConfigurationError(f"{SECAGG} hides updates from hosts too: leave out {HOSTS}")
+            if secure is None:
+                check_sums(HOSTS if self.grid.sums else None, *asked)
+        except ConfigurationError:
+            self.grid.close()
+            raise
         self.model = FlatModel(model, self.task, device, findings=findings)
         chances = None
         if privacy is not None:

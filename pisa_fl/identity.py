@@ -100,7 +100,7 @@ def of_settings(config: DictConfig) -> dict[str, str]:
         value = OmegaConf.select(config, key)
         plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         parts |= _flat(key, plain)
-    if config.get("secure") is not None:  # which rounds sums otherwise
+    if config.get("secure") is not None or OmegaConf.select(config, "engine.sums"):  # which rounds otherwise
         parts["secure"] = "sums"
     return {
         key: value

@@ -230,10 +230,10 @@ class ClientState:
         self.pending_round, self.pending = None, {}
         return True
 
-    def to(self, device: torch.device | str) -> ClientState:
-        """The same with its vectors on a device."""
-        accepted = {name: vector.to(device) for name, vector in self.accepted.items()}
-        pending = {name: vector.to(device) for name, vector in self.pending.items()}
+    def to(self, device: torch.device | str, alone: bool = False) -> ClientState:
+        """The same with its vectors on a device; `alone`: each in memory of its own, as copies."""
+        accepted = {name: vector.to(device, copy=alone) for name, vector in self.accepted.items()}
+        pending = {name: vector.to(device, copy=alone) for name, vector in self.pending.items()}
         return ClientState(self.round, accepted, self.pending_round, pending)
 
 

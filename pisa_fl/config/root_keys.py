@@ -132,6 +132,7 @@ OPTIONAL: Mapping[str, Check] = {
     "engine.chunk": whole(1, auto=True),
     "engine.threads": whole(1, 1024, auto=True),
     "engine.compiled": one_of(True, False),
+    "engine.sums": one_of(True, False),
     "engine.precision": one_of("float32", "bfloat16"),
     "engine.gpus": number("a number of at least 0", lambda v: 0 <= v <= 1024),
 }

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from pisa_fl.clients.host import ClientState
+from pisa_fl.engines.host_sum import HostSum
 from pisa_fl.results.result import Result
 
 SHARE = "PISA_FL_CORES"
@@ -52,9 +53,11 @@ class ClientGrid(Grid):
 
     Attributes:
         elsewhere: Clients come and go as they like, so that some may be away when a run begins.
+        sums: Whether updates are asked for by `summed`.
     """
 
     elsewhere = False
+    sums = False
 
     def __init__(self) -> None:
         self._sent = 0
@@ -111,11 +114,19 @@ class ClientGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Send, and wait for the replies, at most `timeout` seconds."""
+        return self.deliver(self._numbered(messages), timeout)
+
+    def summed(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[HostSum]:
+        """As `send_and_receive`, but what the clients of each host answer as one sum."""
+        raise NotImplementedError(f"{type(self).__name__} has no hosts that sum")
+
+    def _numbered(self, messages: Iterable[Message]) -> list[Message]:
+        """The messages, each with an id of its own."""
         numbered = list(messages)
         for message in numbered:
             self._sent += 1
             message.metadata.__dict__["_message_id"] = str(self._sent)  # what a SuperLink would do
-        return self.deliver(numbered, timeout)
+        return numbered
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Have the clients answer; the replies wait to be pulled."""

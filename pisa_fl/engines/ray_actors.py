@@ -5,11 +5,13 @@ round, however many actors there are. Any actor could host any client; the grid 
 what a client remembers stays where it was dealt. An actor that dies is replaced and asked again; its clients answer
 that they lost their state, and are supplied from the ledger. An actor gets no second task while it works on one, so
 that one that is too slow for the round's timeout does not fall further and further behind.
+
+Where the server half needs sums alone, actors give them: a round costs the server then what its actors cost, and not
+its clients (docs/scale.md).
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
@@ -30,6 +32,8 @@ from pisa_fl.clients.host import ClientHost, Clients, ClientState
 from pisa_fl.config import ConfigurationError
 from pisa_fl.config.explain import first_line
 from pisa_fl.engines.base import ClientGrid, cores, identify, set_threads
+from pisa_fl.engines.host_sum import HostSum
+from pisa_fl.engines.on_disk import StatesOnDisk
 from strategies.base.messages import ARRAYS
 
 # read when Ray is imported: it reports nothing to its makers, and prints nothing about actors that die or about what
@@ -65,6 +69,7 @@ class Host:
         options: Of `Clients.host`.
         threads: PyTorch's threads.
         path: Folders to import from, as the server process has them.
+        on_disk: Keep what the clients remember on disk.
     """
 
     def __init__(
@@ -73,41 +78,90 @@ class Host:
         options: Mapping[str, Any],
         threads: int,
         path: Sequence[str],
+        on_disk: bool,
     ) -> None:
         sys.path[:0] = [folder for folder in path if folder not in sys.path]
         set_threads(threads)
         identify()
-        self._clients, self._options = clients, options
+        self._clients, self._options, self._on_disk = clients, options, on_disk
+
+    @cached_property
+    def _whole(self) -> Clients:
+        clients: Clients = ray.get(self._clients[0])
+        return clients
 
     @cached_property
     def host(self) -> ClientHost:
         """The clients' host; whatever making it raises is raised in the task that asked for it."""
-        clients: Clients = ray.get(self._clients[0])
-        return clients.host(clients.rows, **self._options)
+        return self._whole.host(self._whole.rows, **self._options)
+
+    @cached_property
+    def _disk(self) -> StatesOnDisk | None:
+        return StatesOnDisk(self._whole.half.kept_sizes()) if self._on_disk else None
 
     def ready(self) -> None:
         """Make the host."""
         _ = self.host
 
     def handle(
-        self, messages: Sequence[tuple[Message, int | None]], *records: ArrayRecord
+        self, contents: Sequence[Light], asked: Sequence[Asked], *records: ArrayRecord
     ) -> Iterator[Message]:
-        """Answer messages, each given without its arrays and with the position of its arrays among the records."""
-        for message, position in messages:
-            if position is not None:
-                message.content[ARRAYS] = records[position]
-        addressed = [(message.metadata.dst_node_id, message) for message, _ in messages]
-        # Ray sends values into this generator, which `yield from` would pass on into the host's
-        for reply in self.host.handle(addressed):  # noqa: UP028
+        """Answer messages, each as it is done.
+
+        Args:
+            contents: Of the messages.
+            asked: The messages.
+            records: Arrays of the contents.
+        """
+        # Ray sends values into this generator, which `yield from` would pass on into the other
+        for _, reply in self._answers(contents, asked, records):
             yield reply
+
+    def summed(
+        self, contents: Sequence[Light], asked: Sequence[Asked], *records: ArrayRecord
+    ) -> Iterator[HostSum]:
+        """As `handle`, but one sum in the end."""
+        total = HostSum()
+        for instruction, reply in self._answers(contents, asked, records):
+            total.add(self._whole.half, instruction.metadata.dst_node_id, instruction, reply)
+        yield total
+
+    def _answers(
+        self, contents: Sequence[Light], asked: Sequence[Asked], records: Sequence[ArrayRecord]
+    ) -> Iterator[tuple[Message, Message]]:
+        """Messages and replies."""
+        for content, position in contents:
+            if position is not None:
+                content[ARRAYS] = records[position]
+        messages = {}
+        for client, number, kind, position in asked:
+            messages[number] = Message(contents[position][0], client, kind)
+            messages[number].metadata.__dict__["_message_id"] = number
+        for reply in self.host.handle([(m.metadata.dst_node_id, m) for m in messages.values()]):
+            instruction = messages[reply.metadata.reply_to_message_id]
+            self._keep(instruction.metadata.dst_node_id)
+            yield instruction, reply
+
+    def _keep(self, client: int) -> None:
+        if self._disk is not None:
+            self._disk.keep(client, self.host.states[client])
 
     def states(self, clients: Iterable[int]) -> dict[int, ClientState]:
         """What some clients remember, on the CPU."""
-        return {client: self.host.states[client].to("cpu") for client in clients}
+        return {client: self.host.states[client].to("cpu", alone=True) for client in clients}
 
     def restore(self, states: Mapping[int, ClientState]) -> None:
         """Give clients back what `states` gave."""
-        self.host.states |= {client: state.to(self.host.device) for client, state in states.items()}
+        for client, state in states.items():
+            self.host.states[client] = state.to(self.host.device)
+            self._keep(client)
+
+
+Light = tuple[RecordDict, int | None]
+"""A message's content without its arrays, and which of the records those are."""
+
+Asked = tuple[int, str, str, int]
+"""Of a message: the client that it is for, its id, its type, and which of the contents is its own."""
 
 
 @dataclass(eq=False)
@@ -149,20 +203,27 @@ class Shard:
         """Whether the actor has no machine yet, or is still starting."""
         return not ray.wait([self.ready], timeout=0)[0]
 
-    def send(self, shared: Mapping[int, ray.ObjectRef]) -> None:
+    def send(self, shared: Mapping[int, ray.ObjectRef], method: str) -> None:
         """Give the actor its messages if it is free, each alone if they were sent before; arrays go by reference."""
         if self.replies is not None or not self.unsent:
             return
         task = self.unsent[:1] if self.again else self.unsent
         positions: dict[int, int] = {}
-        light: list[tuple[Message, int | None]] = []
+        contents: list[Light] = []
+        known: dict[int, int] = {}
+        asked: list[Asked] = []
         for message in task:
-            arrays = message.content.array_records.get(ARRAYS)
-            rest = copy.copy(message)
-            rest.content = RecordDict({k: v for k, v in message.content.items() if v is not arrays})
-            light.append((rest, None if arrays is None else positions.setdefault(id(arrays), len(positions))))
+            whole, about = message.content, message.metadata
+            if id(whole) not in known:
+                known[id(whole)] = len(contents)
+                arrays = whole.array_records.get(ARRAYS)
+                rest = RecordDict({k: v for k, v in whole.items() if v is not arrays})
+                place = None if arrays is None else positions.setdefault(id(arrays), len(positions))
+                contents.append((rest, place))
+            asked.append((about.dst_node_id, about.message_id, about.message_type, known[id(whole)]))
         records = [shared[i] for i in positions]
-        self.replies = self.actor.handle.options(num_returns="streaming").remote(light, *records)
+        task_of = getattr(self.actor, method).options(num_returns="streaming")
+        self.replies = task_of.remote(contents, asked, *records)
         self.asked = {message.metadata.message_id: message for message in task}
         self.unsent = self.unsent[len(task) :]
 
@@ -188,6 +249,8 @@ class RayGrid(ClientGrid):
         precision: See there.
         compiled: See there.
         threads: PyTorch's threads in this process and in every actor; `auto`: one per core, None leaves them.
+        state: Where actors keep what their clients remember: in `memory`, or on `disk`, $TMPDIR of their machines.
+        sums: Have every actor answer with one sum over its clients.
 
     Raises:
         ConfigurationError: Ray is missing, cannot be reached or has no room, or an actor cannot start.
@@ -205,11 +268,16 @@ class RayGrid(ClientGrid):
         precision: Literal["float32", "bfloat16"] = "float32",
         compiled: bool = False,
         threads: int | Literal["auto"] | None = 1,
+        state: Literal["memory", "disk"] = "memory",
+        sums: bool = False,
     ) -> None:
         if not _INSTALLED:
             raise ConfigurationError("engine=ray needs Ray: pip install 'pisa-fl[ray]'")
         _check(actors, cpus, gpus, clients.device)
+        if state == "disk" and clients.device.type != "cpu":
+            raise ConfigurationError("state=disk needs device=cpu")
         super().__init__()
+        self.sums = sums
         self.use_threads(threads)
         self._sizes, self._cpus, self._gpus = clients.sizes, cpus, gpus
         self._shards: list[Shard] = []
@@ -222,7 +290,7 @@ class RayGrid(ClientGrid):
             count = self._count(actors)
             # in a list, or Ray would read it before the actor has set its path
             options = {"stack": stack, "chunk": chunk, "precision": precision, "compiled": compiled}
-            parts = ([_put(clients)], options, torch.get_num_threads(), sys.path)
+            parts = ([_put(clients)], options, torch.get_num_threads(), sys.path, state == "disk")
             host: Any = ray.remote(Host)
             actor = host.options(num_cpus=cpus, num_gpus=gpus)
             self._shards = [Shard(lambda: actor.remote(*parts)) for _ in range(count)]
@@ -243,6 +311,21 @@ class RayGrid(ClientGrid):
 
     def deliver(self, messages: Sequence[Message], timeout: float | None) -> Iterable[Message]:
         """Replies in the order in which they come; those of an earlier round that come now are thrown away."""
+        return [reply for reply in self._ask_all(messages, timeout, "handle") if isinstance(reply, Message)]
+
+    def summed(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[HostSum]:
+        """One sum of every actor, if it was not replaced on the way; errors of clients whose actor died twice."""
+        sums = []
+        for one in self._ask_all(self._numbered(messages), timeout, "summed"):
+            if isinstance(one, Message):
+                error, one = one, HostSum()
+                one.fail(error)
+            sums.append(one)
+        return sums
+
+    def _ask_all(
+        self, messages: Sequence[Message], timeout: float | None, method: Literal["handle", "summed"]
+    ) -> list[Message | HostSum]:
         self._timeout = timeout
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         shared: dict[int, ray.ObjectRef] = {}
@@ -253,10 +336,10 @@ class RayGrid(ClientGrid):
             if arrays is not None and id(arrays) not in shared:
                 shared[id(arrays)] = ray.put(arrays)
             self._homes[message.metadata.dst_node_id].unsent.append(message)
-        replies: list[Message] = []
+        replies: list[Message | HostSum] = []
         while waiting := [shard for shard in self._shards if shard.unsent or shard.asked]:
             for shard in waiting:
-                shard.send(shared)
+                shard.send(shared, method)
             left = min(LOOK, max(0.0, deadline - time.monotonic()))
             ready, _ = ray.wait([shard.replies for shard in waiting], num_returns=1, timeout=left)
             if ready:
@@ -319,17 +402,18 @@ class RayGrid(ClientGrid):
         except ray.exceptions.RayError as error:
             raise ConfigurationError(f"engine=ray: an actor cannot start: {_why(error)}") from error
 
-    def _receive(self, shard: Shard) -> list[Message]:
-        """Take what an actor has ready: one reply, the end of its task, or its own end."""
+    def _receive(self, shard: Shard) -> Sequence[Message | HostSum]:
+        """Take what an actor has ready: one reply or sum, the end of its task, or its own end."""
         try:
-            reply = ray.get(next(shard.replies))
+            reply: Message | HostSum = ray.get(next(shard.replies))
         except StopIteration:
             shard.replies, shard.asked = None, {}
             return []
         except ray.exceptions.RayError as error:
             return self._replace(shard, _why(error))
-        awaited = shard.asked.pop(reply.metadata.reply_to_message_id, None)
-        return [] if awaited is None else [reply]
+        answered = reply.answered if isinstance(reply, HostSum) else [reply.metadata.reply_to_message_id]
+        awaited = [shard.asked.pop(number, None) for number in answered]
+        return [] if None in awaited else [reply]
 
     def _replace(self, shard: Shard, why: str) -> list[Message]:
         """Replace an actor and send what it left unanswered once more; what ends a second one is answered by an error.

@@ -27,16 +27,32 @@ MODULUS = 2**48
 _STEP = 2 * REACH / LEVELS
 
 
-def split(values: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    """Two vectors, multiples of Flower's step, for (L,) values.
+def whole(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The two whole numbers of each of (L,) values, (2, L).
 
     Raises:
         ValueError: A value is not finite, or beyond `REACH`.
     """
     if not (np.abs(values) <= REACH).all():
-        raise ValueError(f"values that are not finite, or beyond {REACH:g}, cannot be summed securely")
-    high = np.round(values / _STEP) * _STEP
-    return [high, np.round((values - high) * (LEVELS / _STEP)) * _STEP]
+        raise ValueError(f"values that are not finite, or beyond {REACH:g}, cannot be summed exactly")
+    high = np.round(values / _STEP)
+    low = np.round((values - high * _STEP) * (LEVELS / _STEP))
+    return np.stack([high, low]).astype(np.int64)
+
+
+def values_of(sums: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The sum of values, (L,), from the sums of their whole numbers, (2, L)."""
+    high, low = sums * _STEP
+    return np.asarray(high + low / LEVELS)
+
+
+def split(values: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """Two vectors, multiples of Flower's step, for (L,) values.
+
+    Raises:
+        ValueError: As `whole`.
+    """
+    return list(whole(values) * _STEP)
 
 
 def joined(sums: Sequence[NDArray[np.int64]], count: int) -> NDArray[np.float64]:

@@ -7,38 +7,17 @@ masks out of the sum. What a client keeps from one to the next is the mod's own 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.client.mod import secaggplus_mod
 from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
 from flwr.compat.common.recorddict_compat import fitres_to_recorddict
-from numpy.typing import NDArray
 
 from pisa_fl.secure.limbs import split
+from pisa_fl.secure.summand import OPEN, summand
 from strategies.base.client import ClientHalf
-from strategies.base.messages import (
-    DIFFERENTIATED,
-    EXAMPLES,
-    LOSS,
-    METRICS,
-    ROUND,
-    arrays_of,
-    integer,
-    metrics_of,
-    problem,
-    real,
-    record,
-    tensor,
-)
-
-HEAVIEST = "heaviest"
-"""Greatest number of examples of a client of the round, by which what is summed is divided, to stay in reach."""
-
-OPEN = (ROUND, EXAMPLES, DIFFERENTIATED)
-"""Numbers of a reply that are told openly; its loss is summed."""
+from strategies.base.messages import METRICS, metrics_of
 
 
 def stage_of(message: Message) -> str | None:
@@ -97,22 +76,6 @@ class Masking:
         if update is None:
             raise ValueError("there is no update to mask")
         config = message.content.config_records["config"]
-        values = self._values(update, integer(config, HEAVIEST), config)
+        values = summand(self._half, update, config)
         fitted = FitRes(Status(Code.OK, ""), ndarrays_to_parameters(split(values)), 1, {})
         return fitres_to_recorddict(fitted, keep_input=False)
-
-    def _values(self, update: Message, heaviest: int, config: Mapping[str, object]) -> NDArray[np.float64]:
-        """What is summed: all arrays of an update by their names, then the loss, times n_i / heaviest."""
-        metrics, arrays = metrics_of(update.content), arrays_of(update.content)
-        read = {name: tensor(array) for name, array in arrays.items()}
-        if self._half.transforms:
-            read = self._half.received(read)
-        expected = self._half.reply_fields(config)
-        checked = record({name: row for name, row in read.items() if name in expected})
-        if reason := problem(checked, expected):  # which the server cannot see
-            raise ValueError(reason)
-        weight = integer(metrics, EXAMPLES) / heaviest
-        if not 0 < weight <= 1:
-            raise ValueError(f"{HEAVIEST} is {heaviest}")
-        rows = [read[name].double().numpy() for name in sorted(read)]
-        return np.concatenate([*rows, [real(metrics, LOSS)]]) * weight

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from pisa_fl.clients.host import CLIENT_FAILED, printable
 from pisa_fl.engines.base import ClientGrid, TurnedAway
+from pisa_fl.engines.host_sum import HostSum
 from pisa_fl.randomness import numpy_generator
 from pisa_fl.secure.summing import SecAgg, SumError
-from pisa_fl.server.sums import SecureRound, carried
+from pisa_fl.server.sums import HostRound, SecureRound, SummedRound, carried
 from strategies.base.client import ClientHalf
 from strategies.base.messages import (
     ACCEPTED,
@@ -253,8 +254,8 @@ class Gateway(Grid):
         self._add_buffers(sent.values())
         self._acknowledge(sent)
         self._asked = {}
-        if self._secure is not None and any(map(_trains, sent.values())):
-            return self._summed(self._secure, sent, timeout)
+        if (self._secure is not None or self._grid.sums) and any(map(_trains, sent.values())):
+            return self._summed(sent, timeout)
         answers = self._exchange(sent, timeout)
         if again := self._with_state(sent, answers):
             sent |= again
@@ -275,7 +276,7 @@ class Gateway(Grid):
         self._take_buffers(accepted, all(map(_trains, sent.values())))
         return accepted
 
-    def _summed(self, secure: SecAgg, sent: Mapping[int, Message], timeout: float | None) -> list[Message]:
+    def _summed(self, sent: Mapping[int, Message], timeout: float | None) -> list[Message]:
         """One reply for all whose updates are in the sum (`pisa_fl.server.sums`); none if there is no sum."""
         if not sent:
             return []
@@ -289,17 +290,22 @@ class Gateway(Grid):
             )
             self._acknowledge(sent)
 
+        def ask(messages: Mapping[int, Message]) -> Iterable[HostSum]:
+            self._count_down(messages)
+            return self._grid.summed(messages.values(), timeout=timeout)
+
         first = next(iter(sent.values())).content
         fields = dict(self._half.reply_fields(config_of(first)))
         if len(self.buffers):
             fields[BUFFERS] = averaged(len(self.buffers))
-        done = SecureRound(
-            *(secure, self._round, sent, self._grid.sizes, fields),
-            *(lambda messages: self._exchange(messages, timeout), lost),
-        )
-        order = numpy_generator(self._seed, "neighbours", self._round).permutation(sorted(sent))
+        common = (self._round, sent, self._grid.sizes, fields, lost)
+        done: SummedRound = HostRound(*common, ask)
+        if self._secure is not None:
+            draw = numpy_generator(self._seed, "neighbours", self._round)
+            order = [int(node) for node in draw.permutation(sorted(sent))]
+            done = SecureRound(*common, self._secure, order, lambda one: self._exchange(one, timeout))
         try:
-            reply = done.reply([int(node) for node in order])
+            reply = done.reply()
         except SumError as error:
             self.failures.append(Failure(None, f"no sum: {error}"))
             log.warning("round %d: no sum: %s", self._round, error)
@@ -350,12 +356,7 @@ class Gateway(Grid):
 
     def _exchange(self, sent: Mapping[int, Message], timeout: float | None) -> dict[int, Message]:
         """The first reply to each message; whatever else comes is refused."""
-        sizes: dict[int, int] = {}
-        for message in sent.values():
-            content = message.content
-            if id(content) not in sizes:
-                sizes[id(content)] = sum(map(payload, content.array_records.values())) + carried(content)
-            self.traffic.bytes_down += sizes[id(content)]
+        self._count_down(sent)
         replies = self._grid.send_and_receive(sent.values(), timeout=timeout)
         asked = {message.metadata.message_id: node for node, message in sent.items()}
         answers: dict[int, Message] = {}
@@ -368,6 +369,15 @@ class Gateway(Grid):
             else:
                 answers[node] = reply
         return answers
+
+    def _count_down(self, sent: Mapping[int, Message]) -> None:
+        """Count the bytes that are sent."""
+        sizes: dict[int, int] = {}
+        for message in sent.values():
+            content = message.content
+            if id(content) not in sizes:
+                sizes[id(content)] = sum(map(payload, content.array_records.values())) + carried(content)
+            self.traffic.bytes_down += sizes[id(content)]
 
     def _with_state(self, sent: Mapping[int, Message], answers: Mapping[int, Message]) -> dict[int, Message]:
         """Messages for those who lost their state: with what the server half has for them, or to begin anew."""

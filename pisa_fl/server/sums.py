@@ -1,22 +1,30 @@
-"""Training under secure aggregation: a round's replies as one, of all who answered, from messages that hide each.
+"""Training by sums: a round's replies as one, of all who answered.
 
 The server half is given a single reply in place of its members': the mean of their updates by examples, the sum of
 their examples, and who they are. What is told openly is how many examples a client has and differentiated; its loss,
 and what it has of a model's running statistics, are summed as its update is. Only clients can check updates here.
+
+Sums come from messages that hide each update (secure aggregation), or from the hosts of many clients, as one each.
+Both are of the same whole numbers, and have the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Stage
 
 from pisa_fl.config import ConfigurationError
-from pisa_fl.secure.masking import HEAVIEST, OPEN
-from pisa_fl.secure.summing import LEAST, Fault, SecAgg, SumError, summed
+from pisa_fl.engines.host_sum import HostSum
+from pisa_fl.secure.limbs import values_of
+from pisa_fl.secure.summand import HEAVIEST, OPEN
+from pisa_fl.secure.summing import LEAST, Fault, SecAgg, SumError, Summed, summed
 from strategies.base.messages import (
     ARRAYS,
     CLIENTS,
@@ -36,37 +44,48 @@ from strategies.base.messages import (
 )
 from strategies.base.server import ServerHalf
 
+SECAGG, HOSTS = "secure=secagg", "engine.sums=true"
+"""What has a round's updates summed before the server sees them."""
 
-def check_secure(
-    secure: SecAgg | None, server: ServerHalf, name: str, drawn: int, max_update: float | None, private: bool
+
+def check_sums(
+    how: str | None, server: ServerHalf, name: str, drawn: int, max_update: float | None, private: bool
 ) -> None:
     """Check that a server half, and what is to be checked of clients, go with sums, or without.
+
+    Args:
+        how: `SECAGG`, `HOSTS`, or None where the server is given every client's update.
+        server: The server half.
+        name: Its name.
+        drawn: Clients of a round.
+        max_update: See `Gateway`.
+        private: Whether there is differential privacy.
 
     Raises:
         ConfigurationError: They do not.
     """
-    if secure is None:
+    if how is None:
         if server.needs_sums:
             raise ConfigurationError(
                 f"{name} leaves every client's dual with the client, and works with sums alone: set secure=secagg, or"
-                " use strategy=pisa"
+                " engine=ray engine.sums=true, or use strategy=pisa"
             )
         return
     if not server.takes_sums:
         raise ConfigurationError(
-            f"secure=secagg shows the server sums over clients alone, and {name} needs every client's own message: use"
+            f"{how} gives the server sums over clients alone, and {name} needs every client's own message: use"
             " strategy=pisa_summed in place of pisa; or fedavg, fedprox, fedavgm, fedadam, fedyogi, fedadagrad"
         )
     if private:
         raise ConfigurationError(
-            "secure=secagg and privacy do not go together: what is accounted for is of replies that the server sees;"
+            f"{how} and privacy do not go together: what is accounted for is of replies that the server sees;"
             " leave out one of them"
         )
     if max_update is not None:
         raise ConfigurationError(
-            f"max_update={max_update:g} compares clients' updates, which secure=secagg hides: set max_update=null"
+            f"max_update={max_update:g} compares clients' updates, which {how} hides: set max_update=null"
         )
-    if drawn < LEAST:
+    if how == SECAGG and drawn < LEAST:
         raise ConfigurationError(
             f"secure=secagg takes {LEAST} clients of a round or more, and clients and participation make {drawn}"
         )
@@ -82,44 +101,37 @@ def carried(content: RecordDict) -> int:
 
 
 @dataclass
-class SecureRound:
+class SummedRound(ABC):
     """The training exchange of one round.
 
     Attributes:
-        settings: How sums are taken.
         number: The round.
         sent: What each client is to do, as it would be sent openly.
         sizes: Examples of each client, as far as they are known.
         fields: What an update holds.
-        exchange: Sends messages, and gives the first reply to each.
         lost: Called with a client that has lost its state, before all are asked again.
         faults: Client number -> its reply or None, and why it is not in the sum.
         bytes_up: Bytes that came.
     """
 
-    settings: SecAgg
     number: int
     sent: Mapping[int, Message]
     sizes: Mapping[int, int]
     fields: Mapping[str, Field]
-    exchange: Callable[[Mapping[int, Message]], Mapping[int, Message]]
     lost: Callable[[int], None]
-    faults: dict[int, tuple[Message | None, str]] = field(default_factory=dict)
-    bytes_up: int = 0
-    _metrics: dict[int, MetricRecord] = field(default_factory=dict)
+    faults: dict[int, tuple[Message | None, str]] = field(default_factory=dict, kw_only=True)
+    bytes_up: int = field(default=0, kw_only=True)
+    _metrics: dict[int, MetricRecord] = field(default_factory=dict, kw_only=True)
 
-    def reply(self, order: list[int]) -> Message:
+    def reply(self) -> Message:
         """The one reply in place of all.
-
-        Args:
-            order: The clients, in an order that makes neighbours.
 
         Raises:
             SumError: There is none.
         """
         names = sorted(self.fields)
         sizes = [self.fields[name].size for name in names]
-        total = summed(self.settings, order, sum(sizes) + 1, self._ask)
+        total = self._sum(sum(sizes) + 1)
         examples = {node: integer(self._metrics[node], EXAMPLES) for node in total.members}
         mean = torch.from_numpy(total.values) * (self._heaviest / sum(examples.values()))
         *rows, loss = mean.split([*sizes, 1])
@@ -133,9 +145,49 @@ class SecureRound:
         content = RecordDict({ARRAYS: arrays, METRICS: metrics, CONFIG: who})
         return Message(content, reply_to=self.sent[total.members[0]])
 
-    @property
+    @abstractmethod
+    def _sum(self, length: int) -> Summed:
+        """The sum of what clients add (`pisa_fl.secure.summand`), so many values each.
+
+        Raises:
+            SumError: There is none.
+        """
+
+    @cached_property
     def _heaviest(self) -> int:
         return max(self.sizes.get(node, 1) for node in self.sent)
+
+    def _unfit(self, node: int, metrics: MetricRecord) -> str | None:
+        """Why what a client tells openly cannot be so, or None; what is fit is kept."""
+        if set(metrics) != set(OPEN) or not all(type(value) is int for value in metrics.values()):
+            return f"metrics {dict(metrics)} are not those of a masked reply"
+        if metrics[ROUND] != self.number:
+            return f"of round {metrics[ROUND]}, expected {self.number}"
+        examples = integer(metrics, EXAMPLES)
+        if examples != self.sizes.get(node, examples) or not 1 <= examples <= self._heaviest:
+            return f"{examples} examples where {self.sizes.get(node)} were expected"
+        if not 0 <= integer(metrics, DIFFERENTIATED) < 2**40:
+            return f"impossible number of examples: {DIFFERENTIATED} {metrics[DIFFERENTIATED]}"
+        self._metrics[node] = metrics
+        return None
+
+
+@dataclass
+class SecureRound(SummedRound):
+    """A round whose updates nobody sees.
+
+    Attributes:
+        settings: How sums are taken.
+        order: The clients, in an order that makes neighbours.
+        exchange: Sends messages, and gives the first reply to each.
+    """
+
+    settings: SecAgg
+    order: Sequence[int]
+    exchange: Callable[[Mapping[int, Message]], Mapping[int, Message]]
+
+    def _sum(self, length: int) -> Summed:
+        return summed(self.settings, self.order, length, self._ask)
 
     def _ask(self, stage: str, said: Mapping[int, ConfigRecord], fault: Fault) -> dict[int, ConfigRecord]:
         """One exchange; whoever is at fault, but for one that is in the sum already, is noted."""
@@ -184,16 +236,51 @@ class SecureRound:
         except Exception as error:  # whatever a stranger's message makes the checks raise
             return f"cannot be read: {type(error).__name__}: {error}"
 
-    def _unfit(self, node: int, metrics: MetricRecord) -> str | None:
-        """Why what a client tells openly cannot be so, or None; what is fit is kept."""
-        if set(metrics) != set(OPEN) or not all(type(value) is int for value in metrics.values()):
-            return f"metrics {dict(metrics)} are not those of a masked reply"
-        if metrics[ROUND] != self.number:
-            return f"of round {metrics[ROUND]}, expected {self.number}"
-        examples = integer(metrics, EXAMPLES)
-        if examples != self.sizes.get(node, examples) or not 1 <= examples <= self._heaviest:
-            return f"{examples} examples where {self.sizes.get(node)} were expected"
-        if not 0 <= integer(metrics, DIFFERENTIATED) < 2**40:
-            return f"impossible number of examples: {DIFFERENTIATED} {metrics[DIFFERENTIATED]}"
-        self._metrics[node] = metrics
-        return None
+
+@dataclass
+class HostRound(SummedRound):
+    """A round of which every host of clients answers one sum.
+
+    Attributes:
+        ask: Sends messages, and gives the hosts' sums.
+    """
+
+    ask: Callable[[Mapping[int, Message]], Iterable[HostSum]]
+
+    def _sum(self, length: int) -> Summed:
+        parts = self._asked()
+        if lost := [n for part in parts for n, (code, _) in part.errors.items() if code == STATE_LOST]:
+            for node in lost:
+                self.lost(node)
+            parts = self._asked()
+        errors = {node: error for part in parts for node, error in part.errors.items()}
+        total = np.zeros((2, length), np.int64)
+        for part in parts:
+            for node, told in part.told.items():
+                if reason := self._unfit(node, MetricRecord({**told})):
+                    raise SumError(f"client {node}: {reason}")
+            if part.told and part.whole.shape != total.shape:
+                raise SumError(f"a host's sum has {part.whole.shape[1]} values where {length} were expected")
+            if part.told:
+                total += part.whole
+                self.bytes_up += part.bytes
+        for node in sorted(self.sent.keys() - self._metrics.keys()):
+            self.faults[node] = None, "no reply"
+            if node in errors:
+                code, reason = errors[node]
+                error = Message(Error(code, reason), reply_to=self.sent[node])
+                self.faults[node] = error, reason.strip() or f"error {code} without a reason"
+        if not self._metrics:
+            raise SumError("no client answered")
+        return Summed(values_of(total), sorted(self._metrics))
+
+    def _asked(self) -> Sequence[HostSum]:
+        contents: dict[int, RecordDict] = {}
+        messages = {}
+        for node, message in self.sent.items():
+            whole = message.content
+            if id(whole) not in contents:
+                config = config_of(whole) | {HEAVIEST: self._heaviest}
+                contents[id(whole)] = RecordDict({**whole, CONFIG: ConfigRecord(config)})
+            messages[node] = Message(contents[id(whole)], node, MessageType.TRAIN)
+        return list(self.ask(messages))

@@ -21,6 +21,7 @@ from flwr.app import Message
 import pisa_fl
 import pisa_fl.engines
 from pisa_fl.config import ConfigurationError
+from pisa_fl.engines.host_sum import HostSum
 from pisa_fl.engines.local import LocalGrid
 from pisa_fl.engines.ray_actors import RayGrid, room, start_ray
 from pisa_fl.results.console import Display
@@ -228,6 +229,84 @@ def test_a_client_that_kills_every_actor_or_errs_is_left_out_alone(
     assert caplog.text.count("Traceback (most recent call last)") == 1
     assert len([record for record in caplog.records if "ArithmeticError" in record.getMessage()]) == 2
     assert_not_rays_words(traceback, caplog.text, *capfd.readouterr())
+
+
+# --- actors that sum
+
+SUMS = ("strategy=pisa_summed", "strategy/preconditioner=second_moment", "max_update=null")
+
+
+@pytest.mark.parametrize("chosen", [SUMS, ("strategy=fedavg", "max_update=null")], ids=["pisa", "fedavg"])
+def test_sums_of_actors_have_the_bits_of_secure_ones_with_any_number_of_actors(
+    two_processors, tmp_path, monkeypatch, chosen
+):
+    """Which come from another protocol; one run is stopped and resumed, another keeps its clients' duals on disk."""
+    common = (*chosen, "partition=quantity", "participation=0.5")
+    run(tmp_path / "secure", *common, "secure=secagg", "engine.workers=0")
+    fetched = []
+    get = ray.get
+    monkeypatch.setattr(ray, "get", lambda refs, **o: fetched.append(get(refs, **o)) or fetched[-1])
+    run(tmp_path / "disk", *common, "engine=ray", "engine.actors=1", "engine.sums=true", "state=disk")
+    after_round(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted):
+        run(tmp_path / "ray", *common, *RAY, "engine.sums=true")
+    pisa_fl.resume(tmp_path / "ray")
+    assert weights_of(tmp_path / "ray") == weights_of(tmp_path / "disk") == weights_of(tmp_path / "secure")
+    # one answer an actor and round, however many clients
+    assert sum(isinstance(value, HostSum) for value in fetched) == 5 + 2 * 5
+    assert not any(isinstance(value, Message) for value in fetched)
+
+
+def test_clients_that_lost_their_duals_to_a_dead_actor_begin_anew(
+    two_processors, tmp_path, monkeypatch, own_module, caplog
+):
+    """Sums hold what nobody has: all begin anew, from the weights that there are; nobody is left out."""
+
+    def kill():
+        [path] = (tmp_path / "mine").glob("pid-*")
+        os.kill(int(path.name.removeprefix("pid-")), signal.SIGKILL)
+
+    source = KILLED.replace("PisaClient", "PisaSummedClient")
+    one = ("engine=ray", "engine.actors=1", f"strategy.client._target_={own_module(source)}.Killed")
+    after_round(monkeypatch, 2, kill)
+    run(tmp_path / "ray", *SUMS, *one, "engine.sums=true")
+    assert [line["clients_ok"] for line in metrics_of(tmp_path / "ray")[1:]] == [10] * 5
+    assert caplog.text.count("has lost what it remembered, and begins anew") == 2 * 10
+
+
+def test_a_client_that_kills_every_actor_or_errs_is_in_no_sum(two_processors, tmp_path, own_module):
+    source = KILLED.replace("PisaClient", "PisaSummedClient")
+    one = ("engine=ray", "engine.actors=1", f"strategy.client._target_={own_module(source)}.KilledTwice")
+    run(tmp_path, *SUMS, *one, "engine.sums=true", "rounds=3")
+    counts = [(m["clients_ok"], m["clients_failed"]) for m in metrics_of(tmp_path)[1:]]
+    assert counts == [(9, 1), (9, 1), (9, 1)]
+    killed, first, second = lines_of(tmp_path / "failures.jsonl")
+    reason = "its actor ended a second time: its process died"
+    assert killed == {"round": 1, "client": 4, "reason": reason}
+    assert 'raise ArithmeticError("no such thing")' in first.pop("traceback")
+    assert first == {"round": 2, "client": 5, "reason": "ArithmeticError: no such thing"}
+    assert second == first | {"round": 3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (("strategy=pisa", "max_update=null", "engine.sums=true"), "Pisa needs every client's own message"),
+        (
+            ("strategy=pisa_summed", "engine.sums=true"),
+            "max_update=20 compares clients' updates, which engine.sums",
+        ),
+        (
+            ("strategy=pisa_summed", "secure=secagg", "engine.sums=true"),
+            "hides updates from hosts too: leave out engine.sums=true",
+        ),
+        (("strategy=pisa_summed", "engine.sums=1"), "engine.sums must be true or false"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_actors_cannot_sum_is_refused_in_a_sentence(two_processors, tmp_path, settings, sentence):
+    with pytest.raises(ConfigurationError, match=sentence):
+        run(tmp_path, "engine=ray", "engine.actors=1", *settings)
 
 
 # --- clients that are slow

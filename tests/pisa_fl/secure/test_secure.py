@@ -247,7 +247,7 @@ def test_sums_of_limbs_are_exact_over_the_whole_reach():
     # each to the nearest 2^-40, and one rounding of the sum
     assert (np.abs(found - exact) <= 9 * 2.0**-41 + np.spacing(np.abs(exact))).all()
     for wrong in (np.nan, np.inf, 1.01 * REACH):
-        with pytest.raises(ValueError, match="cannot be summed securely"):
+        with pytest.raises(ValueError, match="cannot be summed exactly"):
             split(np.array([0.0, wrong]))
 
 
@@ -312,5 +312,5 @@ def test_what_sums_cannot_do_is_refused_in_a_sentence(settings, sentence):
 
 
 def test_duals_at_the_clients_take_sums():
-    with pytest.raises(ConfigurationError, match="set secure=secagg, or use strategy=pisa"):
+    with pytest.raises(ConfigurationError, match="set secure=secagg, or engine=ray"):
         prepare(compose(*QUICK, "strategy=pisa_summed"))
