@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def draw_curves(metrics: Sequence[Metrics], title: str, path: Path, measures: Me
     """One run: its quality against rounds, losses, and for ADMM methods the residuals."""
     quality, loss = measures.quality, measures.loss
     has_residuals = any("primal_residual" in m for m in metrics)
-    figure, axes = _figure(2 + has_residuals, title)
+    figure, (axes,) = _grid(1, 2 + has_residuals, title, 3.6)
     rounds = _column(metrics, "round")
     evaluated = tested(metrics, quality)
     x = _column(evaluated, "round")
@@ -59,36 +60,66 @@ def draw_curves(metrics: Sequence[Metrics], title: str, path: Path, measures: Me
 
 
 def draw_comparison(
-    runs: Mapping[str, Sequence[Sequence[Metrics]]], title: str, path: Path, quality: Metric
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[Metrics]]]], title: str, path: Path, quality: Metric
 ) -> None:
-    """Several methods on one federation: quality against rounds, passes and bytes.
+    """Several methods: quality against rounds, passes and bytes, one row a federation.
 
     Args:
-        runs: Name of each method -> the metrics of its runs (seeds); a line is their median, a band their range, as
-            far as all of them go.
+        panels: Title of each federation -> name of each method -> the metrics of its runs (seeds); a line is their
+            median, a band their range, as far as all of them go. A method has its colour everywhere.
         title: Of the picture.
         path: Where to write it.
         quality: What they are compared by.
     """
-    figure, axes = _figure(len(COSTS), title)
-    counts = [len(seeds) for seeds in runs.values()]
-    names = _distinct(runs)
-    if max(counts) > 1:
-        names = [f"{name}, n={count}" for name, count in zip(names, counts, strict=True)]
-    for ax, (cost, label) in zip(axes, COSTS.items(), strict=True):
-        for index, (name, seeds) in enumerate(zip(names, runs.values(), strict=True)):
-            x, table = together(seeds, cost, quality)
-            ax.plot(x, np.median(table, axis=0), **_line(index), label=name)
-            if len(seeds) > 1:
-                ax.fill_between(
-                    x, table.min(axis=0), table.max(axis=0), color=f"C{index}", alpha=0.15, linewidth=0
-                )
-        _label(ax, label, f"test {quality.label}")
-        if cost != "round":
-            ax.set_xscale("symlog", linthresh=1)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper", fontsize="small"
-    )
+    figure, rows = _grid(len(panels), len(COSTS), title, 3.6 if len(panels) == 1 else 2.9)
+    numbers = _numbers(panels.values())
+    for axes, (what, runs) in zip(rows, panels.items(), strict=True):
+        if len(panels) > 1:
+            axes[0].set_title(plain(what, 100), loc="left", fontsize="medium")
+        for ax, (cost, label) in zip(axes, COSTS.items(), strict=True):
+            for name, seeds in runs.items():
+                x, table = together(seeds, cost, quality)
+                look = _line(numbers[name])
+                ax.plot(x, np.median(table, axis=0), **look)
+                if len(seeds) > 1:
+                    low, high = table.min(axis=0), table.max(axis=0)
+                    ax.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            _label(ax, label, f"test {quality.label}")
+            if cost != "round":
+                ax.set_xscale("symlog", linthresh=1)
+    counts = {name: {len(runs[name]) for runs in panels.values() if name in runs} for name in numbers}
+    several = any(count != {1} for count in counts.values())
+    _legend(figure, {n: f", n={max(c)}" if several and len(c) == 1 else "" for n, c in counts.items()})
+    _save(figure, path)
+
+
+def draw_federations(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], title: str, path: Path, quality: Metric
+) -> None:
+    """Final quality of several methods on several federations, side by side: medians of the seeds, and their range.
+
+    Args:
+        panels: Words for each federation -> name of each method -> final values of its seeds.
+        title: Of the picture.
+        path: Where to write it.
+        quality: What they are compared by.
+    """
+    figure, ((ax,),) = _grid(1, 1, title, 4.2, 2 + 1.2 * len(panels))
+    numbers = _numbers(panels.values())
+    for name, number in numbers.items():
+        shift = 0.6 * ((number + 0.5) / len(numbers) - 0.5)
+        points = [
+            (place + shift, quality.factor * np.array(finals[name]))
+            for place, finals in enumerate(panels.values())
+            if name in finals
+        ]
+        places = [place for place, _ in points]
+        look = _line(number)
+        ax.vlines(places, [v.min() for _, v in points], [v.max() for _, v in points], color=look["color"])
+        ax.plot(places, [np.median(v) for _, v in points], marker="o", markersize=5, linewidth=0.8, **look)
+    ax.set_xticks(range(len(panels)), [fill(plain(text, 60), 16) for text in panels], fontsize="small")
+    _label(ax, "", f"final test {quality.label}")
+    _legend(figure, dict.fromkeys(numbers, ""))
     _save(figure, path)
 
 
@@ -108,14 +139,14 @@ def draw_sweep(
         path: Where to write the picture.
         quality: What they are compared by.
     """
-    figure, (ax,) = _figure(1, "")
+    figure, ((ax,),) = _grid(1, 1, "", 3.6)
     values = sorted({written(v): v for points in swept.values() for v, _ in points}.values(), key=order)
     to_scale = all(
         isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
     )
     places = {written(v): float(v) if to_scale else i for i, v in enumerate(values)}
-    names = _distinct([*swept, *without])
-    for index, points in enumerate(swept.values()):
+    numbers = {name: number for number, name in enumerate([*swept, *without])}
+    for name, points in swept.items():
         points = sorted(points, key=lambda point: places[written(point[0])])
         table = [quality.factor * np.array(finals) for _, finals in points]
         middle = np.array([np.median(column) for column in table])
@@ -127,17 +158,16 @@ def draw_sweep(
             yerr=(low, high),
             marker="o",
             capsize=3,
-            label=names[index],
-            **_line(index),
+            **_line(numbers[name]),
         )
-    for index, finals in enumerate(without.values(), start=len(swept)):
-        ax.axhline(quality.factor * float(np.median(finals)), **_line(index), label=names[index])
+    for name, finals in without.items():
+        ax.axhline(quality.factor * float(np.median(finals)), **_line(numbers[name]))
     if to_scale and values[0] > 0 and values[-1] >= 10 * values[0]:
         ax.set_xscale("log")
     ax.set_xticks(list(places.values()), [plain(text, 24) for text in places])
     ax.set_xticks([], minor=True)
     _label(ax, parameter, f"final test {quality.label}")
-    ax.legend(frameon=False)
+    _legend(figure, dict.fromkeys(numbers, ""))
     _save(figure, path)
 
 
@@ -180,20 +210,41 @@ def _line(index: int) -> dict[str, Any]:
     return {"color": f"C{index}", "linestyle": STYLES[index // 10 % len(STYLES)]}
 
 
-def _distinct(names: Iterable[str]) -> list[str]:
-    """Names as a picture can show them; those that look the same are numbered."""
+def _numbers(panels: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Names of the methods of all panels, numbered."""
+    return {name: i for i, name in enumerate(dict.fromkeys(name for panel in panels for name in panel))}
+
+
+def _legend(figure: Figure, names: Mapping[str, str]) -> None:
+    """What every line is, beside the axes; names that look the same are numbered.
+
+    Args:
+        figure: The picture.
+        names: Name of each line, in their order -> what is said of it besides.
+    """
+    from matplotlib.lines import Line2D
+
     shown = [plain(name) for name in names]
-    return [name if shown.count(name) == 1 else f"{name} [{i + 1}]" for i, name in enumerate(shown)]
+    labels = [
+        f"{name if shown.count(name) == 1 else f'{name} [{i + 1}]'}{more}"
+        for i, (name, more) in enumerate(zip(shown, names.values(), strict=True))
+    ]
+    handles = [Line2D([], [], **_line(i)) for i in range(len(labels))]
+    figure.set_figwidth(figure.get_figwidth() + 0.6 + 0.07 * max(map(len, labels)))  # inches of small letters
+    figure.legend(handles, labels, frameon=False, loc="outside right upper", fontsize="small")
 
 
-def _figure(columns: int, title: str) -> tuple[Figure, list[Axes]]:
+def _grid(
+    rows: int, columns: int, title: str, height: float, width: float = 4.6
+) -> tuple[Figure, list[list[Axes]]]:
+    """A picture of so many axes, each so high and wide, in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow imports, that only pictures need
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * columns, 3.6), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(plain(title, 100))
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
 
 
 def _label(ax: Axes, x: str, y: str) -> None:

@@ -38,6 +38,7 @@ IGNORED = {
 UNLESS_SAID = {
     "engine.precision": "float32",
     "engine.compiled": False,
+    "engine.sums": False,
     "engine.lost": 0.0,
     "engine.stragglers": 0.0,
     "data.validation": 0,

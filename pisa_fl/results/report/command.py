@@ -3,7 +3,8 @@
 Runs whose configurations differ only in the seed become one row; what else differs between them becomes a column.
 Written into the first folder, or `--output`: `report.html`, one page with everything in it, `report.md`, with the
 verdict and notes on what is missing below the table, `report.csv`, one plain number a column, `comparison.png` (quality
-against rounds, passes and bytes) and, where something was swept, `sweep.png` (final quality against it).
+against rounds, passes and bytes, one row a federation) and, where something was swept, `sweep.png` (final quality
+against it).
 """
 
 from __future__ import annotations
@@ -48,11 +49,15 @@ def report(
 
     runs = load_runs(*folders)
     output.mkdir(parents=True, exist_ok=True)
-    curves = {row.label: [run.metrics for run in row.runs] for row in runs.rows}
+    titles = runs.titles()
+    curves = {
+        titles[name]: {row.line: [run.metrics for run in row.runs] for row in rows}
+        for name, rows in runs.panels.items()
+    }
     _draw(
         output / "comparison.png", lambda path: draw_comparison(curves, title, path, runs.quality), runs.notes
     )
-    _draw(output / "sweep.png", sweep(runs.columns, runs.rows, runs.quality), runs.notes)
+    _draw(output / "sweep.png", sweep(runs.columns, runs.rows, runs.quality, title), runs.notes)
     text = _markdown(runs, pivot)
     write(output / "report.md", text)
     write(output / "report.csv", _csv(runs))

@@ -7,13 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from pisa_fl.metric import Metric
-from pisa_fl.results.figures import draw_sweep, qualities
-from pisa_fl.results.report.rows import Row, differing, words
+from pisa_fl.results.figures import draw_federations, draw_sweep, qualities
+from pisa_fl.results.report.rows import Row, differing, of_problem, panels, words
 from pisa_fl.results.settings import Column, order, written
 
 
-def sweep(columns: Sequence[Column], rows: Sequence[Row], quality: Metric) -> Callable[[Path], None] | None:
-    """What draws final quality against the parameter that was swept; of several, the one with the most values."""
+def sweep(
+    columns: Sequence[Column], rows: Sequence[Row], quality: Metric, title: str
+) -> Callable[[Path], None] | None:
+    """What draws final quality against what was swept: federations that differ in several ways, or a parameter; of
+    several parameters, the one with the most values.
+    """
+    federations = panels(columns, rows)
+    if sum(of_problem(column) for column in columns) > 1 and len(federations) > 1:
+        finals = {
+            name: {row.line: _finals(row, quality) for row in there} for name, there in federations.items()
+        }
+        return lambda path: draw_federations(finals, title, path, quality)
     swept: dict[str, None] = {}
     for row in rows:
         swept |= dict.fromkeys(differing(columns, [r.values for r in rows if r.method == row.method]))
@@ -28,9 +38,12 @@ def sweep(columns: Sequence[Column], rows: Sequence[Row], quality: Metric) -> Ca
     for row in rows:
         what = words(others, row.values)
         label = f"{row.method} ({what})" if what else row.method
-        finals = [float(qualities(run.metrics, quality)[-1]) for run in row.runs]
         if parameter in row.values:
-            lines.setdefault(label, []).append((row.values[parameter], finals))
+            lines.setdefault(label, []).append((row.values[parameter], _finals(row, quality)))
         else:
-            level[label] = finals
+            level[label] = _finals(row, quality)
     return lambda path: draw_sweep(lines, level, parameter, path, quality)
+
+
+def _finals(row: Row, quality: Metric) -> list[float]:
+    return [float(qualities(run.metrics, quality)[-1]) for run in row.runs]

@@ -19,7 +19,7 @@ def held(state):
 
 
 def test_rows_hold_what_memory_would():
-    """Rounds are accepted, forgotten and begun anew, states restored from elsewhere, for more clients than a block has."""
+    """Rounds are accepted, forgotten and begun anew, states restored, for more clients than a block has."""
     draw = random.Random(0)
     disk = StatesOnDisk(SIZES)
     there = {client: ClientState() for client in range(70)}

@@ -413,6 +413,36 @@ def test_whatever_was_swept_is_drawn(tmp_path, swept):
     assert not (tmp_path / "sweep.png").exists(), "that of before is of other runs"
 
 
+def test_every_federation_has_axes_of_its_own_and_a_method_one_colour(tmp_path, monkeypatch):
+    problems = (
+        *([f"partition={p}", f"partition.alpha={a}"] for p, a in [("dirichlet", 0.1), ("dirichlet", 0.5)]),
+        ["partition=iid"],
+    )
+    finals = {}
+    for number, problem in enumerate(problems):
+        for strategy in ("fedavg", "pisa") if number == 1 else ("pisa",):
+            for seed in range(3):
+                final = 0.5 + number / 10 + (strategy == "pisa") / 5 + seed**2 / 100
+                finals.setdefault((number, strategy), []).append(100 * final)
+                folder = tmp_path / f"{number}{strategy}{seed}"
+                write_run(folder, chosen(f"strategy={strategy}", *problem, seed=seed), [0.1, 0.3, final])
+    drawn = {}
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.update({path.name: figure}))
+    report.report([tmp_path], tmp_path, "a title")
+    comparison, sweep = drawn["comparison.png"], drawn["sweep.png"]
+    assert len(comparison.axes) == 3 * 3
+    where = {(0, "pisa"): (0, 0), (1, "fedavg"): (3, 0), (1, "pisa"): (3, 1), (2, "pisa"): (6, 0)}
+    lines = {which: comparison.axes[ax].lines[line] for which, (ax, line) in where.items()}
+    for which, line in lines.items():
+        assert line.get_ydata()[-1] == pytest.approx(sorted(finals[which])[1])
+    assert lines[0, "pisa"].get_color() == lines[1, "pisa"].get_color() != lines[1, "fedavg"].get_color()
+    (ax,) = sweep.axes
+    points = {(round(x), round(y, 6)) for line in ax.lines for x, y in zip(*line.get_data(), strict=True)}
+    medians = {(which[0], round(sorted(values)[1], 6)) for which, values in finals.items()}
+    assert points == medians
+    assert [text.get_text() for text in comparison.legends[0].texts] == ["pisa, n=3", "fedavg, n=3"]
+
+
 @pytest.mark.parametrize("content", [None, "not finished", "no folder"])
 def test_nothing_to_report(tmp_path, monkeypatch, capsys, content):
     folder = tmp_path / "runs"

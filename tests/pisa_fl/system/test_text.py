@@ -52,8 +52,13 @@ def test_pictures_show_any_text(tmp_path):
         "train_loss": 1,
     }
     metrics = [line | {"round": i} for i in range(3)]
+    lines = {name: [metrics] for name in STRANGE}
     figures.draw_comparison(
-        {name: [metrics] for name in STRANGE}, STRANGE[0], tmp_path / "comparison.png", MEASURES.quality
+        dict.fromkeys(STRANGE, lines), STRANGE[0], tmp_path / "comparison.png", MEASURES.quality
+    )
+    finals = {name: [0.1] for name in STRANGE}
+    figures.draw_federations(
+        dict.fromkeys(STRANGE, finals), STRANGE[0], tmp_path / "federations.png", MEASURES.quality
     )
     figures.draw_sweep(
         {STRANGE[0]: [(name, [0.1]) for name in STRANGE]},
@@ -65,7 +70,8 @@ def test_pictures_show_any_text(tmp_path):
     for name in STRANGE:
         figures.draw_curves(metrics, name, tmp_path / "curves.png", MEASURES)
     assert all(
-        is_picture(tmp_path / f"{name}.png") for name in ("partition", "comparison", "sweep", "curves")
+        is_picture(tmp_path / f"{name}.png")
+        for name in ("partition", "comparison", "federations", "sweep", "curves")
     )
     assert not list(tmp_path.glob("*.tmp"))
 
