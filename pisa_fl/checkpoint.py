@@ -15,8 +15,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -144,12 +145,16 @@ def _write_all(federation: Federation, folder: Path, beside: Sequence[Path]) -> 
     }
     server |= {f"arrays.{name}": value for name, value in vectors(federation.arrays).items()}
     server["buffers"] = federation.gateway.buffers
-    clients: dict[str, Tensor] = {}
     rounds: dict[int, tuple[int, int | None]] = {}
-    for client, held in federation.grid.states().items():
-        rounds[client] = (held.round, held.pending_round)
-        clients |= {f"{client}.accepted.{name}": value for name, value in held.accepted.items()}
-        clients |= {f"{client}.pending.{name}": value for name, value in held.pending.items()}
+
+    def of_clients() -> Iterator[Mapping[str, Tensor]]:
+        for client, held in federation.grid.states():
+            rounds[client] = (held.round, held.pending_round)
+            parts = {"accepted": held.accepted, "pending": held.pending}
+            yield {f"{client}.{part}.{name}": v for part, those in parts.items() for name, v in those.items()}
+
+    _write(folder, "server", ({name: value} for name, value in server.items()))
+    _write(folder, "clients", of_clients())
     state = {
         "run_id": run_id(federation.identity),
         "identity": dict(federation.identity),
@@ -161,8 +166,6 @@ def _write_all(federation: Federation, folder: Path, beside: Sequence[Path]) -> 
     }
     if federation.account is not None:
         state["privacy"] = federation.account.state()
-    _write(folder, "server", server)
-    _write(folder, "clients", clients)
     federation.load_weights()
     _save(federation.model.state_dict(), folder / "model.safetensors")
     for file in beside:
@@ -194,12 +197,8 @@ def _restore(federation: Federation, folder: Path) -> None:
     state = json.loads((folder / "state.json").read_text())
     if state["run_id"] != run_id(federation.identity):
         raise ValueError("it is of another run")
-    server, clients = _read(folder, "server"), _read(folder, "clients")
+    server = {name: tensor for part in _read(folder, "server") for name, tensor in part.items()}
     arrays, traffic = record(_part(server, "arrays")), Traffic(**state["traffic"])
-    states = {}
-    for client, (accepted, pending) in state["clients"].items():
-        held = _part(clients, client)
-        states[int(client)] = ClientState(accepted, _part(held, "accepted"), pending, _part(held, "pending"))
     round_number, seconds, buffers = int(state["round"]), float(state["seconds"]), server["buffers"]
     weights = vectors(arrays)[WEIGHTS], vectors(federation.arrays)[WEIGHTS]
     if weights[0].shape != weights[1].shape or buffers.shape != federation.gateway.buffers.shape:
@@ -210,19 +209,38 @@ def _restore(federation: Federation, folder: Path) -> None:
     federation.round, federation.seconds = round_number, seconds
     if federation.account is not None:
         federation.account.restore(state["privacy"])
-    federation.grid.restore(states)
+    federation.grid.restore(_states(folder, state["clients"]))
 
 
-def _write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors in files of at most about `PART` bytes."""
+def _states(folder: Path, rounds: Mapping[str, tuple[int, int | None]]) -> Iterator[tuple[int, ClientState]]:
+    """What each client remembered, a file at a time."""
+    nothing = set(rounds)
+    for tensors in _read(folder, "clients"):
+        for client, keys in groupby(sorted(tensors), lambda key: key.partition(".")[0]):
+            held: dict[str, dict[str, Tensor]] = {"accepted": {}, "pending": {}}
+            for key in keys:
+                _, part, name = key.split(".", 2)
+                held[part][name] = tensors[key]
+            accepted, pending = rounds[client]
+            yield int(client), ClientState(accepted, held["accepted"], pending, held["pending"])
+            nothing.remove(client)
+    for client in nothing:
+        accepted, pending = rounds[client]
+        yield int(client), ClientState(accepted, {}, pending, {})
+
+
+def _write(folder: Path, name: str, groups: Iterable[Mapping[str, Tensor]]) -> None:
+    """Write tensors in files of about `PART` bytes; those of a group lie in one."""
     part: dict[str, Tensor] = {}
-    number, size, left = 0, 0, len(tensors)
-    for key, tensor in tensors.items():
-        part[key] = tensor.detach().cpu().contiguous()
-        size, left = size + tensor.nbytes, left - 1
-        if size >= PART or not left:
+    number = size = 0
+    for tensors in groups:
+        part |= {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        if size >= PART:
             _save(part, folder / f"{name}-{number:04d}.safetensors")
             part, number, size = {}, number + 1, 0
+    if part:
+        _save(part, folder / f"{name}-{number:04d}.safetensors")
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
@@ -239,10 +257,11 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
         raise
 
 
-def _read(folder: Path, name: str) -> dict[str, Tensor]:
-    """What `_write` wrote."""
-    parts = [load_file(folder / file) for file in _names(folder) if file.startswith(f"{name}-")]
-    return {key: tensor for part in parts for key, tensor in part.items()}
+def _read(folder: Path, name: str) -> Iterator[dict[str, Tensor]]:
+    """What `_write` wrote, file by file."""
+    for file in _names(folder):
+        if file.startswith(f"{name}-"):
+            yield load_file(folder / file)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -85,11 +85,11 @@ class ClientGrid(Grid):
     def sizes(self) -> Mapping[int, int]:
         """Training examples of every client, as far as they are known, by client number."""
 
-    def states(self) -> Mapping[int, ClientState]:
-        """What the clients remember, by client number; empty where they keep it themselves."""
-        return {}
+    def states(self) -> Iterator[tuple[int, ClientState]]:
+        """What each client remembers, one after the other; nobody where they keep it themselves."""
+        return iter(())
 
-    def restore(self, states: Mapping[int, ClientState]) -> None:
+    def restore(self, states: Iterable[tuple[int, ClientState]]) -> None:
         """Give the clients back what `states` gave."""
 
     def test(self, arrays: Mapping[str, Tensor], timeout: float | None = None) -> dict[str, float] | None:

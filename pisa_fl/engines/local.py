@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Literal
 
@@ -140,13 +140,13 @@ class LocalGrid(ClientGrid):
         order = {message.metadata.message_id: position for position, message in enumerate(messages)}
         return sorted(replies, key=lambda reply: order[reply.metadata.reply_to_message_id])
 
-    def states(self) -> Mapping[int, ClientState]:
-        """What the clients remember."""
-        return self.host.states
+    def states(self) -> Iterator[tuple[int, ClientState]]:
+        """What each client remembers."""
+        return iter(self.host.states.items())
 
-    def restore(self, states: Mapping[int, ClientState]) -> None:
+    def restore(self, states: Iterable[tuple[int, ClientState]]) -> None:
         """Give the clients back what `states` gave."""
-        self.host.states = {client: state.to(self.host.device) for client, state in states.items()}
+        self.host.states = {client: state.to(self.host.device) for client, state in states}
 
     def test(self, arrays: Mapping[str, Tensor], timeout: float | None = None) -> dict[str, float] | None:
         """Mean loss and metrics of weights on the test set, by the workers as far as they are in time."""

@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Literal, TypeVar
 
 import torch
 from flwr.app import ArrayRecord, Error, Message, RecordDict
@@ -51,11 +52,16 @@ else:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 ACTOR_DIED = 1003
 """Code of the error of a client whose actor ended while it was asked, and whose next one did too."""
 
 STARTING = 120.0
 """Seconds that the actors may take to start."""
+
+AT_ONCE = 64
+"""Clients whose states are on their way at once."""
 
 LOOK = 1.0
 """Seconds without any reply after which a round looks whether a machine was lost."""
@@ -350,14 +356,26 @@ class RayGrid(ClientGrid):
                 self._make_do()
         return replies
 
-    def states(self) -> Mapping[int, ClientState]:
-        """What the clients remember, but for an actor that is busy for longer than a round may take."""
-        answers = self._ask(lambda shard: shard.actor.states.remote(shard.clients), self._timeout)
-        return {client: state for part in answers for client, state in part.items()}
+    def states(self) -> Iterator[tuple[int, ClientState]]:
+        """What each client remembers, but for an actor that is busy for longer than a round may take."""
+        for shard in list(self._shards):
+            # clients of an actor that is still starting remember nothing, and must not be waited for
+            if shard.waits:
+                continue
+            for clients in _parts(shard.clients):
+                answer = self._ask(shard, shard.actor.states.remote(clients), self._timeout)
+                if answer is None:
+                    break
+                yield from answer.items()
 
-    def restore(self, states: Mapping[int, ClientState]) -> None:
+    def restore(self, states: Iterable[tuple[int, ClientState]]) -> None:
         """Give the clients back what `states` gave."""
-        self._ask(lambda s: s.actor.restore.remote({c: states[c] for c in s.clients if c in states}), None)
+        for part in _parts(states):
+            own: dict[Shard, dict[int, ClientState]] = {}
+            for client, state in part:
+                own.setdefault(self._homes[client], {})[client] = state
+            for shard, those in own.items():
+                self._ask(shard, shard.actor.restore.remote(those), None)
 
     def close(self) -> None:
         """End the actors, and Ray if this grid started it."""
@@ -445,21 +463,15 @@ class RayGrid(ClientGrid):
             for message in [*shard.unsent, *shard.asked.values()]:
                 self._homes[message.metadata.dst_node_id].unsent.append(message)
 
-    def _ask(self, call: Callable[[Shard], ray.ObjectRef], timeout: float | None) -> list[Any]:
-        """What the actors answer to a call, as far as they do within the time."""
-        # clients of an actor that is still starting remember nothing, and must not be waited for
-        calls = [(shard, call(shard)) for shard in self._shards if not shard.waits]
-        deadline = None if timeout is None else time.monotonic() + timeout
-        answers = []
-        for shard, answer in calls:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            try:
-                answers.append(ray.get(answer, timeout=left))
-            except ray.exceptions.GetTimeoutError:
-                log.warning("the actor of %s is busy: they will go on without what they remember", shard)
-            except ray.exceptions.RayError as error:
-                self._replace(shard, _why(error))
-        return answers
+    def _ask(self, shard: Shard, answer: ray.ObjectRef, timeout: float | None) -> Any:
+        """What an actor answers, if it does within the time; None if it does not."""
+        try:
+            return ray.get(answer, timeout=timeout)
+        except ray.exceptions.GetTimeoutError:
+            log.warning("the actor of %s is busy: they will go on without what they remember", shard)
+        except ray.exceptions.RayError as error:
+            self._replace(shard, _why(error))
+        return None
 
 
 def room(machines: Iterable[Mapping[str, Any]], cpus: float, gpus: float) -> int:
@@ -539,6 +551,13 @@ def _call(address: str) -> None:
             f"engine.address={address}: nothing answers there: start a cluster by `ray start --head`, or give"
             " engine.address=null"
         ) from error
+
+
+def _parts(things: Iterable[T]) -> Iterator[list[T]]:
+    """Things in parts of `AT_ONCE`."""
+    rest = iter(things)
+    while part := list(islice(rest, AT_ONCE)):
+        yield part
 
 
 def _put(clients: Clients) -> ray.ObjectRef:

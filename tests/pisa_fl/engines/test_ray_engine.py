@@ -372,7 +372,7 @@ def test_actors_remember_what_was_accepted(two_processors):
             for number in range(1, 9):
                 federation.grid.begin(number)
                 list(federation.rounds(number))
-            states = federation.grid.states()
+            states = dict(federation.grid.states())
             ends.append(
                 (
                     federation.gateway.accepted,

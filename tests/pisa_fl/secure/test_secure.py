@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.common.secure_aggregation.quantization import quantize
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 
-from pisa_fl import compose
+from pisa_fl import checkpoint, compose
 from pisa_fl.checkpoint import load_checkpoint, save_checkpoint
 from pisa_fl.clients.host import ClientState
 from pisa_fl.config import ConfigurationError
@@ -261,7 +261,10 @@ PISA = (
 )
 
 
-def test_pisa_with_its_duals_at_the_clients_goes_the_plain_way_and_goes_on_after_a_kill(tmp_path):
+def test_pisa_with_its_duals_at_the_clients_goes_the_plain_way_and_goes_on_after_a_kill(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "PART", 200_000)
     plain = prepare(compose("strategy=pisa", "max_update=null", *PISA))
     expected = [vectors(plain.arrays)[WEIGHTS] for _ in plain.rounds(4)]
     federation = prepare(compose("strategy=pisa_summed", "secure=secagg", *PISA))
@@ -271,6 +274,7 @@ def test_pisa_with_its_duals_at_the_clients_goes_the_plain_way_and_goes_on_after
         failed += line["clients_failed"]
         if line["round"] == 2:
             save_checkpoint(federation, tmp_path, 1)
+            assert len(list(tmp_path.glob("*/clients-*"))) > 1
     assert failed == 4
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=0, atol=2e-8)
     assert (expected[-1] - expected[0]).abs().max() > 5e-3
@@ -279,13 +283,13 @@ def test_pisa_with_its_duals_at_the_clients_goes_the_plain_way_and_goes_on_after
     for line in again.rounds(4):
         assert torch.equal(vectors(again.arrays)[WEIGHTS], found[line["round"]])
     # a dual is lost, which nobody else has: those of all begin anew, from zero
-    again.grid.restore(dict(again.grid.states()) | {4: ClientState()})
+    again.grid.restore((dict(again.grid.states()) | {4: ClientState()}).items())
     offset = again.server.state_dict()["sums.offset"]
     (line,) = again.rounds(5)
     assert line["clients_ok"] >= 3
     assert set(again.server.state_dict()["sums.rounds"].tolist()) == {5}
     for client in again.server.state_dict()["sums.clients"].tolist():
-        assert torch.equal(again.grid.states()[client].pending[DUAL], -offset)
+        assert torch.equal(dict(again.grid.states())[client].pending[DUAL], -offset)
 
 
 @pytest.mark.parametrize(
