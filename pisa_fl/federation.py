@@ -38,6 +38,7 @@ from pisa_fl.server.flowers_own import server_half
 from pisa_fl.server.gateway import Gateway
 from pisa_fl.server.sums import HOSTS, SECAGG, check_sums
 from pisa_fl.system.surroundings import own_surroundings
+from pisa_fl.system.text import listed
 from pisa_fl.tasks import Task
 from pisa_fl.tasks.base import LOSS, TARGETS
 from strategies import ClientHalf, Layout
@@ -69,9 +70,6 @@ WAIT = 1.0
 
 TELL = 30.0
 """Seconds between words about who is missing."""
-
-NAMED = 10
-"""Missing clients that are named, at most."""
 
 
 class RunError(RuntimeError):
@@ -310,9 +308,8 @@ class Federation:
         """Which clients are missing, and why."""
         away = self.grid.turned_away
         there = set(self.grid.get_node_ids()) | {one.client for one in away}
-        numbers = [str(number) for number in range(self.clients) if number not in there]
-        more = f" and {len(numbers) - NAMED} others" if len(numbers) > NAMED else ""
-        absent = [f"not online: {', '.join(numbers[:NAMED])}{more}"] if numbers else []
+        numbers = [number for number in range(self.clients) if number not in there]
+        absent = [f"not online: {listed(numbers)}"] if numbers else []
         return "; ".join([*absent, *(f"turned away: {one}" for one in away)])
 
     def rounds(self, count: int) -> Iterator[Metrics]:

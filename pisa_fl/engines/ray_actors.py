@@ -35,6 +35,7 @@ from pisa_fl.config.explain import first_line
 from pisa_fl.engines.base import ClientGrid, cores, identify, set_threads
 from pisa_fl.engines.host_sum import HostSum
 from pisa_fl.engines.on_disk import StatesOnDisk
+from pisa_fl.system.text import listed
 from strategies.base.messages import ARRAYS
 
 # read when Ray is imported: it reports nothing to its makers, and prints nothing about actors that die or about what
@@ -234,9 +235,7 @@ class Shard:
         self.unsent = self.unsent[len(task) :]
 
     def __str__(self) -> str:
-        numbers = [str(client) for client in sorted(self.clients)]
-        more = f" and {len(numbers) - 10} others" if len(numbers) > 10 else ""
-        return f"clients {', '.join(numbers[:10])}{more}"
+        return f"clients {listed(self.clients)}"
 
 
 class RayGrid(ClientGrid):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +29,7 @@ from pisa_fl.engines.host_sum import HostSum
 from pisa_fl.randomness import numpy_generator
 from pisa_fl.secure.summing import SecAgg, SumError
 from pisa_fl.server.sums import HostRound, SecureRound, SummedRound, carried
+from pisa_fl.system.text import listed
 from strategies.base.client import ClientHalf
 from strategies.base.messages import (
     ACCEPTED,
@@ -281,13 +282,13 @@ class Gateway(Grid):
         if not sent:
             return []
 
-        def lost(client: int) -> None:
-            self.accepted.pop(client, None)
-            if self._server is not None:
-                self._server.lost(client)
-            log.warning(
-                "round %d: client %d has lost what it remembered, and begins anew", self._round, client
-            )
+        def lost(clients: Sequence[int]) -> None:
+            for client in clients:
+                self.accepted.pop(client, None)
+                if self._server is not None:
+                    self._server.lost(client)
+            who = f"client {clients[0]} has" if len(clients) == 1 else f"clients {listed(clients)} have"
+            log.warning("round %d: %s lost what they remembered: all begin anew", self._round, who)
             self._acknowledge(sent)
 
         def ask(messages: Mapping[int, Message]) -> Iterable[HostSum]:

@@ -109,7 +109,7 @@ class SummedRound(ABC):
         sent: What each client is to do, as it would be sent openly.
         sizes: Examples of each client, as far as they are known.
         fields: What an update holds.
-        lost: Called with a client that has lost its state, before all are asked again.
+        lost: Called with clients that have lost their state, before all are asked again.
         faults: Client number -> its reply or None, and why it is not in the sum.
         bytes_up: Bytes that came.
     """
@@ -118,7 +118,7 @@ class SummedRound(ABC):
     sent: Mapping[int, Message]
     sizes: Mapping[int, int]
     fields: Mapping[str, Field]
-    lost: Callable[[int], None]
+    lost: Callable[[Sequence[int]], None]
     faults: dict[int, tuple[Message | None, str]] = field(default_factory=dict, kw_only=True)
     bytes_up: int = field(default=0, kw_only=True)
     _metrics: dict[int, MetricRecord] = field(default_factory=dict, kw_only=True)
@@ -194,8 +194,7 @@ class SecureRound(SummedRound):
         answers = self.exchange(self._messages(stage, said))
         lost = [n for n, reply in answers.items() if reply.has_error() and reply.error.code == STATE_LOST]
         if stage == Stage.SETUP and lost:
-            for node in lost:
-                self.lost(node)
+            self.lost(lost)
             answers = self.exchange(self._messages(stage, said))
         good: dict[int, ConfigRecord] = {}
         for node in sorted(said):
@@ -250,8 +249,7 @@ class HostRound(SummedRound):
     def _sum(self, length: int) -> Summed:
         parts = self._asked()
         if lost := [n for part in parts for n, (code, _) in part.errors.items() if code == STATE_LOST]:
-            for node in lost:
-                self.lost(node)
+            self.lost(lost)
             parts = self._asked()
         errors = {node: error for part in parts for node, error in part.errors.items()}
         total = np.zeros((2, length), np.int64)
