@@ -75,7 +75,7 @@ def draw_comparison(
     numbers = _numbers(panels.values())
     for axes, (what, runs) in zip(rows, panels.items(), strict=True):
         if len(panels) > 1:
-            axes[0].set_title(plain(what, 100), loc="left", fontsize="medium")
+            axes[0].set_title(plain(what, 160), loc="left", fontsize="medium")
         for ax, (cost, label) in zip(axes, COSTS.items(), strict=True):
             for name, seeds in runs.items():
                 x, table = together(seeds, cost, quality)

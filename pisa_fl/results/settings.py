@@ -72,8 +72,14 @@ class Column:
 
 
 def identify(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A text for every run's configuration, the same for the same setting."""
-    return [_canonical(items) for items in _relevant(configs)]
+    """A text for every run's configuration, the same for the same setting; keys that say what holds anyhow are none of
+    it, so that it stays the same when there are more of them.
+    """
+    usual = {key: _comparable(value) for key, value in UNLESS_SAID.items()}
+    return [
+        _canonical({k: v for k, v in items.items() if usual.get(k) != _comparable(v)})
+        for items in _relevant(configs)
+    ]
 
 
 def describe(

@@ -7,10 +7,13 @@ from itertools import product
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from experiments import study
 from experiments.study import STUDIES, Study
 from pisa_fl import compose
+from pisa_fl.results import settings
+from pisa_fl.results.settings import identify
 
 
 def runs(overrides):
@@ -65,3 +68,14 @@ def test_from_the_file_to_the_report(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         study.main(["tiny", "--out", str(out), "--methods", "nobody"])
     assert "nobody: choose from pisa, fedavg" in capsys.readouterr().err
+
+
+def test_a_signed_configuration_does_not_change_with_keys_that_later_versions_add(monkeypatch):
+    config = OmegaConf.to_container(compose("strategy=fedavg"), resolve=True)
+    changed = OmegaConf.to_container(compose("strategy=fedavg", "engine.lost=0.1"), resolve=True)
+    before = identify([config, changed])
+    assert before[0] != before[1]
+    monkeypatch.setitem(settings.UNLESS_SAID, "engine.more", 7)
+    assert identify([config, changed]) == before
+    changed["engine"]["more"] = 8
+    assert identify([config, changed])[1] != before[1]

@@ -97,8 +97,16 @@ def tabulate(
     what = [column for column in columns if of_problem(column)]
     titles = [_title(config, what, own) for config, own in zip(spokesmen, values, strict=True)]
     names = _names(what, values, titles)
+    within = [
+        [own for own, name in zip(values, names, strict=True) if name == n] for n in dict.fromkeys(names)
+    ]
+    for own, name, title in zip(values, names, titles, strict=True):
+        there = within[list(dict.fromkeys(names)).index(name)]
+        # what all do alike here, and others elsewhere, is said once
+        alike = [n for n in differing(how, values) if n not in (METHOD, *differing(how, there))]
+        title += [words(alike, own)] if words(alike, own) else []
     return columns, [
-        Row(own, _label(columns, own, values), _label(how, own, values), name, ", ".join(title), group)
+        Row(own, _label(columns, own, [values]), _label(how, own, within), name, ", ".join(title), group)
         for own, name, title, group in zip(values, names, titles, groups, strict=True)
     ]
 
@@ -150,12 +158,15 @@ def numbered(seeds: Sequence[int]) -> str:
     return f"seeds {seeds[0]} to {seeds[-1]}" if gapless else f"seeds {', '.join(map(str, seeds))}"
 
 
-def _label(columns: Sequence[Column], own: Mapping[str, Any], values: Sequence[Mapping[str, Any]]) -> str:
-    """The method, and what tells the setting from others of the same method."""
-    peers = [other for other in values if other[METHOD] == own[METHOD]]
-    names = [name for name in differing(columns, peers) if name != METHOD]
+def _label(
+    columns: Sequence[Column], own: Mapping[str, Any], groups: Sequence[Sequence[Mapping[str, Any]]]
+) -> str:
+    """The method, and what tells the setting from others of the same method in any of some groups."""
+    peers = [[other for other in group if other[METHOD] == own[METHOD]] for group in groups]
+    differ = {name for group in peers for name in differing(columns, group)} - {METHOD}
+    names = [column.name for column in columns if column.name in differ]
     short = [name for name in names if name != VERSION]
-    if len({words(short, peer) for peer in peers}) == len({words(names, peer) for peer in peers}):
+    if all(len({words(short, p) for p in group}) == len({words(names, p) for p in group}) for group in peers):
         names = short  # the version tells nothing that they do not
     what = words(names, own)
     return f"{written(own[METHOD])} ({what})" if what else written(own[METHOD])
