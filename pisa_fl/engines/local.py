@@ -146,7 +146,9 @@ class LocalGrid(ClientGrid):
 
     def restore(self, states: Iterable[tuple[int, ClientState]]) -> None:
         """Give the clients back what `states` gave."""
-        self.host.states = {client: state.to(self.host.device) for client, state in states}
+        for client, state in states:
+            kept = state.to(self.host.device) if self._workers is None else self._workers.keep(client, state)
+            self.host.states[client] = kept
 
     def test(self, arrays: Mapping[str, Tensor], timeout: float | None = None) -> dict[str, float] | None:
         """Mean loss and metrics of weights on the test set, by the workers as far as they are in time."""

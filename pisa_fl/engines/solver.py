@@ -94,9 +94,16 @@ class Slots:
         for slot in (0, 1):
             if state is self._views.get((client, slot)):
                 return slot
-        for name, held in self(client, 0).items():
-            held.copy_(state[name]) if name in state else held.zero_()
+        self.put(client, 0, state)
         return 0
+
+    def put(self, client: int, slot: int, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Copy a state into a slot; the vectors there, or none for one without any."""
+        if not state:
+            return {}
+        for name, held in self(client, slot).items():
+            held.copy_(state[name]) if name in state else held.zero_()
+        return self(client, slot)
 
 
 @dataclass

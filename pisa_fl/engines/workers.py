@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from pisa_fl.clients.executor import Executor, Job, Outcome
+from pisa_fl.clients.host import ClientState
 from pisa_fl.engines.packing import pack
 from pisa_fl.engines.solver import Lent, Slots, Solver, serve, serve_anew
 from strategies.base.rows import zeros
@@ -164,6 +165,12 @@ class Workers:
         finally:
             self._end_busy()
             self._fill()
+
+    def keep(self, client: int, state: ClientState) -> ClientState:
+        """A state, in the memory that the workers share."""
+        slots = self._solver.slots
+        accepted, pending = slots.put(client, 0, state.accepted), slots.put(client, 1, state.pending)
+        return ClientState(state.round, accepted, state.pending_round, pending)
 
     def close(self) -> None:
         """End the workers."""
