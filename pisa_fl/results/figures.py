@@ -117,7 +117,11 @@ def draw_federations(
         look = _line(number)
         ax.vlines(places, [v.min() for _, v in points], [v.max() for _, v in points], color=look["color"])
         ax.plot(places, [np.median(v) for _, v in points], marker="o", markersize=5, linewidth=0.8, **look)
-    ax.set_xticks(range(len(panels)), [fill(plain(text, 60), 16) for text in panels], fontsize="small")
+    ax.set_xticks(
+        range(len(panels)),
+        [fill(plain(text, 60), 18, break_long_words=False) for text in panels],
+        fontsize="small",
+    )
     _label(ax, "", f"final test {quality.label}")
     _legend(figure, dict.fromkeys(numbers, ""))
     _save(figure, path)
