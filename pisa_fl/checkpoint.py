@@ -193,7 +193,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _restore(federation: Federation, folder: Path) -> None:
-    """Read everything, and then let the federation have it."""
+    """Read the server's part, and let the federation have it; then the clients', file by file."""
     state = json.loads((folder / "state.json").read_text())
     if state["run_id"] != run_id(federation.identity):
         raise ValueError("it is of another run")

@@ -39,12 +39,13 @@ class HostSum:
         self.errors[reply.metadata.src_node_id] = reply.error.code, reply.error.reason or ""
         self.answered.append(reply.metadata.reply_to_message_id)
 
-    def add(self, half: ClientHalf, client: int, instruction: Message, reply: Message) -> None:
+    def add(self, half: ClientHalf, instruction: Message, reply: Message) -> None:
         """Take in what a client answered; what does not fit is its error."""
-        self.answered.append(reply.metadata.reply_to_message_id)
         if reply.has_error():
-            self.errors[client] = reply.error.code, reply.error.reason or ""
+            self.fail(reply)
             return
+        client = instruction.metadata.dst_node_id
+        self.answered.append(reply.metadata.reply_to_message_id)
         try:
             values = whole(summand(half, reply, config_of(instruction.content)))
             told = {name: integer(metrics_of(reply.content), name) for name in OPEN}

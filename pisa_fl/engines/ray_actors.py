@@ -130,7 +130,7 @@ class Host:
         """As `handle`, but one sum in the end."""
         total = HostSum()
         for instruction, reply in self._answers(contents, asked, records):
-            total.add(self._whole.half, instruction.metadata.dst_node_id, instruction, reply)
+            total.add(self._whole.half, instruction, reply)
         yield total
 
     def _answers(
@@ -280,7 +280,7 @@ class RayGrid(ClientGrid):
             raise ConfigurationError("engine=ray needs Ray: pip install 'pisa-fl[ray]'")
         _check(actors, cpus, gpus, clients.device)
         if state == "disk" and clients.device.type != "cpu":
-            raise ConfigurationError("state=disk needs device=cpu")
+            raise ConfigurationError("engine.state=disk needs device=cpu: set engine.state=memory")
         super().__init__()
         self.sums = sums
         self.use_threads(threads)

@@ -300,8 +300,10 @@ class Gateway(Grid):
         if len(self.buffers):
             fields[BUFFERS] = averaged(len(self.buffers))
         common = (self._round, sent, self._grid.sizes, fields, lost)
-        done: SummedRound = HostRound(*common, ask)
-        if self._secure is not None:
+        done: SummedRound
+        if self._secure is None:
+            done = HostRound(*common, ask)
+        else:
             draw = numpy_generator(self._seed, "neighbours", self._round)
             order = [int(node) for node in draw.permutation(sorted(sent))]
             done = SecureRound(*common, self._secure, order, lambda one: self._exchange(one, timeout))

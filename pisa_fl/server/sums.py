@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,7 +122,7 @@ class SummedRound(ABC):
     lost: Callable[[Sequence[int]], None]
     faults: dict[int, tuple[Message | None, str]] = field(default_factory=dict, kw_only=True)
     bytes_up: int = field(default=0, kw_only=True)
-    _metrics: dict[int, MetricRecord] = field(default_factory=dict, kw_only=True)
+    _metrics: dict[int, Mapping[str, Any]] = field(default_factory=dict, kw_only=True)
 
     def reply(self) -> Message:
         """The one reply in place of all.
@@ -157,7 +158,7 @@ class SummedRound(ABC):
     def _heaviest(self) -> int:
         return max(self.sizes.get(node, 1) for node in self.sent)
 
-    def _unfit(self, node: int, metrics: MetricRecord) -> str | None:
+    def _unfit(self, node: int, metrics: Mapping[str, Any]) -> str | None:
         """Why what a client tells openly cannot be so, or None; what is fit is kept."""
         if set(metrics) != set(OPEN) or not all(type(value) is int for value in metrics.values()):
             return f"metrics {dict(metrics)} are not those of a masked reply"
@@ -255,7 +256,7 @@ class HostRound(SummedRound):
         total = np.zeros((2, length), np.int64)
         for part in parts:
             for node, told in part.told.items():
-                if reason := self._unfit(node, MetricRecord({**told})):
+                if reason := self._unfit(node, told):
                     raise SumError(f"client {node}: {reason}")
             if part.told and part.whole.shape != total.shape:
                 raise SumError(f"a host's sum has {part.whole.shape[1]} values where {length} were expected")

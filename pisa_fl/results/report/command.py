@@ -57,7 +57,7 @@ def report(
     _draw(
         output / "comparison.png", lambda path: draw_comparison(curves, title, path, runs.quality), runs.notes
     )
-    _draw(output / "sweep.png", sweep(runs.columns, runs.rows, runs.quality, title), runs.notes)
+    _draw(output / "sweep.png", sweep(runs, title), runs.notes)
     text = _markdown(runs, pivot)
     write(output / "report.md", text)
     write(output / "report.csv", _csv(runs))

@@ -97,16 +97,22 @@ def tabulate(
     what = [column for column in columns if of_problem(column)]
     titles = [_title(config, what, own) for config, own in zip(spokesmen, values, strict=True)]
     names = _names(what, values, titles)
-    within = [
-        [own for own, name in zip(values, names, strict=True) if name == n] for n in dict.fromkeys(names)
-    ]
+    within: dict[str, list[Mapping[str, Any]]] = {}
+    for own, name in zip(values, names, strict=True):
+        within.setdefault(name, []).append(own)
     for own, name, title in zip(values, names, titles, strict=True):
-        there = within[list(dict.fromkeys(names)).index(name)]
         # what all do alike here, and others elsewhere, is said once
-        alike = [n for n in differing(how, values) if n not in (METHOD, *differing(how, there))]
+        alike = [n for n in differing(how, values) if n not in (METHOD, *differing(how, within[name]))]
         title += [words(alike, own)] if words(alike, own) else []
     return columns, [
-        Row(own, _label(columns, own, [values]), _label(how, own, within), name, ", ".join(title), group)
+        Row(
+            own,
+            _label(columns, own, [values]),
+            _label(how, own, list(within.values())),
+            name,
+            ", ".join(title),
+            group,
+        )
         for own, name, title, group in zip(values, names, titles, groups, strict=True)
     ]
 

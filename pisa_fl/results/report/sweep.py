@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pisa_fl.metric import Metric
 from pisa_fl.results.figures import draw_federations, draw_sweep, qualities
-from pisa_fl.results.report.rows import Row, differing, of_problem, panels, words
-from pisa_fl.results.settings import Column, order, written
+from pisa_fl.results.report.rows import Row, differing, of_problem, words
+from pisa_fl.results.settings import order, written
+
+if TYPE_CHECKING:
+    from pisa_fl.results.runs import Runs
 
 
-def sweep(
-    columns: Sequence[Column], rows: Sequence[Row], quality: Metric, title: str
-) -> Callable[[Path], None] | None:
+def sweep(runs: Runs, title: str) -> Callable[[Path], None] | None:
     """What draws final quality against what was swept: federations that differ in several ways, or a parameter; of
     several parameters, the one with the most values.
     """
-    federations = panels(columns, rows)
-    if sum(of_problem(column) for column in columns) > 1 and len(federations) > 1:
+    columns, rows, quality = runs.columns, runs.rows, runs.quality
+    if sum(of_problem(column) for column in columns) > 1 and len(runs.panels) > 1:
         finals = {
-            name: {row.line: _finals(row, quality) for row in there} for name, there in federations.items()
+            name: {row.line: _finals(row, quality) for row in there} for name, there in runs.panels.items()
         }
         return lambda path: draw_federations(finals, title, path, quality)
     swept: dict[str, None] = {}
