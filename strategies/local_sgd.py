@@ -192,8 +192,7 @@ class LocalSgd(ClientHalf):
                 rows[idle] = before
             if fixed is not None:
                 weights.copy_(torch.where(fixed, start, weights))
-            seen = torch.tensor(batch.examples, dtype=loss.dtype, device=loss.device)
-            loss += batch_loss * seen
-            examples += seen
+            loss += batch_loss * batch.counts
+            examples += batch.counts
             steps = [count + (n > 0) for count, n in zip(steps, batch.examples, strict=True)]
         return Descent(weights, loss / examples, steps, memory)

@@ -96,12 +96,20 @@ def pisa(bench: Bench, tasks: Sequence[Task] = (SILO, Task(100, 100, 64), MANY))
 
 
 def compiled(bench: Bench, tasks: Sequence[Task] = (DEVICE, MANY, SILO)) -> Iterator[Outcome]:
-    """What compiling the gradients of a client alone gains on a CPU."""
+    """What compiling the gradients of a client alone gains on a CPU, and how far that is from others."""
+    at_least, none = {DEVICE: (1.35, 1.4)}, (None, None)
     for task in tasks:
-        sides = [ours(task, *FEDAVG), ours(task, *FEDAVG, "engine.compiled=true", name="compiled")]
-        rounds = take_turns(sides, bench.repeats)
-        figure = Figure(f"{OURS} / compiled", ratio(rounds, OURS, "compiled"))
-        yield Outcome("compiled", f"FedAvg, {sizes(task)}, batch {task.batch}", [figure], rounds)
+        peer = distributed(bench, task)
+        sides = [ours(task, *FEDAVG), ours(task, *FEDAVG, "engine.compiled=true", name="compiled"), peer]
+        whole = not task.drawn  # the gradients are those of all images
+        rounds = take_turns([*sides, *([gradients(task)] if whole else [])], bench.repeats)
+        figures = [
+            Figure(f"{side} / compiled", ratio(rounds, side, "compiled"), least)
+            for side, least in zip((OURS, peer.name), at_least.get(task, none), strict=True)
+        ]
+        if whole:
+            figures.append(beyond_gradients(rounds, "compiled", 0.25 if task == MANY else None))
+        yield Outcome("compiled", f"FedAvg, {sizes(task)}, batch {task.batch}", figures, rounds)
 
 
 def preconditioners(bench: Bench, task: Task = SILO) -> Iterator[Outcome]:
@@ -118,11 +126,9 @@ def preconditioners(bench: Bench, task: Task = SILO) -> Iterator[Outcome]:
 
 def many(bench: Bench, task: Task = MANY) -> Iterator[Outcome]:
     """How much of a round with very many clients is not gradients; and the same round by Flower's simulation."""
-    gradients = Side("gradients", "floor", task, (str(cores()), str(task.batch)))
     for name, strategy in (("SISA", SISA), ("FedAvg", FEDAVG)):
-        rounds = take_turns([ours(task, *strategy), gradients], bench.repeats)
-        share = [1 - value for value in ratio(rounds, "gradients", OURS)]
-        figure = Figure("share that is not gradients", share, at_most=0.15)
+        rounds = take_turns([ours(task, *strategy), gradients(task)], bench.repeats)
+        figure = beyond_gradients(rounds, OURS, 0.15)
         yield Outcome("many", f"{name}, {sizes(task)}, batch {task.batch}", [figure], rounds)
     rounds = take_turns([ours(task, *FEDAVG), flower(bench, task)], turns := min(2, bench.repeats))
     figures = against_peers(rounds, {FLOWER: 20})
@@ -233,15 +239,25 @@ def peers(bench: Bench, task: Task) -> list[Side]:
     """The other frameworks; pfl also in its distributed mode, a process on every core."""
     return [
         Side("pfl", "pfl", task, python=bench.peers),
-        Side(f"pfl, {cores()} processes", "pfl", task, python=bench.peers, processes=cores()),
+        distributed(bench, task),
         Side("fluke", "fluke", task, python=bench.peers),
         flower(bench, task),
     ]
 
 
+def distributed(bench: Bench, task: Task) -> Side:
+    """pfl's distributed mode."""
+    return Side(f"pfl, {cores()} processes", "pfl", task, python=bench.peers, processes=cores())
+
+
 def flower(bench: Bench, task: Task) -> Side:
     """Flower's simulation."""
     return Side(FLOWER, "flower", task, python=bench.peers)
+
+
+def gradients(task: Task) -> Side:
+    """Plain passes over batches of the clients' size, in a process on every core."""
+    return Side("gradients", "floor", task, (str(cores()), str(task.batch)))
 
 
 def floors(task: Task) -> list[Side]:
@@ -257,6 +273,12 @@ def against_floor(rounds: Rounds, at_most: float) -> Figure:
     names = [name for name in rounds if name.startswith("floor")]
     floor = min(names, key=lambda name: median(r["seconds"] for r in rounds[name]))
     return Figure(f"{OURS} / {floor}", ratio(rounds, OURS, floor), at_most=at_most)
+
+
+def beyond_gradients(rounds: Rounds, name: str, at_most: float | None) -> Figure:
+    """Which share of a side's time PyTorch's gradients would not take."""
+    share = [1 - value for value in ratio(rounds, "gradients", name)]
+    return Figure("share that is not gradients", share, at_most=at_most)
 
 
 def against_peers(rounds: Rounds, at_least: dict[str, float]) -> list[Figure]:

@@ -67,7 +67,6 @@ class PrivateStack(LocalStack):
     def batches(self, epochs: int) -> Iterator[Batch]:
         """Batches of examples that are drawn each by itself, 1/rate of them a pass."""
         expected = [max(1, round(self._privacy.rate * len(e))) for e in self._examples]
-        everybody = torch.ones(len(self.clients), device=self._model.device)
         for _ in range(epochs * self._privacy.steps):
             chosen = [
                 (draws.uniform(len(e)) < self._privacy.rate).nonzero().flatten()
@@ -75,7 +74,7 @@ class PrivateStack(LocalStack):
             ]
             self._at_hand = True
             batch = self._batch(chosen, [torch.ones(len(rows)) for rows in chosen])
-            yield replace(batch, examples=expected, active=everybody)
+            yield replace(batch, examples=expected)
 
     def outputs(self, weights: Tensor, batch: Batch, layers: Sequence[str] = ()) -> Forward:
         """Refused."""

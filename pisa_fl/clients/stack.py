@@ -138,7 +138,7 @@ class LocalStack:
     def gradient(self, weights: Tensor, batch: Batch, term: Term | None = None) -> tuple[Tensor, Tensor]:
         """Gradient (C, d) of each client's batch, with a term added to the losses, and mean loss (C,) without it."""
         gradient, loss = self._differentiate(weights, [batch], term)
-        return gradient, loss / torch.tensor(batch.examples, device=loss.device).clamp(min=1)
+        return gradient, loss / batch.counts.clamp(min=1)
 
     def outputs(self, weights: Tensor, batch: Batch, layers: Sequence[str] = ()) -> Forward:
         """Outputs (C, B, ...) of each client's batch, and what went into some layers, as an evaluation has them."""
@@ -221,15 +221,13 @@ class LocalStack:
         """Gather, make ready, disturb and augment the chosen examples of each client."""
         device = self._model.device
         data = self._read_alone(chosen) if self._alone else self._read_together(chosen)
-        counts = [len(c) for c in chosen]
         if self._draws_targets:
             drawn = [draws[rows] for draws, rows in zip(self._target_draws, chosen, strict=True)]
             data = {**data, DRAWS: _padded(drawn).to(device)}
         return Batch(
             data=data,
             weights=_padded(shares).to(device),
-            active=torch.tensor([float(n > 0) for n in counts], device=device),
-            examples=counts,
+            examples=[len(rows) for rows in chosen],
         )
 
     def _count(self, examples: Sequence[int], thirds: int) -> None:
@@ -296,7 +294,6 @@ class LocalStack:
     ) -> tuple[Tensor, Tensor]:
         package = self._model.package if self._probe is None and term is None else None
         total, compiled, backward = weights.new_zeros(1), None, False
-        self._model.gradient.zero_()
         given = {name: values[0] for name, values in term.given.items()} if term else {}
         for batch in batches:
             shares = batch.weights[0]
@@ -308,6 +305,7 @@ class LocalStack:
                 continue
             if not backward:
                 self._model.load(weights)
+                self._model.gradient.zero_()
                 backward = True
             if self._probe is not None:
                 loss = probed_backward(self._model, data, shares, term, given, *self._probe)

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -30,14 +31,17 @@ class Batch:
     Attributes:
         data: Named tensors, (C, B, ...), ready for the task; rows beyond a client's own are padding.
         weights: Weight of each example in its client's loss, (C, B), zero for padding.
-        active: One for clients that still have a batch at this step, zero for the others, (C,).
-        examples: Examples in it, without padding.
+        examples: Each client's in it, without padding; zero for those who have no batch at this step any more.
     """
 
     data: Mapping[str, Tensor]
     weights: Tensor
-    active: Tensor
     examples: Sequence[int]
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """`examples` as floating-point numbers, (C,)."""
+        return torch.tensor(self.examples, dtype=self.weights.dtype, device=self.weights.device)
 
 
 class Stack(Protocol):

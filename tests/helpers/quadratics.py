@@ -114,7 +114,7 @@ class QuadraticStack:
     def batches(self, epochs):
         ones = torch.ones(len(self.clients))
         for _ in range(epochs * self._steps):
-            yield Batch({}, ones, ones, [1] * len(self.clients))
+            yield Batch({}, ones, [1] * len(self.clients))
 
 
 @dataclass

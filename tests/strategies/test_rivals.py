@@ -130,7 +130,7 @@ class Unequal(QuadraticStack):
         steps = [(client + 1) * epochs for client in self.clients]
         for number in range(max(steps)):
             more = [int(number < count) for count in steps]
-            yield Batch({}, torch.ones(len(steps)), torch.tensor(more).float(), more)
+            yield Batch({}, torch.ones(len(steps)), more)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

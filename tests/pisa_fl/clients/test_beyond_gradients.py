@@ -62,7 +62,7 @@ def kind(name):
         data = {key: torch.randint(11, (many, most, 7)) for key in ("inputs", "targets")}
     counts = torch.tensor(COUNTS)
     weights = (torch.arange(most) < counts[:, None]) / counts[:, None]
-    return model, task, Batch(data, weights, torch.ones(many), COUNTS), layers
+    return model, task, Batch(data, weights, COUNTS), layers
 
 
 def of_client(batch, client):
@@ -71,7 +71,6 @@ def of_client(batch, client):
     return Batch(
         {name: field[one, :n] for name, field in batch.data.items()},
         batch.weights[one, :n],
-        batch.active[one],
         COUNTS[one],
     )
 

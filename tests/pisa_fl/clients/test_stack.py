@@ -126,7 +126,7 @@ def test_batches_follow_the_documented_rule():
         for step, batch in enumerate(batches):
             size = len(rows[step]) if step < len(rows) else 0
             assert batch.examples[row] == size
-            assert batch.active[row] == float(size > 0)
+            assert batch.counts[row] == size
             assert torch.equal(batch.weights[row] > 0, torch.arange(batch.weights.shape[1]) < size)
             if size:
                 images, labels = plain_images(data, own, rows[step])
