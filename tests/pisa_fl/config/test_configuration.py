@@ -102,6 +102,13 @@ def test_the_promised_defaults():
     assert config.engine._target_.endswith(".local_engine")
 
 
+def test_pisa_has_the_same_numbers_wherever_its_duals_are():
+    openly, summed = (pisa_fl.compose(f"strategy={name}").strategy for name in ("pisa", "pisa_summed"))
+    numbers = set(summed) - {"penalty", "server", "client"}
+    assert numbers > {"lr", "momentum", "bound", "friction", "lambda", "preconditioner"}
+    assert {key: summed[key] for key in numbers} == {key: openly[key] for key in numbers}
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_builds(name):
     sums = ["secure=secagg"] if name == "pisa_summed" else []
