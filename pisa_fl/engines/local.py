@@ -56,8 +56,8 @@ def local_engine(
         chunk: See there.
         precision: See there.
         compiled: See there.
-        threads: PyTorch's threads in this process until the grid is closed; `auto`: one per core if it computes
-            itself, else one; None leaves them. A worker has one.
+        threads: PyTorch's threads in this process until the grid is closed; `auto`: one, with a GPU one per core; None
+            leaves them. A worker has one, and results are the same for any number of workers if this process has.
         state: Where what clients remember is kept: in `memory`, or on `disk` (`strategies.base.rows.zeros`).
         lost: Share of the replies that get lost (`pisa_fl.engines.unreliable`).
         stragglers: Share of the clients that are seldom in time.
@@ -95,7 +95,7 @@ def local_engine(
             ) from error
         log.warning("workers cannot be sent what they need, so that this process computes alone: %s", error)
         workers, grid = 0, LocalGrid(host, network=network)
-    grid.use_threads(1 if threads == "auto" and workers else threads)
+    grid.use_threads(1 if threads == "auto" and on_cpu else threads)
     return grid
 
 

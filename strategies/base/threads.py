@@ -22,7 +22,7 @@ NAME = "pisa-fl-server"
 def _new_threads() -> None:
     """Make the threads; a forked process has none of those that were there."""
     global _threads
-    _threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=NAME)
+    _threads = ThreadPoolExecutor(os.cpu_count(), NAME, initializer=torch.set_num_threads, initargs=(1,))
 
 
 _threads: ThreadPoolExecutor
@@ -30,11 +30,12 @@ _new_threads()
 after_fork(_new_threads)
 
 
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """A function of each item, in their order; one of these threads does its own work alone, for it may not wait."""
     if threading.current_thread().name.startswith(NAME):
-        return map(function, items)
-    return _threads.map(function, items)
+        return list(map(function, items))
+    with one_thread():  # in every library: some have a number for the process, others one for each thread
+        return list(_threads.map(function, items))
 
 
 @contextmanager
