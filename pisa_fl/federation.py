@@ -41,7 +41,7 @@ from pisa_fl.system.surroundings import own_surroundings
 from pisa_fl.system.text import listed
 from pisa_fl.tasks import Task
 from pisa_fl.tasks.base import LOSS, TARGETS
-from strategies import ClientHalf, Layout
+from strategies import ClientHalf
 from strategies.base.messages import (
     ARRAYS,
     BUFFERS,
@@ -99,19 +99,12 @@ def _attributes(strategy: Strategy) -> dict[str, Any]:
     return {name: dict(v) if isinstance(v, dict) else v for name, v in vars(strategy).items()}
 
 
-def _check_privacy(
-    privacy: Privacy, statistics: Layout, strategy: Strategy, evaluate_clients_every: int | None
-) -> None:
-    """Check that nothing passes by the noise.
+def _check_evaluation(strategy: Strategy, evaluate_clients_every: int | None) -> None:
+    """Check that no client is asked for what passes by the noise.
 
     Raises:
-        ValueError: Something would.
+        ValueError: One would be.
     """
-    if statistics.size:
-        raise ValueError(
-            "model keeps running statistics of examples (BatchNorm), which leave clients without noise: use one"
-            " without, such as simple_cnn"
-        )
     if evaluate_clients_every is not None or vars(strategy).get("fraction_evaluate"):
         raise ValueError(
             "evaluate_clients_every has clients tell exact metrics of their examples, and privacy promises that they do"
@@ -235,11 +228,9 @@ class Federation:
         self.task, findings = parts.learnt, parts.findings
         self.account: Account | None = None
         if privacy is not None:
-            _check_privacy(
-                privacy, Layout.of_buffers(model, findings.statistics), strategy, evaluate_clients_every
-            )
+            _check_evaluation(strategy, evaluate_clients_every)
             _check_draws(privacy, max_update, min_clients, participation)
-            privacy.check(half, strategy)
+            privacy.check_server(half, strategy)
             self.account = Account(privacy, half, participation, self.clients)
         self.grid = engine(parts)
         try:
@@ -260,6 +251,7 @@ class Federation:
         self.gateway = Gateway(
             *(self.grid, half, buffers, seed, participation, self.server, max_update, round_timeout, chances),
             secure=secure,
+            measures=self.task.measures.all,
         )
         if not self.grid.elsewhere:  # else they are looked for
             self.gateway.traffic.clients_reachable = self.clients

@@ -72,17 +72,19 @@ class Package:
     @torch.no_grad()
     def __call__(self, weights: Tensor, batch: Mapping[str, Tensor], shares: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient (d,) of a batch's weighted losses, and the plain sum of the losses, of examples with a weight."""
-        fields = [self._placed(batch[name], self._room[name]) for name in self._names]
-        gradient, loss = self._run([weights, *fields, self._placed(shares, self._shares)])
+        missing = self._size - len(shares)
+        # other examples again, for of zeros a model may make NaN, which no weight of zero takes away
+        fields = [self._placed(batch[n], self._room[n], batch[n][:missing]) for n in self._names]
+        gradient, loss = self._run([weights, *fields, self._placed(shares, self._shares, 0.0)])
         return gradient, loss
 
     @staticmethod
-    def _placed(field: Tensor, room: Tensor) -> Tensor:
+    def _placed(field: Tensor, room: Tensor, rest: Tensor | float) -> Tensor:
         """A field as it was at compilation, which the library takes for granted."""
         if field.shape == room.shape and field.stride() == room.stride():
             return field
         room[: len(field)] = field
-        room[len(field) :] = 0
+        room[len(field) :] = rest
         return room
 
 
@@ -130,12 +132,15 @@ def _trace(
     """The operations of a pass forward and back, and what they are given.
 
     Raises:
-        ValueError: The model keeps running statistics, or draws random numbers, which would be others than eager ones.
+        ValueError: The model keeps running statistics, mixes examples, of which batches are filled up, or draws random
+            numbers, which would be others than eager ones.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
     if model.buffer_layout.size:
         raise ValueError("the model keeps running statistics")
+    if model.mixes:
+        raise ValueError("what the model makes of an example depends on the others of its batch")
     names = list(example)
 
     def gradient(weights: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:

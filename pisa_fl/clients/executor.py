@@ -200,6 +200,10 @@ class Executor:
     def _evaluate(self, job: Job) -> Outcome:
         """Loss and metrics of the sent weights, or of the clients' own; of the test set, sums to be put together."""
         weights = job.arrays[WEIGHTS].expand(len(job.clients), -1)
+        if job.kind == "evaluate" and self._privacy is not None:
+            raise InstructionError(
+                "its metrics would tell of its examples, and privacy promises that they do not"
+            )
         own = self.half.personal and job.kind == "evaluate"
         if own:
             weights = self.half.own_weights(weights, self._state(job))

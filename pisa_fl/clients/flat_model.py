@@ -42,6 +42,7 @@ class FlatModel:
             single example is enough.
 
     Attributes:
+        mixes: Whether what it makes of an example depends on those that are read with it.
         package: Gradients of a client alone, compiled; None: as PyTorch has them.
     """
 
@@ -60,6 +61,7 @@ class FlatModel:
         self.layout = Layout.of_parameters(model)
         self.buffer_layout = Layout.of_buffers(model, findings.statistics if findings else None)
         self.takes_one = findings is None or findings.takes_one
+        self.mixes = self.buffer_layout.size > 0 or (findings is not None and findings.mixes)
         self.device = device
         # BatchNorm's batch counter and its like: they are restored for every client in turn
         self._integers = {n: b.clone() for n, b in model.named_buffers() if not b.is_floating_point()}

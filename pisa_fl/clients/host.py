@@ -104,7 +104,8 @@ class Clients:
         """What training has to know of the model.
 
         Raises:
-            ConfigurationError: It cannot be trained, or not on these clients' examples.
+            ConfigurationError: It cannot be trained, or not on these clients' examples, or not as privately as was
+                promised.
         """
         if self.half.needs_classes and not self.learnt.classes:
             raise ConfigurationError(
@@ -112,6 +113,11 @@ class Clients:
                 " use another strategy"
             )
         found = examine(self.model, self.learnt, self.data)
+        if self.privacy is not None:
+            try:
+                self.privacy.check(self.half, found)
+            except ValueError as error:
+                raise ConfigurationError(str(error)) from error
         if any(self.noise_std.values()):  # refused now, where there is none for such inputs
             with global_generators(0):
                 self.data.noisy(self.data.trial(1), 0.0, torch.Generator())
@@ -151,8 +157,8 @@ class Clients:
 
         Args:
             numbers: Client numbers.
-            stack: Clients that advance together; `auto`: 1 on a CPU or for a model with running statistics, else as
-                many as half of the GPU's free memory holds.
+            stack: Clients that advance together; `auto`: 1 on a CPU or for a model that mixes examples (BatchNorm),
+                else as many as half of the GPU's free memory holds.
             chunk: Examples differentiated at once where the number does not matter to the result; `auto`: 250 on a
                 CPU, about what its cache holds, else 8192.
             precision: `float32`, or `bfloat16`: mixed, by PyTorch's autocast.
@@ -171,7 +177,7 @@ class Clients:
         on_cpu = self.device.type == "cpu"
         if chunk == "auto":
             chunk = 250 if on_cpu else 8192
-        if stack == "auto" and (on_cpu or model.buffer_layout.size):
+        if stack == "auto" and (on_cpu or model.mixes):
             stack = 1
         elif stack == "auto":
             free, _ = torch.cuda.mem_get_info(self.device)

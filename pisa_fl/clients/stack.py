@@ -68,7 +68,7 @@ class LocalStack:
         allowed: Passes over a client's examples, at most; None: any number.
 
     Raises:
-        ValueError: More than one client with a model that keeps running statistics.
+        ValueError: More than one client with a model that mixes examples.
     """
 
     def __init__(
@@ -83,15 +83,17 @@ class LocalStack:
         chunk: int,
         allowed: float | None = None,
     ) -> None:
-        if len(examples) > 1 and model.buffer_layout.size:
-            raise ValueError("a model with running statistics needs stacks of one client: set engine.stack=1")
+        if len(examples) > 1 and model.mixes:
+            raise ValueError(
+                "a model that mixes examples (BatchNorm) needs stacks of one client: set engine.stack=1"
+            )
         self.clients, self.layout = list(examples), model.layout
         self._work = [0] * len(examples)  # in thirds of an example differentiated
         self._allowed = allowed
         self._model, self._data, self._examples = model, data, list(examples.values())
         self._seed, self._round = seed, round_number
         self._batch_size, self._chunk = batch_size, chunk
-        # running statistics and random draws depend on which examples are read together
+        # random draws depend on which examples are read together
         self._disturbed = data.augments or any(e.noise_std for e in self._examples)
         first = self._examples[0]
         one_set = all(e.fields is first.fields for e in self._examples)
@@ -122,7 +124,7 @@ class LocalStack:
 
     def full_gradient(self, weights: Tensor, gradient: str) -> tuple[Tensor, Tensor]:
         """Gradient (C, d) and mean loss (C,) over all examples, in the order they were dealt."""
-        fixed = self._disturbed or self._model.buffer_layout.size > 0
+        fixed = self._disturbed or self._model.mixes
         step = self._batch_size if fixed else max(1, self._chunk // len(self.clients))
         lengths = [len(e) for e in self._examples]
         parts = [torch.arange(n).split(self._sizes(n, step)) for n in lengths]

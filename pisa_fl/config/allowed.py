@@ -16,9 +16,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from pisa_fl.config.error import ConfigurationError
+from pisa_fl.config.explain import first_line
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,36 @@ is their own user's. It comes by no message: no server can set it."""
 
 NAME = r"[A-Za-z]\w*([.][A-Za-z]\w*)+"
 """A module's name, or a target's; nothing in it is private."""
+
+
+LONGEST, DEEPEST = 2**20, 100
+"""Characters of a configuration, and how deep it may be nested."""
+
+
+def parsed(text: str) -> DictConfig:
+    """A configuration of somebody else's, of which nothing takes a parser's time or memory without end.
+
+    Raises:
+        ValueError: The text is none; why, in a line.
+    """
+    try:
+        if len(text) > LONGEST:
+            raise ValueError(f"it has more than {LONGEST} characters")
+        depth = 0
+        for event in yaml.parse(text):
+            if isinstance(event, yaml.AliasEvent):  # written once, it stands for much
+                raise ValueError("it has YAML aliases")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise ValueError(f"it is nested more than {DEEPEST} deep")
+        config = OmegaConf.create(text)
+    except Exception as error:  # whatever the text makes the YAML parser raise
+        raise ValueError(first_line(error)) from error
+    if not isinstance(config, DictConfig) or "engine" not in config:
+        raise ValueError("it is no configuration")
+    for key in sorted(OmegaConf.missing_keys(config))[:1]:
+        raise ValueError(f"{key} is missing")
+    return config
 
 
 def check_targets(

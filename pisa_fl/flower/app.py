@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -25,8 +24,7 @@ from pisa_fl import runner
 from pisa_fl.clients.executor import failure_reason
 from pisa_fl.clients.host import CLIENT_FAILED, ClientHost, Clients
 from pisa_fl.config import ConfigurationError
-from pisa_fl.config.allowed import CLIENT, SIMULATION, check_targets
-from pisa_fl.config.explain import first_line
+from pisa_fl.config.allowed import CLIENT, SIMULATION, check_targets, parsed
 from pisa_fl.config.root_keys import problem
 from pisa_fl.engines.base import set_threads
 from pisa_fl.federation import RunError
@@ -45,9 +43,6 @@ from strategies.base.messages import CONFIG
 
 server = ServerApp()
 client = ClientApp()
-
-LONGEST, DEEPEST = 2**20, 100
-"""Characters of a configuration, and how deep it may be nested."""
 
 
 @server.main()
@@ -125,32 +120,10 @@ def configuration(context: Context) -> DictConfig:
     Raises:
         ConfigurationError: It is none.
     """
-    text = str(context.run_config.get("hydra", ""))
     try:
-        _check_yaml(text)
-        config = OmegaConf.create(text)
-    except Exception as error:  # whatever the text makes the YAML parser raise
-        raise ConfigurationError(f"the run-config key `hydra` cannot be read: {first_line(error)}") from error
-    if not isinstance(config, DictConfig) or "engine" not in config:
-        raise ConfigurationError("the run-config key `hydra` holds no configuration")
-    return config
-
-
-def _check_yaml(text: str) -> None:
-    """Refuse a text that would take a parser's time or memory without end.
-
-    Raises:
-        ValueError: It would.
-    """
-    if len(text) > LONGEST:
-        raise ValueError(f"it has more than {LONGEST} characters")
-    depth = 0
-    for event in yaml.parse(text):
-        if isinstance(event, yaml.AliasEvent):  # written once, it stands for much
-            raise ValueError("it has YAML aliases")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise ValueError(f"it is nested more than {DEEPEST} deep")
+        return parsed(str(context.run_config.get("hydra", "")))
+    except ValueError as error:
+        raise ConfigurationError(f"the run-config key `hydra` cannot be read: {error}") from error
 
 
 def client_configuration(context: Context) -> DictConfig:

@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from pisa_fl.config import PATHS, ConfigurationError
-from pisa_fl.config.allowed import CLIENT, check_targets, nodes
+from pisa_fl.config.allowed import CLIENT, check_targets, nodes, parsed
 from pisa_fl.config.explain import first_line
 from pisa_fl.config.root_keys import problem
 
@@ -38,7 +37,7 @@ TEMPLATE = """\
 # Take the # away from what shall hold. It is read with every message. To try it: pisa-fl-policy CONFIG.yaml policy.toml
 
 # experiments = ["0123456789abcdef0123456789abcdef"]  # fingerprints of configurations, as pisa-fl-policy prints them
-# data = ["/srv/images"]   # folders and files that a configuration may have read here; [] for none
+# data = ["/srv/images"]   # folders, files and sets of the hub (owner/name) that a run may read here; [] for none
 # clients = 5              # a federation has so many clients, and begins with no fewer
 # passes_per_round = 5     # passes over this client's examples in a round, at most
 # passes = 500             # and in all runs together, counted in state/passes-client-*.json
@@ -61,6 +60,12 @@ FINGERPRINTED = (
 EPOCHS = ("local_epochs", "head_epochs", "personal_epochs", "local_steps")
 """Keys of client halves that make passes: an epoch is one, and a step at most one."""
 
+SENDING = ("privacy", "strategy.client")
+"""Parts that what a client sends goes through."""
+
+SOURCES = ("path", "root", "test", "name")
+"""Last parts of keys of data, however deep, of which a client would read files, or a set from a hub or folder."""
+
 TWICE = "strategies.optimizers.Sam"
 """The optimiser that differentiates every example twice."""
 
@@ -71,7 +76,7 @@ class Policy:
 
     Attributes:
         experiments: Fingerprints of the configurations that are allowed.
-        data: Folders and files that a configuration may have read.
+        data: Folders, files and sets of the hub that a configuration may have read.
         clients: Clients that a federation must have and begin with, at least.
         passes_per_round: Passes over the client's examples in a round, at most.
         passes: Passes in all, at most.
@@ -164,7 +169,7 @@ class Policy:
         places = [Path(os.path.realpath(Path(folder).expanduser())) for folder in self.data]
         own = ("data.path" if "path" in config.data else "data.root") if own_data else None
         for key, value in _paths(config):
-            if key != own and not any(_lies_in(value, place) for place in places):
+            if key != own and value not in self.data and not any(_lies_in(value, p) for p in places):
                 return (
                     f"nothing to be read outside {', '.join(self.data) or 'its own data'}, and {key}={value}"
                 )
@@ -197,7 +202,7 @@ class Policy:
     def _of_privacy(self, config: DictConfig) -> str | None:
         if not self.privacy:
             return None
-        for part in CLIENT:
+        for part in SENDING:
             for _, node in nodes(part, _plain(OmegaConf.select(config, part))):
                 if isinstance(node, Mapping) and self._is_private(node):
                     return None
@@ -261,7 +266,8 @@ def _paths(config: DictConfig) -> Iterator[tuple[str, str]]:
                 continue
             value = os.fsdecode(value)
             leads = os.path.isabs(value) or value.startswith("~") or ".." in Path(value).parts
-            if key in PATHS or leads:
+            source = part == "data" and key.rpartition(".")[2] in SOURCES
+            if key in PATHS or leads or source:
                 yield key, value
 
 
@@ -311,24 +317,26 @@ def main() -> None:
     parser.add_argument(
         "--own-data", action="store_true", help="the client is started with a folder of its own"
     )
+    parser.add_argument("--allow", nargs="*", default=[], help="packages that the client is started to allow")
     arguments = parser.parse_args()
     try:
         try:
-            config = OmegaConf.create(arguments.config.read_text())
-        except (OSError, ValueError, OmegaConfBaseException) as error:
+            config = parsed(arguments.config.read_text())
+        except (OSError, ValueError) as error:
             raise ConfigurationError(f"{arguments.config} cannot be read: {first_line(error)}") from error
-        except Exception as error:  # whatever the text makes the YAML parser raise
+        try:
+            check_targets(config, arguments.allow, CLIENT)
+            if (words := problem(config)) is not None:
+                raise ConfigurationError(words)
+            print(fingerprint(config))
+            if arguments.policy is not None:
+                Policy.read(arguments.policy).check(config, arguments.own_data)
+        except ConfigurationError:
+            raise
+        except Exception as error:  # whatever a stranger's values make the checks raise
             raise ConfigurationError(
-                f"{arguments.config} is no configuration: {first_line(error)}"
+                f"{arguments.config} is no configuration of a run: {first_line(error)}"
             ) from error
-        if not isinstance(config, DictConfig):
-            raise ConfigurationError(f"{arguments.config} is no configuration")
-        check_targets(config, parts=())  # no interpolations
-        if (words := problem(config)) is not None:
-            raise ConfigurationError(words)
-        print(fingerprint(config))
-        if arguments.policy is not None:
-            Policy.read(arguments.policy).check(config, arguments.own_data)
     except ConfigurationError as error:
         print(f"pisa-fl-policy: {error}", file=sys.stderr)
         sys.exit(2)

@@ -29,10 +29,12 @@ class Findings:
         statistics: Names of its running statistics: the floating-point buffers that a training pass changes. Others,
             such as masks and tables of positions, are constants of the model.
         takes_one: Whether a training pass can be made of a single example, which BatchNorm over (B, C) cannot.
+        mixes: Whether what a training pass makes of an example depends on the others of its batch, as by BatchNorm.
     """
 
     statistics: tuple[str, ...]
     takes_one: bool
+    mixes: bool
 
 
 def examine(model: nn.Module, task: Task, data: DataSet) -> Findings:
@@ -77,12 +79,13 @@ def examine(model: nn.Module, task: Task, data: DataSet) -> Findings:
             for name, buffer in before.items()
             if buffer.is_floating_point() and not _same(buffer, after[name])
         )
+        mixes = _mixes(own, task, batch)
         try:
             task.output(own, {name: field[:1] for name, field in batch.items()})
             takes_one = True
         except Exception:  # it was trained on several
             takes_one = False
-    return Findings(statistics, takes_one)
+    return Findings(statistics, takes_one, mixes)
 
 
 def _moved(
@@ -118,6 +121,18 @@ def _check_output_follows(first: Tensor, second: Tensor, parameters: Sequence[nn
             "model: its output does not follow from its parameters, so it would never learn: give an ordinary"
             " nn.Module (a scripted or traced one keeps tensors of its own) that does not replace its parameters"
         )
+
+
+def _mixes(model: nn.Module, task: Task, batch: Mapping[str, Tensor]) -> bool:
+    """Whether the first example's output changes with the others of its batch, in training."""
+    alike = {name: field[:1].expand_as(field) for name, field in batch.items()}
+
+    def first(given: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad(), global_generators(0):
+            output = task.output(model, given)
+        return (output if isinstance(output, Tensor) else task.losses(output, given))[0]
+
+    return not torch.allclose(first(batch), first(alike), rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from pisa_fl.models.examination import Findings
 from pisa_fl.privacy.accounting import Adjacency, Release
 from pisa_fl.privacy.draws import Randomness
 from strategies import PisaClient
@@ -74,12 +75,23 @@ class Privacy(ABC):
         """Standard deviation of the noise on each element of a sum."""
         return self.noise and self.noise * self.clip
 
-    @abstractmethod
-    def check(self, half: ClientHalf, strategy: Strategy) -> None:
-        """See that the two halves of an algorithm tell nothing that is not noised.
+    def check(self, half: ClientHalf, model: Findings) -> None:
+        """See that clients tell nothing that is not noised: they look themselves, whatever the server did.
 
         Raises:
-            ValueError: They would, or make no sense with the noise.
+            ValueError: They would.
+        """
+        if model.statistics:
+            raise ValueError(
+                "model keeps running statistics of examples (BatchNorm), which leave clients without noise: use one"
+                " without, such as simple_cnn"
+            )
+
+    def check_server(self, half: ClientHalf, strategy: Strategy) -> None:  # noqa: B027
+        """See that the server half makes sense with the noise.
+
+        Raises:
+            ValueError: It does not.
         """
 
     @abstractmethod

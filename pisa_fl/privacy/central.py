@@ -21,6 +21,7 @@ from flwr.serverapp.strategy import (
 )
 from torch import Tensor
 
+from pisa_fl.models.examination import Findings
 from pisa_fl.privacy.accounting import Release
 from pisa_fl.privacy.base import Privacy, only_array
 from pisa_fl.privacy.clipping import clipped
@@ -59,9 +60,13 @@ class Central(Privacy):
     protects = "all examples of a client, from who sees the model, in every round"
     poisson = True
 
-    def check(self, half: ClientHalf, strategy: Strategy) -> None:
-        """One vector a client, clients that keep nothing, and a server half that averages."""
+    def check(self, half: ClientHalf, model: Findings) -> None:
+        """One vector a client is all that leaves it."""
+        super().check(half, model)
         only_array(half, "central")
+
+    def check_server(self, half: ClientHalf, strategy: Strategy) -> None:
+        """Clients that keep nothing, and a server half that averages."""
         if isinstance(strategy, Pisa):
             averages = not strategy.trim
         else:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from flwr.serverapp.strategy import Strategy
-
+from pisa_fl.models.examination import Findings
 from pisa_fl.privacy.accounting import Adjacency, Release
 from pisa_fl.privacy.base import Privacy, only_array
 from strategies import DittoClient, FedPmClient, FedRepClient, LocalSgd, MoonClient, PisaClient
@@ -49,8 +48,14 @@ class Examples(Privacy):
         checks.share("rate", rate)
         self.rate = rate
 
-    def check(self, half: ClientHalf, strategy: Strategy) -> None:
-        """Clients take from their examples gradients alone, each once."""
+    def check(self, half: ClientHalf, model: Findings) -> None:
+        """Clients take from their examples gradients alone, each once, and each of one example."""
+        super().check(half, model)
+        if model.mixes:
+            raise ValueError(
+                "model mixes the examples of a batch (BatchNorm), so that no gradient is of one alone, as"
+                " privacy=examples has it: use one that does not, such as simple_cnn, or privacy=local"
+            )
         if isinstance(half, PisaClient):
             only_array(half, "examples")
             if half.gradient != "mean":

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from pisa_fl.models.examination import Findings
 from pisa_fl.privacy.accounting import Release
 from pisa_fl.privacy.base import Privacy, only_array
 from pisa_fl.privacy.clipping import clipped
@@ -26,8 +26,9 @@ class Local(Privacy):
 
     protects = "all examples of a client, from the server and everybody else"
 
-    def check(self, half: ClientHalf, strategy: Strategy) -> None:
+    def check(self, half: ClientHalf, model: Findings) -> None:
         """One vector a client is all that leaves it."""
+        super().check(half, model)
         only_array(half, "local")
 
     def release(self, half: ClientHalf, participation: float) -> tuple[Release, int]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from pisa_fl.clients.host import CLIENT_FAILED, printable
 from pisa_fl.engines.base import ClientGrid, TurnedAway
 from pisa_fl.engines.host_sum import HostSum
+from pisa_fl.metric import Metric
 from pisa_fl.randomness import numpy_generator
 from pisa_fl.secure.summing import SecAgg, SumError
 from pisa_fl.server.sums import HostRound, SecureRound, SummedRound, carried
@@ -139,6 +140,7 @@ class Gateway(Grid):
         chances: From a round to a number from [0, 1) for each client, which takes part if that is below
             `participation`; None: a fixed share of the clients is drawn.
         secure: How the server half is given sums in place of clients' updates; None: it is given those.
+        measures: What clients tell of an evaluation, beside how many examples it had.
 
     Attributes:
         failures: Of the present round.
@@ -161,6 +163,7 @@ class Gateway(Grid):
         timeout: float | None = None,
         chances: Callable[[int], Tensor] | None = None,
         secure: SecAgg | None = None,
+        measures: Sequence[Metric] = (),
     ) -> None:
         number = isinstance(max_update, int | float) and not isinstance(max_update, bool)
         if max_update is not None and not (number and 1 < max_update <= LARGEST):
@@ -176,7 +179,7 @@ class Gateway(Grid):
         self._answered: list[int] = []
         self._seed, self._participation, self._chances = seed, participation, chances
         self._chance = torch.empty(0, dtype=torch.float64)
-        self._secure = secure
+        self._secure, self._measures = secure, measures
         self._round = 0
         self._before = (buffers, self.traffic)
         self._nodes: list[int] = []
@@ -270,6 +273,8 @@ class Gateway(Grid):
         for node, reason in reasons.items():
             if sent[node].metadata.message_type == MessageType.TRAIN:
                 self._count(node, answers.get(node), reason, _trains(sent[node]), sizes.get(node, 0))
+            elif reason is not None:
+                self._refuse(node, reason)
             if node in answers:
                 accepted.append(
                     answers[node] if reason is None else _refusal(sent[node], answers[node], reason)
@@ -441,15 +446,15 @@ class Gateway(Grid):
         train = instruction.metadata.message_type == MessageType.TRAIN
         for kind, records, expected in (
             ("metric", MetricRecord, [METRICS]),
-            ("array", ArrayRecord, [ARRAYS] if train else None),
-            ("config", ConfigRecord, [] if train else None),
+            ("array", ArrayRecord, [ARRAYS] if train else []),
+            ("config", ConfigRecord, []),
         ):
             names = sorted(name for name, one in content.items() if isinstance(one, records))
-            if expected is not None and names != expected:
+            if names != expected:
                 return f"{kind} records {names}, expected {expected}"
-        if not train:
-            return None
         metrics = metrics_of(content)
+        if not train:
+            return self._fault_of_evaluation(metrics)
         numbers = self._half.reply_numbers(config_of(instruction.content))
         if set(metrics) != {ROUND, EXAMPLES, LOSS, DIFFERENTIATED, *numbers}:
             return f"metrics {sorted(metrics)} are not those of a training reply"
@@ -457,6 +462,8 @@ class Gateway(Grid):
             return f"metrics hold NaN, infinite values or lists: {dict(metrics)}"
         if abs(real(metrics, LOSS)) > LARGEST:
             return f"a training loss of {metrics[LOSS]}"
+        if wrong := [name for name in numbers if not 0 < real(metrics, name) <= LARGEST]:
+            return f"{wrong[0]} of {metrics[wrong[0]]}"
         if metrics[ROUND] != self._round:
             return f"of round {metrics[ROUND]}, expected {self._round}"
         if metrics[EXAMPLES] != self._grid.sizes.get(client, metrics[EXAMPLES]):
@@ -467,6 +474,21 @@ class Gateway(Grid):
         if id(instruction.content) not in self._asked:
             self._asked[id(instruction.content)] = self._expected(instruction.content)
         return problem(arrays_of(content), self._asked[id(instruction.content)])
+
+    def _fault_of_evaluation(self, metrics: MetricRecord) -> str | None:
+        expected = {EXAMPLES, *(metric.name for metric in self._measures)}
+        if set(metrics) != expected:
+            return f"metrics {sorted(metrics)}, expected {sorted(expected)}"
+        if not all(isinstance(value, int | float) for value in metrics.values()):
+            return f"metrics hold lists: {dict(metrics)}"
+        if not (isinstance(metrics[EXAMPLES], int) and 1 <= integer(metrics, EXAMPLES) < 2**40):
+            return f"impossible number of examples: {EXAMPLES} {metrics[EXAMPLES]}"
+        for (
+            metric
+        ) in self._measures:  # an honest one may be NaN, as r2 of targets that are all alike, or infinite
+            if metric.most is not None and real(metrics, metric.name) > metric.most * (1 + 1e-6):
+                return f"{metric.name} of {metrics[metric.name]}"
+        return None
 
     def _too_long(self, sent: Mapping[int, Message], replies: Mapping[int, Message]) -> dict[int, str]:
         """Those whose update is out of all proportion to the others', and why they are refused.

@@ -204,9 +204,7 @@ def test_running_statistics_are_those_of_a_plain_module(how):
 
 def test_running_statistics_need_stacks_of_one():
     data = image_data()
-    with pytest.raises(
-        ValueError, match=r"running statistics needs stacks of one client: set engine.stack=1"
-    ):
+    with pytest.raises(ValueError, match=r"needs stacks of one client: set engine.stack=1"):
         stack(clients(data), data, model=normed())
 
 

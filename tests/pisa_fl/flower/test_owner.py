@@ -21,6 +21,7 @@ from pisa_fl.engines.local import LocalGrid
 from pisa_fl.flower import app as flower_app
 from pisa_fl.flower.grid import FlowerGrid
 from pisa_fl.flower.policy import TEMPLATE, VARIABLE, Policy, fingerprint
+from strategies.base.messages import record
 
 CANARY = """
 from pathlib import Path
@@ -110,6 +111,13 @@ HOSTILE = {
     "a home": ("data.root", "~root", READ),
     "a file": ("data", {"_target_": "pisa_fl.data.table.csv", "path": "/etc/passwd", "target": "root"}, READ),
     "a second file": ("data.test", "/etc/shadow", READ),
+    "a set of the hub": ("data", {"_target_": "pisa_fl.data.huggingface.images", "name": "a/set"}, READ),
+    "a folder that is here": (
+        "data",
+        {"_target_": "pisa_fl.data.huggingface.images", "name": "states"},
+        READ,
+    ),
+    "a set below": ("data.augment", {"name": "a/set"}, READ),
     "an address": ("data.root", "file:///etc", READ),
     "a deal": ("partition", {"_target_": "partitioners.FromFilePartitioner", "path": "/etc/passwd"}, READ),
     "where state lies": ("engine.experiment", "../../etc", "engine.experiment=../../etc must be"),
@@ -205,6 +213,22 @@ def test_an_owner_pins_the_experiment(host, tmp_path):
     ended = subprocess.run(line, capture_output=True, text=True)
     words = "pisa-fl-policy: its owner allows federations of at least 9 clients, and clients=4\n"
     assert (ended.returncode, ended.stderr) == (2, words)
+    # it refuses what a client refuses, whatever else the file is
+    text, laugh = OmegaConf.to_yaml(config), "a: &a [1]\nb: &b [*a,*a]\n"
+    for bad, words in (
+        (text.replace("_target_: pisa_fl.models.", "_target_: os."), "must not be built"),
+        (text + laugh, "it has YAML aliases"),
+        (text.replace("min_clients: null", "min_clients: ???"), "min_clients is missing"),
+        (text.replace("min_clients: null\n", ""), "is no configuration of a run"),
+        ("[1, 2]", "it is no configuration"),
+        ("a: [", "cannot be read"),
+    ):
+        assert bad != text
+        (tmp_path / "config.yaml").write_text(bad)
+        ended = subprocess.run(line, capture_output=True, text=True)
+        assert (ended.returncode, ended.stdout.count("\n") < 2) == (2, True)
+        assert words in ended.stderr
+        assert ended.stderr.count("\n") == 1
 
 
 def test_a_client_makes_no_more_passes_than_its_owner_allows_in_all_runs_together(host):
@@ -269,6 +293,33 @@ def test_noise_of_at_least_so_much_is_in_what_a_client_builds(host):
             policy.check(bad)
     with pytest.raises(ConfigurationError, match="nothing to be sent but"):
         policy.check(OmegaConf.merge(config, {"strategy": {"server": {"transforms": [good]}}}))
+
+
+def test_all_that_a_client_tells_is_noised_whatever_the_server_lets_pass(host):
+    says(host, "[privacy]", "target = 'pisa_fl.privacy.Local'", "noise = 0.5")
+    config = configure(host, "strategy=fedavg", "strategy.local_epochs=1", "model=logistic", "privacy=local")
+    weights = record({"weights": torch.zeros(7850)})
+    content = RecordDict({"arrays": weights, "config": ConfigRecord({"server-round": 1})})
+    assert answers(config, "train", content) is None
+    assert "its metrics would tell of its examples" in answers(config, "evaluate", content)
+    layers = [("Flatten", {}), ("BatchNorm1d", {"num_features": 784})]
+    layers.append(("Linear", {"in_features": 784, "out_features": 10}))
+    nodes = [{"_target_": f"torch.nn.{name}", **given} for name, given in layers]
+    scaffold = {**OmegaConf.to_container(config.strategy.client), "_target_": "strategies.ScaffoldClient"}
+    for key, node, words in (
+        (
+            "model",
+            {"_target_": "torch.nn.Sequential", "_args_": nodes},
+            "keeps running statistics of examples",
+        ),
+        ("strategy.client", scaffold, "ScaffoldClient sends weights, control"),
+    ):
+        bad = config.copy()
+        OmegaConf.update(bad, key, node, merge=False)
+        for kind in ("query", "train"):
+            said = answers(bad, kind, content)
+            assert words in said
+            assert "\n" not in said
 
 
 @pytest.mark.parametrize(

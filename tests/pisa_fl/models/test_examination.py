@@ -10,6 +10,7 @@ import torch
 from flwr.serverapp.strategy import FedAvg, FedAvgM
 from torch import nn
 
+from pisa_fl import prepare
 from pisa_fl.clients.stack import LocalStack
 from pisa_fl.config import ConfigurationError, build, compose
 from pisa_fl.data import ImageData
@@ -265,3 +266,23 @@ def test_a_zero_initialised_head_learns():
         last = run.model.weights.clone()
         losses.append(line["train_loss"])
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("norm", "mixes"),
+    [
+        (nn.BatchNorm1d(5), True),
+        (nn.BatchNorm1d(5, affine=False, track_running_stats=False), True),
+        (nn.GroupNorm(1, 5), False),
+        (nn.Dropout(0.5), False),
+        (nn.Identity(), False),
+    ],
+)
+def test_whether_a_model_mixes_the_examples_of_a_batch(norm, mixes):
+    assert examined(normed(norm)).mixes is mixes
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "mlp", "logistic", "vgg9", "resnet18"])
+def test_the_models_of_the_package_mix_no_examples(name):
+    config = compose(f"model={name}", "data.fraction=0.05", "strategy=fedavg", "engine.workers=0")
+    assert not prepare(config).model.mixes

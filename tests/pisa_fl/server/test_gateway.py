@@ -13,6 +13,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from pisa_fl.engines.local import LocalGrid
+from pisa_fl.metric import Metric
 from pisa_fl.server.gateway import REFUSED, Failure, Gateway
 from strategies import ClientHalf, Layout, Penalty, PisaClient, Update
 from strategies.base.messages import Field, record
@@ -84,8 +85,9 @@ class Scripted(LocalGrid):
 
 
 def ask(script, half=None, buffers=None, message_type="train", instruction=None):
-    grid = Scripted(script)
-    gateway = Gateway(grid, half or Half(), torch.empty(0) if buffers is None else buffers, 0, 1.0)
+    grid, measures = Scripted(script), (Metric("accuracy", "higher", most=1), Metric("loss", "lower"))
+    own = half or Half(), torch.empty(0) if buffers is None else buffers
+    gateway = Gateway(grid, *own, 0, 1.0, measures=measures)
     gateway.begin(1)
     payload = instruction or record({"weights": torch.zeros(D)})
     messages = [
@@ -377,11 +379,57 @@ def test_running_statistics_that_are_missing_are_a_fault():
     assert torch.equal(gateway.buffers, torch.ones(2))
 
 
+EVALUATED = {"num-examples": 3, "loss": 0.1, "accuracy": 1.0}
+
+
 def test_evaluation_is_not_counted_as_training():
-    answer = {n: RecordDict({"metrics": MetricRecord({"num-examples": 3, "loss": 0.1})}) for n in NODES}
+    answer = {n: RecordDict({"metrics": MetricRecord(EVALUATED)}) for n in NODES}
+    answer[0] = RecordDict({"metrics": MetricRecord(EVALUATED | {"loss": math.inf, "accuracy": math.nan})})
     gateway, _, replies = ask(answer, message_type="evaluate")
     assert not any(r.has_error() for r in replies)
     assert (gateway.traffic.clients_ok, gateway.traffic.clients_failed) == (0, 0)
+    assert not gateway.failures
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num-examples": math.nan}, "impossible number of examples"),
+        ({"num-examples": 0}, "impossible number of examples"),
+        ({"num-examples": 2.0}, "impossible number of examples"),
+        ({"accuracy": 7.0}, "accuracy of 7.0"),
+        ({"loss": [0.1]}, "metrics hold lists"),
+        ({"f1": 0.1}, "expected ['accuracy', 'loss', 'num-examples']"),
+        ({"accuracy": None}, "expected ['accuracy', 'loss', 'num-examples']"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_and_noted(changes, words):
+    wrong = {key: value for key, value in (EVALUATED | changes).items() if value is not None}
+    answer = {n: RecordDict({"metrics": MetricRecord(wrong if n == 2 else EVALUATED)}) for n in NODES}
+    gateway, _, replies = ask(answer, message_type="evaluate")
+    assert [r.metadata.src_node_id for r in replies if r.has_error()] == [2]
+    [failure] = gateway.failures
+    assert failure.client == 2
+    assert words in str(failure)
+
+
+def test_an_evaluation_brings_no_arrays():
+    said = {"metrics": MetricRecord(EVALUATED)}
+    answer = {n: RecordDict(said) for n in NODES}
+    answer[2] = RecordDict({**said, "arrays": ArrayRecord({"buffers": Array(np.ones(3, np.float32))})})
+    gateway, _, _ = ask(answer, message_type="evaluate", buffers=torch.zeros(5))
+    assert "array records ['arrays'], expected []" in str(gateway.failures)
+
+
+@pytest.mark.parametrize("number", [1e300, 0.0, -1.0])
+def test_numbers_of_the_algorithms_own_that_cannot_be_are_refused(number):
+    class Counting(Half):
+        def reply_numbers(self, config):
+            return ["reach"]
+
+    script = {n: content(n, of={"reach": number if n == 2 else 3.0}) for n in NODES}
+    gateway, _, _ = ask(script, half=Counting())
+    assert [(f.client, f"reach of {number}" in str(f)) for f in gateway.failures] == [(2, True)]
 
 
 @pytest.mark.parametrize(
