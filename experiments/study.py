@@ -18,10 +18,11 @@ import argparse
 import csv
 import hashlib
 import io
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -30,6 +31,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from pisa_fl.config.explain import first_line
+from pisa_fl.results.claim import quoted
 from pisa_fl.results.figures import qualities
 from pisa_fl.results.finished import Run, find_runs
 from pisa_fl.results.report import report
@@ -37,6 +40,13 @@ from pisa_fl.results.settings import identify
 from pisa_fl.system.files import write
 
 HERE = Path(__file__).parent
+KINDS = {
+    "question": "a sentence",
+    "common": "a list of overrides",
+    "seeds": "a list of whole numbers",
+    "settings": "lists of overrides, by names",
+    "methods": "lists of overrides, by names",
+}
 STUDIES = sorted(path.parent.name for path in HERE.glob("*/study.yaml"))
 """Names of all studies."""
 
@@ -65,9 +75,29 @@ class Study:
         """The study of a name.
 
         Raises:
-            TypeError: It lacks something, or has something else.
+            ValueError: It lacks something, or has something else; in a sentence.
         """
-        return cls(**OmegaConf.to_container(OmegaConf.load(HERE / name / "study.yaml")))  # type: ignore[arg-type]
+        path = HERE / name / "study.yaml"
+        try:
+            said: Any = OmegaConf.to_container(OmegaConf.load(path))
+        except Exception as error:  # whatever the file makes the YAML parser raise
+            raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+        keys = [one.name for one in fields(cls)]
+        if not isinstance(said, dict) or set(said) != set(keys):
+            raise ValueError(f"{path} must have the keys {', '.join(keys)}, and nothing else")
+        for key, fits in (
+            ("question", isinstance(said["question"], str)),
+            ("common", _are_texts(said["common"])),
+            ("seeds", isinstance(said["seeds"], list) and all(type(seed) is int for seed in said["seeds"])),
+            *((key, isinstance(said[key], dict)) for key in ("settings", "methods")),
+        ):
+            if not fits or (key != "common" and not said[key]):
+                raise ValueError(f"{path}: {key} must be {KINDS[key]}, got {said[key]}")
+        for key in ("settings", "methods"):
+            for own, overrides in said[key].items():
+                if not _are_texts(overrides):
+                    raise ValueError(f"{path}: {key}.{own} must be a list of overrides, got {overrides}")
+        return cls(**said)
 
     def sweep(self, setting: str, method: str) -> list[str]:
         """Overrides of all runs of a method in a setting."""
@@ -77,6 +107,10 @@ class Study:
     def tuned(self, method: str) -> list[str]:
         """Keys of a method that are tuned."""
         return [key for key, _, value in (o.partition("=") for o in self.methods[method]) if is_swept(value)]
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def is_swept(value: str) -> bool:
@@ -91,7 +125,8 @@ def best(runs: Sequence[Run], tuned: Sequence[str]) -> list[Run]:
     """
     settings: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        values = tuple(OmegaConf.select(OmegaConf.create(dict(run.config)), key) for key in tuned)
+        config, chosen = OmegaConf.create(dict(run.config)), run.config.get("choices") or {}
+        values = tuple(str(chosen[key] if key in chosen else OmegaConf.select(config, key)) for key in tuned)
         settings.setdefault(values, []).append(run)
 
     def worth(group: list[Run]) -> tuple[float, ...]:
@@ -151,15 +186,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="the folder; runs/studies/STUDY if not given")
     parser.add_argument("--dry", action="store_true", help="only print the commands")
     chosen, overrides = parser.parse_known_args(arguments)
-    study = Study.read(chosen.study)
+    try:
+        study = Study.read(chosen.study)
+    except ValueError as error:
+        parser.error(str(error))
     for option, names in (("settings", study.settings), ("methods", study.methods)):
         if strange := set(getattr(chosen, option) or ()) - set(names):
             parser.error(f"--{option}: {', '.join(sorted(strange))}: choose from {', '.join(names)}")
     out = chosen.out or Path("runs", "studies", chosen.study)
     for setting, method in product(chosen.settings or study.settings, chosen.methods or study.methods):
-        sweep = [f"hydra.sweep.dir={out / setting / method}", *study.sweep(setting, method), *overrides]
+        folder = quoted(str(out / setting / method))
+        sweep = [f"hydra.sweep.dir={folder}", *study.sweep(setting, method), *overrides]
         command = ["-m", "pisa_fl", "--multirun", *sweep]
-        print("python", *command, flush=True)
+        print("python", shlex.join(command), flush=True)
         if not chosen.dry:
             status = subprocess.run([sys.executable, *command]).returncode
             if status not in (0, 1):  # 1: a run ended in error, as one that diverges may; others go on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -43,9 +44,16 @@ class Metric:
         """Name and unit, as a table or an axis has them."""
         return f"{self.name}, {self.unit}" if self.unit else self.name
 
+    @property
+    def worst(self) -> float:
+        """What nothing is worse than; a share is never below zero."""
+        if self.better == "lower":
+            return math.inf
+        return 0.0 if self.unit == "%" else -math.inf
+
     def shown(self, value: float | None) -> str:
         """A value for people; per cent with their sign."""
-        if value is None:
+        if value is None or not math.isfinite(value):
             return "not finite"
         return f"{self.factor * value:.{self.digits}f}{' %' if self.unit == '%' else ''}"
 

@@ -154,8 +154,9 @@ def draw_sweep(
         points = sorted(points, key=lambda point: places[written(point[0])])
         table = [quality.factor * np.array(finals) for _, finals in points]
         middle = np.array([np.median(column) for column in table])
-        low = middle - [column.min() for column in table]
-        high = [column.max() for column in table] - middle
+        with np.errstate(invalid="ignore"):  # of values that are not finite, which are not drawn
+            low = middle - [column.min() for column in table]
+            high = [column.max() for column in table] - middle
         ax.errorbar(
             [places[written(value)] for value, _ in points],
             middle,
@@ -182,8 +183,8 @@ def tested(metrics: Sequence[Metrics], quality: Metric) -> list[Metrics]:
 
 def qualities(metrics: Sequence[Metrics], quality: Metric) -> Column:
     """What runs are compared by, of every round that was evaluated; what is no number counts as nothing learnt."""
-    nothing = 0.0 if quality.better == "higher" else math.inf
-    return np.nan_to_num(_column(tested(metrics, quality), quality.key), nan=nothing, posinf=math.inf)
+    found = _column(tested(metrics, quality), quality.key)
+    return np.where(np.isnan(found), quality.worst, found)
 
 
 def megabytes(metrics: Sequence[Metrics]) -> Column:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,11 @@ from omegaconf import OmegaConf
 
 from pisa_fl.metric import TRAIN_LOSS, Measures, Metrics
 from pisa_fl.results.run_directory import of_clients, read_metrics
+
+SWEEP = "sweep.json"
+"""File of a sweep's folder that tells of its runs."""
+
+LEFT_OUT = " is left out: "
 
 COUNTS = ("round", "passes", "bytes_up", "bytes_down")
 """What every line of metrics.jsonl has as a number; metrics and losses may be null."""
@@ -91,7 +96,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
             try:
                 runs.append(read(directory))
             except (ValueError, OSError) as error:
-                notes.append(f"{directory} is left out: {error}")
+                notes.append(f"{directory}{LEFT_OUT}{error}")
     if not runs:
         reasons = f" ({'; '.join(notes)})" if notes else ""
         raise ValueError(
@@ -109,7 +114,7 @@ def read(directory: Path) -> Run:
     """
     for name in ("summary.json", "config.yaml", "metrics.jsonl"):
         if not (directory / name).is_file():
-            raise ValueError("it is not finished" if name == "summary.json" else f"it has no {name}")
+            raise ValueError(_unfinished(directory) if name == "summary.json" else f"it has no {name}")
     with _damaged("config.yaml"):
         config = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
         if not isinstance(config, dict) or not isinstance(config["seed"], int):
@@ -136,6 +141,16 @@ def read(directory: Path) -> Run:
     return Run(directory, own, metrics, summary, targets, measures, clients, chance)
 
 
+def _unfinished(directory: Path) -> str:
+    """That a run is not finished, and why, if its sweep knows."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        entries = json.loads((directory.parent / SWEEP).read_text())["entries"]
+        for entry in entries:
+            if entry["directory"] == directory.name and entry["failed"]:
+                return f"it ended in an error: {entry['failed']}"
+    return "it is not finished"
+
+
 @contextmanager
 def _damaged(name: str) -> Iterator[None]:
     """Say of which file it is that its content, whatever it is, could not be used.
@@ -157,4 +172,4 @@ def _is_number(value: Any) -> bool:
 
 def natural(path: Path) -> list[tuple[int, str]]:
     """Sort key of paths by which run 10 of a sweep follows run 9."""
-    return [(int(part) if part.isdigit() else -1, part) for part in path.parts]
+    return [(int(part) if part.isdecimal() else -1, part) for part in path.parts]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from pisa_fl.results.finished import Run, find_runs
+from pisa_fl.results.finished import LEFT_OUT, Run, find_runs
 from pisa_fl.results.report import numbers
 from pisa_fl.results.report.notes import missing_and_failed, on_validation
 from pisa_fl.results.report.rows import compared_by, lines, numbered, panels, tabulate
@@ -39,6 +39,7 @@ class Runs:
 
     def __init__(self, found: Sequence[Run], notes: Sequence[str] = ()) -> None:
         runs, self.notes = list(found), list(notes)
+        self._left_out = [note for note in notes if LEFT_OUT in note]
         self.quality = compared_by(runs, self.notes)
         self.notes += on_validation(runs)
         reserved = ["seeds", *numbers.forms(self.quality)]
@@ -63,7 +64,7 @@ class Runs:
     @cached_property
     def verdict(self) -> Verdict:
         """What the numbers say, in sentences by heading."""
-        return verdict(self.panels, self.rows, self.measured, self.quality)
+        return verdict(self.panels, self.rows, self.measured, self.quality, self._left_out)
 
     def table(self) -> pd.DataFrame:
         """One line a setting: what it is, how many seeds, and the statistics of every measure."""

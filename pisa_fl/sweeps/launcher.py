@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from pisa_fl.results import claim
 from pisa_fl.sweeps.failure import INTERRUPTED, WRONG, SweepError
 from pisa_fl.sweeps.folder import Folder, State, identify, progress, worth
 from pisa_fl.sweeps.process import Job, RunProcess
-from pisa_fl.sweeps.table import Entry, Sweep, show
+from pisa_fl.sweeps.table import Entry, Sweep, command_in, show
 from pisa_fl.system.signals import stop_signals
 from pisa_fl.system.text import visible
 
@@ -334,9 +333,7 @@ def _chosen(config: DictConfig) -> Iterator[None]:
 
 def _command(folder: Path | None = None) -> str:
     """The command that goes on with this sweep, as it can be pasted into a shell."""
-    given = [text for text in sys.argv[1:] if not text.startswith("hydra.sweep.dir=")]
-    there = [] if folder is None else [f"hydra.sweep.dir={claim.quoted(str(folder))}"]
-    return shlex.join(["pisa-fl", *given, *there])
+    return command_in(["pisa-fl", *sys.argv[1:]], folder)
 
 
 def _say(text: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -14,12 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+from pisa_fl.results.claim import quoted
+from pisa_fl.results.finished import SWEEP
 from pisa_fl.sweeps.folder import Progress, progress
 from pisa_fl.system.files import write
 from pisa_fl.system.text import tolerate_any_text, visible
-
-FILE = "sweep.json"
-"""Name of the file in a sweep's folder that tells which runs there are to be."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Sweep:
 
     def write(self, folder: Path) -> None:
         """Write it into the folder."""
-        write(folder / FILE, json.dumps(asdict(self), indent=1) + "\n")
+        write(folder / SWEEP, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Sweep:
@@ -67,13 +67,20 @@ class Sweep:
             ValueError: There is none, or it is damaged.
         """
         try:
-            said = json.loads((folder / FILE).read_text())
+            said = json.loads((folder / SWEEP).read_text())
             entries = [Entry(**entry) for entry in said.pop("entries")]
             return cls(**said, entries=entries)
         except OSError as error:
-            raise ValueError(f"{folder} has no {FILE}: give the folder of a sweep") from error
+            raise ValueError(f"{folder} has no {SWEEP}: give the folder of a sweep") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{folder / FILE} is damaged") from error
+            raise ValueError(f"{folder / SWEEP} is damaged") from error
+
+
+def command_in(words: Sequence[str], folder: Path | None) -> str:
+    """A sweep's command with another folder, or none, as it can be pasted into a shell."""
+    given = [text for text in words if not text.startswith("hydra.sweep.dir=")]
+    there = [] if folder is None else [f"hydra.sweep.dir={quoted(str(folder))}"]
+    return shlex.join([*given, *there])
 
 
 def show(sweep: Sweep, folder: Path) -> None:
@@ -107,7 +114,8 @@ def show(sweep: Sweep, folder: Path) -> None:
     counts["left"] += sweep.total - len(sweep.entries)
     console.print(visible(_sum(sweep, counts, found, left)), soft_wrap=True)
     if counts["done"] < sweep.total:
-        console.print(f"go on with: {visible(sweep.command)}", soft_wrap=True)
+        command = command_in(shlex.split(sweep.command), folder.absolute())  # which may have been moved
+        console.print(f"go on with: {visible(command)}", soft_wrap=True)
 
 
 def estimate(runs: Sequence[Progress]) -> list[float | None]:

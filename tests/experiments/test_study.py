@@ -14,6 +14,7 @@ from experiments.study import STUDIES, Study
 from pisa_fl import compose
 from pisa_fl.results import settings
 from pisa_fl.results.settings import identify
+from pisa_fl.tasks import Classification
 
 
 def runs(overrides):
@@ -47,12 +48,45 @@ methods:
 """
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("question: [", "study.yaml cannot be read"),
+        (TINY.replace("seeds: [3]\n", ""), "must have the keys question, common, seeds, settings, methods"),
+        (TINY.replace("seeds: [3]", "seeds: 0"), "seeds must be a list of whole numbers, got 0"),
+        (TINY.replace("iid: [partition=iid]", "iid:"), "settings.iid must be a list of overrides, got None"),
+        (TINY.replace("question: Which is better?", "question:"), "question must be a sentence, got None"),
+    ],
+)
+def test_a_file_that_is_no_study_is_one_sentence(text, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "study.yaml").write_text(text)
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    monkeypatch.setattr(study, "STUDIES", ["tiny"])
+    with pytest.raises(SystemExit) as ended:
+        study.main(["tiny", "--dry"])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_group_is_tuned_like_any_key():
+    class Tried:
+        diverged = False
+
+        def __init__(self, optimizer, worth):
+            self.config = {"choices": {"strategy/optimizer": optimizer}, "strategy": {"optimizer": {"a": 1}}}
+            self.metrics, self.measures = [{"test_accuracy": worth}], Classification().measures
+
+    runs = [Tried("sgd", 0.3), Tried("adamw", 0.9), Tried("sgd", 0.4), Tried("adamw", 0.8)]
+    assert study.best(runs, ["strategy/optimizer"]) == [runs[1], runs[3]]
+
+
 def test_from_the_file_to_the_report(tmp_path, monkeypatch, capsys):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "study.yaml").write_text(TINY)
     monkeypatch.setattr(study, "HERE", tmp_path)
     monkeypatch.setattr(study, "STUDIES", ["tiny"])
-    out = tmp_path / "out"
+    out = tmp_path / "o,u t=1"
     study.main(["tiny", "--out", str(out), "--settings", "skewed"])
     assert len(list(out.glob("skewed/fedavg/*/summary.json"))) == 2
     assert not (out / "iid").exists()

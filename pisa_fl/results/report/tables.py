@@ -142,7 +142,7 @@ def costs(runs: Runs) -> Table | None:
             body.append(cells)
     caption = (
         "Rounds, passes and MB until a target was first reached: median over seeds, and how many of them reached it if"
-        " not all; a dash if less than half did. The cheapest of each federation is marked."
+        " not all; a dash if half of them did not. The cheapest of each federation is marked."
     )
     return Table(caption, header, body, 2)
 

@@ -32,9 +32,13 @@ UNITS = {"rounds": "rounds", "passes": "passes over the data", "MB": "MB"}
 
 
 def verdict(
-    panels: dict[str, list[Row]], rows: Sequence[Row], runs: pd.DataFrame, quality: Metric
+    panels: dict[str, list[Row]],
+    rows: Sequence[Row],
+    runs: pd.DataFrame,
+    quality: Metric,
+    left_out: Sequence[str] = (),
 ) -> Verdict:
-    """What the numbers say of who is ahead, of runs that failed, and of what they cost."""
+    """What the numbers say of who is ahead, of runs that failed, among them those left out, and of what they cost."""
     by_final, by_best = (
         differences(panels, runs, rows, measure(quality), quality)
         for measure in (numbers.final, numbers.best)
@@ -50,7 +54,7 @@ def verdict(
             *_other_order(panels, by_final, by_best, means[numbers.best(quality)], quality),
             *_fallen(rows, means, quality),
         ],
-        "Runs that failed": _failed(rows, quality),
+        "Runs that failed": _failed(rows, quality, left_out),
         "Budgets": _budgets(panels, runs, rows, quality),
     }
     return {heading: own for heading, own in sentences.items() if own}
@@ -182,7 +186,7 @@ def _fallen(rows: Sequence[Row], means: pd.DataFrame, quality: Metric) -> list[s
     ]
 
 
-def _failed(rows: Sequence[Row], quality: Metric) -> list[str]:
+def _failed(rows: Sequence[Row], quality: Metric, left_out: Sequence[str]) -> list[str]:
     total = sum(len(row.runs) for row in rows)
     sentences = []
     for kind, failed in (
@@ -198,7 +202,11 @@ def _failed(rows: Sequence[Row], quality: Metric) -> list[str]:
             count = sum(map(len, told.values()))
             named = some([f"{label}, {numbered(seeds)}" for label, seeds in told.items()], "; ")
             sentences.append(f"{count} of {total} runs {kind}: {named}. All are counted.")
-    return sentences or ["No run diverged, or ended at chance."]
+    if not sentences:
+        sentences = ["None of the runs that are counted diverged, or ended at chance."]
+    if left_out:
+        sentences.append(f"Not counted: {some(left_out, '; ')}.")
+    return sentences
 
 
 def _budgets(

@@ -3,9 +3,11 @@
 import copy
 import csv
 import json
+import math
 import shutil
 import sys
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -13,8 +15,10 @@ from pictures import blank
 from PIL import Image
 
 from pisa_fl import compose
-from pisa_fl.metric import Measures
+from pisa_fl.metric import Measures, Metric
 from pisa_fl.results import figures, report, run_directory
+from pisa_fl.results.figures import qualities
+from pisa_fl.results.finished import natural
 from pisa_fl.results.report import page as html
 from pisa_fl.results.report import sweep as sweep_picture
 from pisa_fl.results.runs import load_runs
@@ -289,6 +293,36 @@ def test_the_same_seed_twice_is_not_two_seeds(sweep):
         f"{sweep / '21'} has the seed and the configuration of {sweep / '1'}, but OTHER NUMBERS;"
         " only the latter is counted",
     ]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_runs_that_ended_in_an_error_are_in_the_verdict(sweep):
+    (sweep / "1" / "summary.json").unlink()
+    entries = [
+        {"directory": str(number), "failed": "it diverged" if number == 1 else None} for number in range(3)
+    ]
+    (sweep / "sweep.json").write_text(json.dumps({"entries": entries}))
+    text = report.report([sweep], sweep, "")
+    why = f"{sweep / '1'} is left out: it ended in an error: it diverged"
+    assert f"- None of the runs that are counted diverged, or ended at chance.\n- Not counted: {why}." in text
+    assert why in notes_of(text)
+
+
+def test_what_is_no_number_is_as_bad_as_can_be():
+    lines = [{"q": 0.5}, {"q": None}, {"q": -7.0}]
+    for metric, values in (
+        (Metric("q", "higher"), [0.5, -math.inf, -7.0]),
+        (Metric("q", "higher", "%"), [0.5, 0.0, -7.0]),
+        (Metric("q", "lower"), [0.5, math.inf, -7.0]),
+    ):
+        lines_of_it = [{metric.key: line["q"]} for line in lines]
+        assert qualities(lines_of_it, metric).tolist() == values
+    assert Metric("q", "higher").shown(-math.inf) == "not finite"
+
+
+def test_folders_are_in_the_order_of_their_numbers_whatever_else_they_are_called():
+    paths = [Path("s", name) for name in ("10", "9", "²", "a")]
+    assert sorted(paths, key=natural) == [Path("s", name) for name in ("a", "²", "9", "10")]
 
 
 @pytest.mark.usefixtures("no_pictures")

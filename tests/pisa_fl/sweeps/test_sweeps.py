@@ -16,7 +16,7 @@ from pisa_fl import ConfigurationError
 from pisa_fl.engines.base import SHARE
 from pisa_fl.sweeps.folder import Progress
 from pisa_fl.sweeps.launcher import share
-from pisa_fl.sweeps.table import estimate
+from pisa_fl.sweeps.table import command_in, estimate
 
 QUICK = ("model=logistic", "clients=5", "rounds=4", "engine.workers=0", "checkpoint.every=2")
 SIX = ("--multirun", *QUICK, "strategy=sisa,pisa", "seed=0,1,2")
@@ -164,3 +164,11 @@ def test_the_time_that_is_left_follows_from_the_pace():
     runs = [Progress("done", 10, 10, 40.0), Progress("running", 5, 10, 10.0), Progress("left")]
     assert estimate(runs) == [0.0, 10.0, 30.0]
     assert estimate([Progress("left")]) == [None]
+
+
+def test_a_sweep_that_was_moved_goes_on_where_it_is(tmp_path):
+    words = ["pisa-fl", "--multirun", "seed=0,1", f"hydra.sweep.dir={tmp_path}/before"]
+    assert command_in(words, tmp_path / "it's here") == (
+        f"""pisa-fl --multirun seed=0,1 'hydra.sweep.dir="{tmp_path}/it'"'"'s here"'"""
+    )
+    assert command_in(words, None) == "pisa-fl --multirun seed=0,1"
