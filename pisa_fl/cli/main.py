@@ -58,6 +58,8 @@ def main() -> None:
             raise end.__cause__ from None
         if isinstance(end, SweepError) and end.sentence:
             _say(end.sentence)
+        if end.args and end.args[0] == WRONG:
+            claim.withdraw_sweeps()
         sys.exit(end.args[0] if end.args else 0)
     except _Mistake as mistake:
         raise mistake.args[0] from mistake.args[0].__cause__
@@ -65,6 +67,7 @@ def main() -> None:
         if wants_traceback:
             raise
         _say(explain_composition(error, [a for a in arguments if not a.startswith("-")], folder))
+        claim.withdraw_sweeps()
         sys.exit(WRONG)
     except KeyboardInterrupt:
         _say("interrupted")

@@ -98,6 +98,10 @@ def check_free(directory: Path, beside: Collection[str] = ()) -> None:
         )
 
 
+OF_SWEEPS = ("multirun.yaml", "sweep.json", "optuna.db", "best.yaml")
+"""What a sweep writes into its folder beside those of its runs."""
+
+
 def first_file(directory: Path, beside: Collection[str] = ()) -> str | None:
     """Name of a file, none of those `beside`, that tells that a directory holds a run; None if it holds none."""
     found = (path.name for name in FILES if name not in beside for path in directory.glob(name))
@@ -151,6 +155,17 @@ def withdraw(directory: Path) -> None:
     if directory in _made:
         with suppress(ConfigurationError, OSError), claimed(directory):
             pass
+
+
+def withdraw_sweeps() -> None:
+    """Take back folders that this process made for sweeps of which no run wrote anything."""
+    for folder in sorted(_made, reverse=True):
+        with suppress(OSError):
+            files = list(folder.iterdir())
+            if all(file.name in OF_SWEEPS for file in files):
+                for file in files:
+                    file.unlink()
+                _take_back(folder)
 
 
 def resume_command(directory: Path, folders: Iterable[str] = ()) -> str:

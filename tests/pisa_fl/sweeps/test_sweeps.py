@@ -172,3 +172,21 @@ def test_a_sweep_that_was_moved_goes_on_where_it_is(tmp_path):
         f"""pisa-fl --multirun seed=0,1 'hydra.sweep.dir="{tmp_path}/it'"'"'s here"'"""
     )
     assert command_in(words, None) == "pisa-fl --multirun seed=0,1"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["seed=a,b"],
+        ["seed=0,1", "stop_at_chance=-1"],
+        ["seed=0,1", "hydra.launcher.jobs=0"],
+        ["seed=0,1", "hydra.launcher.jobs=1000"],
+        ["strategy=pisa,nope"],
+        ["hydra/sweeper=optuna", "data.validation=0.1", "strategy.foo=interval(0,1)"],
+    ],
+)
+def test_a_sweep_that_is_refused_leaves_nothing(overrides, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = command("--multirun", *overrides)
+    assert ended.status == 2
+    assert not list(tmp_path.iterdir())
