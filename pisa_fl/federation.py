@@ -63,6 +63,7 @@ from strategies.base.messages import LOSS as CLIENTS_LOSS
 
 # Flower's strategies report every round on their own; the run directory and the display do that here
 logging.getLogger("flwr").setLevel(logging.ERROR)
+log = logging.getLogger(__name__)
 
 
 WAIT = 1.0
@@ -78,6 +79,10 @@ class RunError(RuntimeError):
 
 class TooFewClientsError(RunError):
     """Fewer clients than `min_clients` gave a reply that could be accepted, or one failed that must not."""
+
+
+class StoppedError(RunError):
+    """It was asked to stop while a round waited for clients; nothing of the round was kept."""
 
 
 class DivergedError(RunError):
@@ -129,6 +134,16 @@ def _check_draws(
         raise ValueError(
             f"min_clients={min_clients} does not go with privacy=central and participation={participation:g}: chance"
             " may draw any number of clients, so set min_clients=null"
+        )
+
+
+def _warn_of_krum(strategy: Strategy, drawn: int) -> None:
+    """Say so if Krum is given too few clients for what its paper proves."""
+    liars = getattr(strategy, "num_malicious_nodes", None)
+    if liars is not None and drawn <= 2 * liars + 2:
+        log.warning(
+            "%s with malicious=%d is safe with more than %d clients a round, and clients and participation make %d",
+            *(type(strategy).__name__, liars, 2 * liars + 2, drawn),
         )
 
 
@@ -217,6 +232,7 @@ class Federation:
         self.clients = len(partition) if clients is None else clients
         self.server = server_half(strategy)
         drawn = max(1, round(participation * self.clients))
+        _warn_of_krum(strategy, drawn)
         asked = (self.server, type(strategy).__name__, drawn, max_update, privacy is not None)
         if secure is not None:
             check_sums(SECAGG, *asked)
@@ -226,6 +242,7 @@ class Federation:
             secure=secure is not None,
         )
         self.task, findings = parts.learnt, parts.findings
+        self.stopping: Callable[[], bool] = lambda: False
         self.account: Account | None = None
         if privacy is not None:
             _check_evaluation(strategy, evaluate_clients_every)
@@ -373,6 +390,8 @@ class Federation:
             if not away or time.monotonic() >= deadline:
                 example = "".join(f"; {failure}" for failure in gateway.failures[:1])
                 raise TooFewClientsError(f"{reason}{example}")
+            if self.stopping():
+                raise StoppedError(reason)
             time.sleep(WAIT)
             gateway.begin_again()
 

@@ -17,7 +17,7 @@ from pisa_fl.config.allowed import check_targets
 from pisa_fl.config.builder import makes
 from pisa_fl.config.explain import explain
 from pisa_fl.engines.base import Launcher
-from pisa_fl.federation import Federation, RunError
+from pisa_fl.federation import Federation, RunError, StoppedError
 from pisa_fl.from_config import Engine, deals, observers, prepare, trained
 from pisa_fl.identity import run_id
 from pisa_fl.metric import Metrics
@@ -277,6 +277,22 @@ def _go_on(path: Path | None, config: DictConfig) -> str:
     return "" if path is None else f"; go on with: {claim.resume_command(path, own_folders(config))}"
 
 
+def _interrupted(federation: Federation, config: DictConfig, path: Path | None) -> Interrupted:
+    return Interrupted(f"stopped after round {federation.round} of {config.rounds}{_go_on(path, config)}")
+
+
+def _rounds(federation: Federation, config: DictConfig, path: Path | None) -> Iterator[Metrics]:
+    """The federation's rounds.
+
+    Raises:
+        Interrupted: It was asked to stop while a round waited for clients.
+    """
+    try:
+        yield from federation.rounds(config.rounds)
+    except StoppedError as error:
+        raise _interrupted(federation, config, path) from error
+
+
 def _run(
     federation: Federation,
     config: DictConfig,
@@ -292,7 +308,10 @@ def _run(
 
         if federation.grid.elsewhere and federation.round < config.rounds:
             _gather(federation, watching, asked)
-        for measured in federation.rounds(config.rounds):
+        federation.stopping = asked
+        if federation.account is not None and path is not None:
+            federation.account.keep_in(path / run_directory.ASKED)
+        for measured in _rounds(federation, config, path):
             line = measured | {"run_id": run.id}
             metrics.append(line)
             watching.round(line)
@@ -302,9 +321,7 @@ def _run(
                 log.warning("ended after round %d of %d: %s", federation.round, config.rounds, hopeless)
                 break
             if asked():
-                raise Interrupted(
-                    f"stopped after round {federation.round} of {config.rounds}{_go_on(path, config)}"
-                )
+                raise _interrupted(federation, config, path)
         federation.load_weights()
         turned_away = [str(one) for one in federation.gateway.turned_away]
         summary = run_directory.summarise(

@@ -34,6 +34,10 @@ OPTIONS = {"cpp.threads": 1, "compile_threads": 1}
 """Inductor's, for a process of one thread that starts no others."""
 
 
+DIGEST = ".sha256"
+"""Ending of the file beside a library that has its hash."""
+
+
 class Package:
     """Compiled gradients; it can be sent to another process of this machine.
 
@@ -120,6 +124,10 @@ def _kept(path: Path, example: Mapping[str, Tensor]) -> Package | None:
     if not path.exists():
         return None
     try:
+        if path.with_suffix(DIGEST).read_text() != _content(
+            path
+        ):  # of damaged code that is run a process would die
+            raise ValueError("it is not what was written")
         return Package(path, example).loaded()
     except Exception as error:  # whatever a damaged one makes PyTorch raise
         log.warning("engine.compiled: %s is damaged (%s) and is made again", path, first_line(error))
@@ -188,4 +196,9 @@ def _compile(traced: torch.fx.GraphModule, inputs: tuple[Tensor, ...], path: Pat
         made = torch._inductor.aoti_compile_and_package(
             exported, package_path=str(Path(folder, path.name)), inductor_configs=OPTIONS
         )
+        path.with_suffix(DIGEST).write_text(_content(Path(made)))
         os.replace(made, path)
+
+
+def _content(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

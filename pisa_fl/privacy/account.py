@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from pisa_fl.config import ConfigurationError
 from pisa_fl.privacy.accounting import Spent
 from pisa_fl.privacy.base import Privacy
+from pisa_fl.system.files import write
 from strategies.base.client import ClientHalf
 
 
@@ -35,10 +39,34 @@ class Account:
         self._release.spent(1, privacy.delta)  # refused before anything begins
         self.asked: Counter[int] = Counter()
         self.rounds, self.repeated, self.lost = 0, 0, False
+        self._kept: Path | None = None
+
+    def keep_in(self, path: Path) -> None:
+        """Keep who was asked in a file, if each answer is drawn anew: what a round that failed drew counts for ever.
+
+        Args:
+            path: The file, which may be there from before an interruption; then it counts, and no checkpoint.
+
+        Raises:
+            ConfigurationError: It is damaged.
+        """
+        if self._privacy.poisson or self._privacy.random.kind != "system":
+            return
+        self._kept = path
+        if path.is_file():
+            try:
+                said = {int(client): int(count) for client, count in json.loads(path.read_text()).items()}
+            except (ValueError, AttributeError, TypeError) as error:
+                raise ConfigurationError(
+                    f"{path} is damaged, and nothing else tells what was spent"
+                ) from error
+            self.asked, self.repeated = Counter(said), 0
 
     def ask(self, clients: Iterable[int]) -> None:
         """Some clients are asked for an update; who is asked again may answer again."""
         self.asked.update(clients)
+        if self._kept is not None:
+            write(self._kept, json.dumps(dict(self.asked)) + "\n")
 
     def round(self, failed: int) -> None:
         """A round's sum is made public, and replies of so many were lost or refused."""

@@ -35,6 +35,7 @@ FILES = (
     "events.out.tfevents.*",
     "metrics.csv",
     "tracker-*.json",
+    "asked.json",
     "checkpoint",
     "flower.log",
 )

@@ -56,6 +56,9 @@ FLOWER_LOG = "flower.log"
 ALWAYS = ("passes", "bytes_up", "bytes_down", "seconds")
 """What every line of metrics.jsonl has, as a number."""
 
+ASKED = "asked.json"
+"""Which client was asked for updates how often, where each answer is drawn anew (`pisa_fl.privacy.Account`)."""
+
 BEST = "best.safetensors"
 """Name of the file in the run directory, and in each checkpoint, with the weights of the best round so far."""
 

@@ -5,6 +5,8 @@ import json
 import pytest
 
 import pisa_fl
+from pisa_fl.engines.local import LocalGrid
+from pisa_fl.federation import TooFewClientsError
 from pisa_fl.results.console import Display
 from pisa_fl.results.result import Interrupted
 
@@ -85,3 +87,50 @@ def test_the_table_says_what_is_promised(command):
     assert "epsilon (zero_out)" in outcome.out
     assert "a test for one's data gains" in outcome.out
     assert "2601.10237" in outcome.out
+
+
+def test_every_try_of_a_round_that_failed_is_paid_for(tmp_path, monkeypatch):
+    """Who is asked answers with fresh noise, though the round comes to nothing and the run ends."""
+    system = (*QUICK, *KINDS["local"], "participation=1", "privacy.randomness=system", "engine.workers=0")
+    config = pisa_fl.compose(*system, "min_clients=6", "patience=4")
+    deliver = LocalGrid.deliver
+    asked = []
+
+    def lose_one_in_round_two(grid, messages, timeout):
+        messages = list(messages)
+        asked.append(len(messages))
+        replies = list(deliver(grid, messages, timeout))
+        return replies[:-1] if len(asked) >= 2 and asked is tries else replies
+
+    tries = asked
+    monkeypatch.setattr(LocalGrid, "deliver", lose_one_in_round_two)
+    with pytest.raises(TooFewClientsError):
+        pisa_fl.run(config, tmp_path / "run")
+    failed = len(asked) - 1
+    assert failed >= 2
+    tries = None
+    result = pisa_fl.resume(tmp_path / "run")
+    assert result.summary["privacy"]["releases"] == 3 + failed == len(asked)
+    (tmp_path / "run" / "asked.json").write_text("[")
+    with pytest.raises(pisa_fl.ConfigurationError, match=r"asked\.json is damaged"):
+        pisa_fl.resume(tmp_path / "run", rounds=4)
+
+
+def test_a_run_that_waits_for_clients_stops_when_it_is_asked_to(tmp_path, monkeypatch):
+    config = pisa_fl.compose(*QUICK, "strategy=fedavg", "engine.workers=0", "patience=600", "min_clients=6")
+    deliver = LocalGrid.deliver
+    rounds = []
+
+    def lose_one(grid, messages, timeout):
+        rounds.append(1)
+        if len(rounds) == 3:
+            (tmp_path / "run" / "stop").touch()
+        return list(deliver(grid, messages, timeout))[: None if len(rounds) == 1 else -1]
+
+    monkeypatch.setattr(LocalGrid, "deliver", lose_one)
+    with pytest.raises(Interrupted, match="stopped after round 1 of 3; go on with"):
+        pisa_fl.run(config, tmp_path / "run")
+    assert len(rounds) == 3
+    monkeypatch.setattr(LocalGrid, "deliver", deliver)
+    (tmp_path / "run" / "stop").unlink(missing_ok=True)
+    assert len(pisa_fl.resume(tmp_path / "run").metrics) == 4
