@@ -10,6 +10,7 @@ against it).
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -120,9 +121,15 @@ def main() -> None:
     tolerate_any_text()
     output = arguments.output or arguments.folders[0]
     try:
-        print(report(arguments.folders, output, arguments.title, arguments.pivot, arguments.latex), end="")
+        text = report(arguments.folders, output, arguments.title, arguments.pivot, arguments.latex)
     except (ValueError, OSError) as error:
         print(f"pisa-fl-report: {visible(explain(error))}", file=sys.stderr)
         sys.exit(2)
     more = ", report.tex" if arguments.latex else ""
-    print(f"\nwritten to {visible(str(output))}: report.html, report.md, report.csv{more} and the pictures")
+    written = (
+        f"\nwritten to {visible(str(output))}: report.html, report.md, report.csv{more} and the pictures"
+    )
+    try:
+        print(text + written, flush=True)
+    except BrokenPipeError:  # whoever reads it, as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
