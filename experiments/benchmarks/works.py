@@ -97,18 +97,17 @@ def pisa(bench: Bench, tasks: Sequence[Task] = (SILO, Task(100, 100, 64), MANY))
 
 def compiled(bench: Bench, tasks: Sequence[Task] = (DEVICE, MANY, SILO)) -> Iterator[Outcome]:
     """What compiling the gradients of a client alone gains on a CPU, and how far that is from others."""
-    at_least, none = {DEVICE: (1.35, 1.4)}, (None, None)
+    at_least, at_most, none = {DEVICE: (1.35, 1.4)}, {MANY: 0.25}, (None, None)
     for task in tasks:
         peer = distributed(bench, task)
         sides = [ours(task, *FEDAVG), ours(task, *FEDAVG, "engine.compiled=true", name="compiled"), peer]
-        whole = not task.drawn  # the gradients are those of all images
-        rounds = take_turns([*sides, *([gradients(task)] if whole else [])], bench.repeats)
+        rounds = take_turns([*sides, *([gradients(task)] if task in at_most else [])], bench.repeats)
         figures = [
             Figure(f"{side} / compiled", ratio(rounds, side, "compiled"), least)
             for side, least in zip((OURS, peer.name), at_least.get(task, none), strict=True)
         ]
-        if whole:
-            figures.append(beyond_gradients(rounds, "compiled", 0.25 if task == MANY else None))
+        if task in at_most:
+            figures.append(beyond_gradients(rounds, "compiled", at_most[task]))
         yield Outcome("compiled", f"FedAvg, {sizes(task)}, batch {task.batch}", figures, rounds)
 
 
