@@ -24,7 +24,7 @@ FedProx would. Its server momentum is left out here; so are local learning rates
 
 On stability: as FedAvg's. The updates are not longer than FedAvg's but for clients with few steps, whose update is
 multiplied by t / a_i: a client with a single mini-batch among others with a hundred counts for a hundred times its
-own way, over its share n_i/n.
+own way, over its share n_i/n. What a_i is a client says itself, and a false one changes the length of everybody's step.
 """
 
 from __future__ import annotations

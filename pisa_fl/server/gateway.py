@@ -486,7 +486,9 @@ class Gateway(Grid):
         for (
             metric
         ) in self._measures:  # an honest one may be NaN, as r2 of targets that are all alike, or infinite
-            if metric.most is not None and real(metrics, metric.name) > metric.most * (1 + 1e-6):
+            value = real(metrics, metric.name)
+            too_good = metric.most is not None and value > metric.most * (1 + 1e-6)
+            if too_good or (metric.better == "higher" and value < metric.worst):
                 return f"{metric.name} of {metrics[metric.name]}"
         return None
 

@@ -288,6 +288,8 @@ def _distribution(override: Override) -> BaseDistribution:
         low, high, log = value.start, value.end, "log" in value.tags
         assert low is not None
         assert high is not None
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError("its ends must be finite numbers")
         if type(low) is int and type(high) is int:
             return IntDistribution(low, high, log)
         return FloatDistribution(float(low), float(high), log)

@@ -85,7 +85,7 @@ class Scripted(LocalGrid):
 
 
 def ask(script, half=None, buffers=None, message_type="train", instruction=None):
-    grid, measures = Scripted(script), (Metric("accuracy", "higher", most=1), Metric("loss", "lower"))
+    grid, measures = Scripted(script), (Metric("accuracy", "higher", "%", most=1), Metric("loss", "lower"))
     own = half or Half(), torch.empty(0) if buffers is None else buffers
     gateway = Gateway(grid, *own, 0, 1.0, measures=measures)
     gateway.begin(1)
@@ -398,6 +398,7 @@ def test_evaluation_is_not_counted_as_training():
         ({"num-examples": 0}, "impossible number of examples"),
         ({"num-examples": 2.0}, "impossible number of examples"),
         ({"accuracy": 7.0}, "accuracy of 7.0"),
+        ({"accuracy": -1e300}, "accuracy of -1e+300"),
         ({"loss": [0.1]}, "metrics hold lists"),
         ({"f1": 0.1}, "expected ['accuracy', 'loss', 'num-examples']"),
         ({"accuracy": None}, "expected ['accuracy', 'loss', 'num-examples']"),

@@ -54,6 +54,10 @@ def test_a_tuning_that_is_killed_goes_on_with_the_same_trials(tmp_path):
         (["data.validation=0"], "data.validation must be above 0 to tune"),
         (["strategy.lr=0.1"], "nothing to look for"),
         (["strategy.lr=tag(log,interval(0,1))"], "strategy.lr=tag(log,interval(0,1)) is no range"),
+        (
+            ["strategy.lr=interval(0.01,inf)"],
+            "strategy.lr=interval(0.01,inf) is no range: its ends must be finite",
+        ),
         (["hydra.sweeper.trials=0"], "hydra.sweeper.trials must be a whole number of at least 1"),
         (["strategy.mu=interval(0,1)"], "strategy.mu is no key"),
     ],
