@@ -40,6 +40,9 @@ from pisa_fl.results.settings import identify
 from pisa_fl.system.files import write
 
 HERE = Path(__file__).parent
+STUDIES = sorted(path.parent.name for path in HERE.glob("*/study.yaml"))
+"""Names of all studies."""
+
 KINDS = {
     "question": "a sentence",
     "common": "a list of overrides",
@@ -47,8 +50,7 @@ KINDS = {
     "settings": "lists of overrides, by names",
     "methods": "lists of overrides, by names",
 }
-STUDIES = sorted(path.parent.name for path in HERE.glob("*/study.yaml"))
-"""Names of all studies."""
+"""What the keys of a study's file must be, in words."""
 
 
 @dataclass(frozen=True)

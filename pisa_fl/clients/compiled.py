@@ -124,9 +124,8 @@ def _kept(path: Path, example: Mapping[str, Tensor]) -> Package | None:
     if not path.exists():
         return None
     try:
-        if path.with_suffix(DIGEST).read_text() != _content(
-            path
-        ):  # of damaged code that is run a process would die
+        # damaged code that is run would end the process
+        if path.with_suffix(DIGEST).read_text() != _content(path):
             raise ValueError("it is not what was written")
         return Package(path, example).loaded()
     except Exception as error:  # whatever a damaged one makes PyTorch raise

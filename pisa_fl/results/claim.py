@@ -99,7 +99,10 @@ def check_free(directory: Path, beside: Collection[str] = ()) -> None:
         )
 
 
-OF_SWEEPS = ("multirun.yaml", "sweep.json", "optuna.db", "best.yaml")
+SWEEP = "sweep.json"
+"""File of a sweep's folder that tells of its runs."""
+
+OF_SWEEPS = ("multirun.yaml", SWEEP, "optuna.db", "best.yaml")
 """What a sweep writes into its folder beside those of its runs."""
 
 

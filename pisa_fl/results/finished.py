@@ -15,12 +15,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pisa_fl.metric import TRAIN_LOSS, Measures, Metrics
+from pisa_fl.results.claim import SWEEP
 from pisa_fl.results.run_directory import of_clients, read_metrics
 
-SWEEP = "sweep.json"
-"""File of a sweep's folder that tells of its runs."""
-
 LEFT_OUT = " is left out: "
+"""What a note on a run that is not counted has between its directory and the reason."""
 
 COUNTS = ("round", "passes", "bytes_up", "bytes_down")
 """What every line of metrics.jsonl has as a number; metrics and losses may be null."""

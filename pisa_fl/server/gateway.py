@@ -483,9 +483,8 @@ class Gateway(Grid):
             return f"metrics hold lists: {dict(metrics)}"
         if not (isinstance(metrics[EXAMPLES], int) and 1 <= integer(metrics, EXAMPLES) < 2**40):
             return f"impossible number of examples: {EXAMPLES} {metrics[EXAMPLES]}"
-        for (
-            metric
-        ) in self._measures:  # an honest one may be NaN, as r2 of targets that are all alike, or infinite
+        # an honest one may be NaN, as r2 of targets that are all alike, or infinite
+        for metric in self._measures:
             value = real(metrics, metric.name)
             too_good = metric.most is not None and value > metric.most * (1 + 1e-6)
             if too_good or (metric.better == "higher" and value < metric.worst):

@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from pisa_fl.results.claim import quoted
-from pisa_fl.results.finished import SWEEP
+from pisa_fl.results.claim import SWEEP, quoted
 from pisa_fl.sweeps.folder import Progress, progress
 from pisa_fl.system.files import write
 from pisa_fl.system.text import tolerate_any_text, visible

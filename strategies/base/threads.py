@@ -30,12 +30,16 @@ _new_threads()
 after_fork(_new_threads)
 
 
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """A function of each item, in their order; one of these threads does its own work alone, for it may not wait."""
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """A function of each item, in their order; one of these threads does its own work alone, for it may not wait.
+
+    Each result is let go when the next is asked for: there may be more of them than memory holds.
+    """
     if threading.current_thread().name.startswith(NAME):
-        return list(map(function, items))
+        yield from map(function, items)
+        return
     with one_thread():  # in every library: some have a number for the process, others one for each thread
-        return list(_threads.map(function, items))
+        yield from _threads.map(function, items)
 
 
 @contextmanager
